@@ -1,0 +1,29 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv on its first run.
+PYTHON ?= python3
+RUN = .venv/bin/python -m
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	$(RUN) tok2img demo
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest
+
+lint: .venv/.installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
+
+# uv is quick where it is at hand; it finds local wheels through UV_FIND_LINKS as pip does through PIP_FIND_LINKS.
+.venv/.installed: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
+		UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[dev,eval]'; \
+	else \
+		$(PYTHON) -m venv .venv && .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf .venv runs

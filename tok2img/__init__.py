@@ -1,0 +1,60 @@
+"""Train your own DALL-E: captioned pictures to discrete tokens, a plain Hugging Face GPT on them, and pictures from captions.
+
+Names load when they are first used, so that `tok2img --help` needs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dataset import TokenizeBatch, tokenize_dataset
+    from .generation import LayoutLogitsProcessor, Sampling, generate
+    from .layout import SequenceLayout
+    from .pipeline import TextToImagePipeline
+    from .prior import PriorWithLoss, build_prior
+    from .processing import Tok2ImgProcessor
+    from .shapes import shapes_dataset
+    from .text import TextTokenizer
+    from .trainer import Trainer
+
+HOME = {
+    "LayoutLogitsProcessor": "generation",
+    "PriorWithLoss": "prior",
+    "Sampling": "generation",
+    "SequenceLayout": "layout",
+    "TextToImagePipeline": "pipeline",
+    "TextTokenizer": "text",
+    "Tok2ImgProcessor": "processing",
+    "TokenizeBatch": "dataset",
+    "Trainer": "trainer",
+    "build_prior": "prior",
+    "generate": "generation",
+    "shapes_dataset": "shapes",
+    "tokenize_dataset": "dataset",
+}
+__version__ = "0.1.0"
+__all__ = [
+    "LayoutLogitsProcessor",
+    "PriorWithLoss",
+    "Sampling",
+    "SequenceLayout",
+    "TextToImagePipeline",
+    "TextTokenizer",
+    "Tok2ImgProcessor",
+    "TokenizeBatch",
+    "Trainer",
+    "build_prior",
+    "generate",
+    "shapes_dataset",
+    "tokenize_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'tok2img' has no attribute {name!r}")
+    return getattr(import_module(f".{HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOME])

@@ -1,0 +1,349 @@
+"""DATA as the command line takes it -> rows of an undecoded picture and its caption.
+
+A Parquet file or folder, webdataset tars, a folder of pictures with captions, the built-in shapes, or a hub name.
+Pictures stay undecoded, so that `tokenizers_vq.images.load_image` alone decides what a file shows and a broken one is
+named where it is used. Whatever else is wrong with the data is a ValueError of one line here.
+"""
+
+import csv
+import difflib
+import glob
+import json
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+
+SPLITS = ("train", "validation", "test")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BUILT_IN_ROWS = 20_000
+
+_SPLIT_NAME = re.compile("|".join(SPLITS))
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".parquet", ".csv", ".json", ".jsonl", ".tar", ".txt")
+_CAPTION_NAMES = ("caption", "text")
+_TEXT = (Value("string"), Value("large_string"))
+_UNDECODED = ImageFeature(decode=False)
+
+
+def load_captioned_images(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    with_captions: bool = True,
+    max_rows: int | None = None,
+) -> Dataset:
+    """Open captioned pictures of any kind.
+
+    Args:
+        source: "shapes" (the built-in set, whatever lies here), else a path if it exists, else a hub name
+        split: which split; a single file is "train" and what its name begins with
+        image_column: by default "image" or the only one with pictures; in a folder's metadata "file_name"
+        caption_column: by default "caption", "text" or the only one with strings
+        with_captions: whether there must be captions
+        max_rows: at most so many rows, the first
+
+    Returns:
+        Columns `image` (undecoded: "bytes" and "path"), `caption` (string, with captions), and `label` if there is one.
+
+    Raises:
+        ValueError: one line that names the file, column, row or split
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_rows=max_rows)
+    if len(rows) == 0:
+        raise ValueError(f"{source}: no rows in split {split!r}")
+    rows = rows.select(range(min(len(rows), max_rows or len(rows))))
+    columns = {_picture_column(rows.features, image_column, source): "image"}
+    if with_captions:
+        columns[_caption_column(rows.features, caption_column, source)] = "caption"
+    rows = _renamed(rows, columns)
+    return _with_text_checked(rows, source) if with_captions else rows
+
+
+def held_out_split(dataset: Dataset, *, share: float, max_rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Part data that has one split into training and held-out rows, each in their order, the same for the same seed.
+
+    Args:
+        dataset: at least two rows
+        share: of the rows to hold out, between 0 and 1; at least one row is held out and at least one is not
+        max_rows: hold out no more than so many
+        seed: chooses the rows
+
+    Raises:
+        ValueError: for fewer than two rows, or a share or count out of range
+    """
+    if len(dataset) < 2 or not 0 < share < 1 or max_rows < 1:
+        raise ValueError(f"cannot hold out a share of {share}, at most {max_rows}, of {len(dataset)} rows")
+    num_held_out = min(max(1, round(share * len(dataset))), max_rows, len(dataset) - 1)
+    held_out = np.zeros(len(dataset), dtype=bool)
+    held_out[np.random.default_rng(seed).choice(len(dataset), num_held_out, replace=False)] = True
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+
+def _open(
+    source: str, split: str, image: str | None, caption: str | None, *, with_captions: bool, max_rows: int | None
+) -> Dataset:
+    if source == "shapes":
+        from tok2img.shapes import shapes_dataset
+
+        return shapes_dataset(split, num_rows=max_rows or BUILT_IN_ROWS)
+    if not os.path.exists(source):
+        return _from_hub(source, split)
+    path = Path(os.path.abspath(source))
+    if packed := _packed_files(path, split):
+        return _from_packed_files(packed)
+    captions = () if not with_captions else (caption,) if caption else _CAPTION_NAMES
+    return _from_picture_folder(path, split, file_key=image or "file_name", captions=captions)
+
+
+def _from_hub(name: str, split: str) -> Dataset:
+    if not _HUB_NAME.fullmatch(name) or name.lower().endswith(_FILE_SUFFIXES):
+        raise ValueError(f"{name}: no such file or folder")
+    try:
+        with _quiet_datasets():
+            return datasets.load_dataset(name, split=split)
+    except Exception as error:  # network, permission, format, split: each has its own type
+        raise ValueError(f"{name}: no such file or folder, and not from the hub: {_line(error)}") from error
+
+
+def _packed_files(path: Path, split: str) -> list[Path]:
+    """The Parquet files or else the tars of a split; none if it is a folder without either."""
+    if path.is_file():
+        if path.suffix not in (".parquet", ".tar"):
+            raise ValueError(f"{path}: expected a folder, a .parquet or a .tar file")
+        named = _SPLIT_NAME.match(path.name)
+        return _of_split({"train": [path]} | ({named[0]: [path]} if named else {}), split, path)
+    found = sorted(file for file in path.rglob("*.parquet") if file.name != "metadata.parquet")
+    found = found or sorted(path.rglob("*.tar"))
+    by_split: dict[str, list[Path]] = {}
+    for file in found:
+        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    if not by_split.keys() & set(SPLITS):
+        by_split = {"train": found}
+    return _of_split(by_split, split, path) if found else []
+
+
+def _split_of(file: Path) -> str:
+    """What the name of the file, or of its folder, begins with; an unknown beginning is a split of its own."""
+    known = (_SPLIT_NAME.match(part) for part in reversed(file.parts))
+    return next((match[0] for match in known if match), file.stem.split("-")[0])
+
+
+def _of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
+    if split not in by_split:
+        raise ValueError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
+    return by_split[split]
+
+
+def _from_packed_files(files: Sequence[Path]) -> Dataset:
+    filled = [file for file in files if _num_entries(file) > 0]
+    if not filled:
+        raise ValueError(f"{files[0]}: no rows")
+    is_parquet = filled[0].suffix == ".parquet"
+    kind, patterns = "parquet" if is_parquet else "webdataset", [glob.escape(str(file)) for file in filled]
+    try:
+        with _quiet_datasets():
+            rows = datasets.load_dataset(kind, data_files={"train": patterns}, split="train")
+    except Exception as error:  # as above
+        culprit = next((file for file in filled if is_parquet and not _is_whole_parquet(file)), filled[0])
+        raise ValueError(f"{culprit}: cannot be read: {_line(error)}") from error
+    return rows if is_parquet else _without_json_prefix(rows)
+
+
+def _num_entries(file: Path) -> int:
+    try:
+        if file.suffix == ".parquet":
+            return pq.read_metadata(file).num_rows
+        with tarfile.open(file) as tar:
+            return sum(member.isfile() for member in tar)
+    except (pa.ArrowException, tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {_line(error)}") from error
+
+
+def _is_whole_parquet(file: Path) -> bool:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            return sum(len(batch) for batch in parquet.iter_batches(batch_size=64)) == parquet.metadata.num_rows
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _without_json_prefix(rows: Dataset) -> Dataset:
+    """Webdataset JSON comes as one column of records: its keys become columns, unless a file has that extension."""
+    rows = rows.flatten()
+    names = {name: name.removeprefix("json.") for name in rows.column_names if name.startswith("json.")}
+    return rows.rename_columns({old: new for old, new in names.items() if new not in rows.column_names})
+
+
+def _from_picture_folder(folder: Path, split: str, *, file_key: str, captions: Sequence[str]) -> Dataset:
+    splits = {name: [folder / name] for name in SPLITS if (folder / name).is_dir()} or {"train": [folder]}
+    root = _of_split(splits, split, folder)[0]
+    pictures = _pictures_below(root)
+    if not pictures:
+        raise ValueError(f"{root}: no pictures ({', '.join(PICTURE_SUFFIXES)}), Parquet files or tars in it")
+    places = [place / name for place in (root, folder) for name in ("metadata.csv", "metadata.jsonl")]
+    metadata = next((place for place in places if place.is_file()), None)
+    if metadata is None:
+        texts = {"caption": [_caption_beside(picture) for picture in pictures]} if captions else {}
+        return _dataset_of_paths("image", {"image": pictures, **texts})
+    columns = _metadata_columns(metadata, root, file_key, captions)
+    unlisted = sorted(set(pictures) - set(columns[file_key]))
+    if captions and unlisted:
+        raise ValueError(f"{unlisted[0]}: no caption, {metadata} has no row for it")
+    return _dataset_of_paths(file_key, columns)
+
+
+def _pictures_below(root: Path) -> list[str]:
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        shown = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in shown]
+    return sorted(found)
+
+
+def _caption_beside(picture: str) -> str:
+    try:
+        return Path(picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        raise ValueError(f"{picture}: no caption, neither a .txt beside it nor a metadata.csv or .jsonl") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{picture}: the .txt beside it cannot be read: {error}") from error
+
+
+def _metadata_columns(metadata: Path, root: Path, file_key: str, captions: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of the pictures below `root`, checked cell by cell, since these files have no types."""
+    caption_key, columns = None, {file_key: [], "label": []}
+    for where, row in _metadata_rows(metadata):
+        if not isinstance(row.get(file_key), str):
+            raise ValueError(f"{where}: {_no_column(file_key, row)}")
+        picture = os.path.normpath(metadata.parent / row[file_key])
+        if metadata.parent != root and root not in Path(picture).parents:
+            continue  # of another split
+        if not os.path.exists(picture):
+            raise ValueError(f"{where}: no such file: {picture}")
+        columns[file_key].append(picture)
+        if captions:
+            caption_key = caption_key or next((name for name in captions if name in row), captions[0])
+            columns.setdefault(caption_key, []).append(_text_cell(row, caption_key, where))
+        columns["label"].append(row.get("label"))
+    return columns if any(columns["label"]) else {key: columns[key] for key in columns if key != "label"}
+
+
+def _metadata_rows(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row after where it stands. Excel starts its files with a byte order mark."""
+    try:
+        with open(metadata, encoding="utf-8-sig", newline="") as file:
+            if metadata.suffix == ".csv":
+                reader = csv.DictReader(file)
+                yield from ((f"{metadata}, line {reader.line_num}", row) for row in reader)
+            else:
+                lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+                yield from ((f"{metadata}, line {number}", dict(json.loads(line))) for number, line in lines)
+    except (csv.Error, ValueError, TypeError) as error:
+        raise ValueError(f"{metadata}: cannot be read: {error}") from error
+
+
+def _text_cell(row: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise ValueError(f"{where}: {_no_column(key, row)}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{where}: {key!r} is {row[key]!r}, not text")
+    return row[key]
+
+
+def _dataset_of_paths(image_column: str, columns: Mapping[str, Sequence[Any]]) -> Dataset:
+    rows = [{"bytes": None, "path": path} for path in columns[image_column]]
+    return Dataset.from_dict({**columns, image_column: rows}).cast_column(image_column, _UNDECODED)
+
+
+def _picture_column(features: Features, wanted: str | None, source: str) -> str:
+    pictures = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    pictures = pictures or [name for name, feature in features.items() if _may_hold_pictures(feature)]
+    name = _one_column(features, wanted, ("image",), pictures, source)
+    if not _may_hold_pictures(features[name]) and features[name] != Value("string"):
+        raise ValueError(f"{source}: column {name!r} holds {features[name]}, not pictures")
+    return name
+
+
+def _may_hold_pictures(feature: Any) -> bool:
+    is_bytes = feature in (Value("binary"), Value("large_binary"))
+    return is_bytes or isinstance(feature, ImageFeature) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _caption_column(features: Features, wanted: str | None, source: str) -> str:
+    texts = [name for name, feature in features.items() if feature in _TEXT and not name.startswith("__")]
+    return _one_column(features, wanted, _CAPTION_NAMES, texts, source)
+
+
+def _one_column(
+    features: Features, wanted: str | None, usual: Sequence[str], suitable: Sequence[str], source: str
+) -> str:
+    names = [wanted] if wanted else [name for name in usual if name in features]
+    if not names and len(suitable) == 1:
+        names = suitable
+    if not names or names[0] not in features:
+        raise ValueError(f"{source}: {_no_column(wanted or usual[0], features)}")
+    return names[0]
+
+
+def _no_column(name: str, there: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, there, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"no column {name!r}, only {', '.join(map(repr, there))}{hint}"
+
+
+def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    kept = ["label"] if "label" in rows.column_names and "label" not in columns else []
+    changed = {old: new for old, new in columns.items() if old != new}
+    return rows.select_columns([*columns, *kept]).rename_columns(changed).cast_column("image", _UNDECODED)
+
+
+def _with_text_checked(rows: Dataset, source: str) -> Dataset:
+    cells = rows.select_columns(["caption"]).with_format("arrow")[:]["caption"]
+    is_text = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
+    row = pc.index(cells.is_null(), True).as_py() if is_text else 0
+    if row >= 0:
+        raise ValueError(f"{source}: row {row}: its caption is {str(cells[row].as_py())[:60]}, not text")
+    if rows.features["caption"] == Value("string"):
+        return rows
+    texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write all pictures to disk once more
+    return rows.remove_columns("caption").add_column("caption", texts, feature=Value("string"))
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No log lines, since errors come as ValueError, and progress bars only where somebody looks at them."""
+    verbosity, had_bars = datasets.logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what caused an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

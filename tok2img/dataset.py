@@ -1,0 +1,104 @@
+"""Captioned pictures -> compact columns of tokens, for `datasets.map`."""
+
+import os
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from safetensors.torch import load, save
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from tokenizers_vq.base import own_fields
+
+from .layout import SequenceLayout
+from .processing import Tok2ImgProcessor
+from .text import TextTokenizer
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+MAIN_PROCESS = os.getpid()
+
+
+class TokenizeBatch:
+    """What `dataset.map(..., batched=True)` calls: captions and pictures -> `text_ids` `b t` and `image_codes` `b n`.
+
+    It pickles to what the tokens depend on and nothing else, so that the cache of `datasets` is found again from another folder,
+    process or mode of the same weights, and only then.
+    """
+
+    def __init__(self, processor: Tok2ImgProcessor, *, image_column: str = "image", caption_column: str = "caption"):
+        self.processor, self.image_column, self.caption_column = processor, image_column, caption_column
+
+    def __call__(self, batch: dict[str, list[Any]], rows: list[int] | None = None) -> dict[str, np.ndarray]:
+        """A batch of rows -> their tokens. ValueError for a caption or picture that is none, with its row."""
+        layout = self.processor.layout
+        text_ids = self.processor.encode_text(batch[self.caption_column], rows=rows)
+        codes = self.processor.encode_images(batch[self.image_column], rows=rows)
+        return {
+            "text_ids": text_ids.numpy().astype(layout.text_dtype),
+            "image_codes": codes.numpy().astype(layout.code_dtype),
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tokenizer = self.processor.image_tokenizer
+        weights = save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tokenizer.state_dict().items())}
+        )
+        settings = {name: getattr(tokenizer.config, name) for name in sorted(own_fields(type(tokenizer.config)))}
+        text = self.processor.text_tokenizer.state()
+        columns = {"image_column": self.image_column, "caption_column": self.caption_column}
+        model_type = tokenizer.config.model_type
+        return rebuild, (model_type, settings, weights, text, self.processor.layout.text_length, columns)
+
+
+def rebuild(
+    model_type: str, settings: dict[str, Any], weights: bytes, text: str, text_length: int, columns: dict[str, str]
+) -> TokenizeBatch:
+    """Make a `TokenizeBatch` again from its pickle."""
+    if os.getpid() != MAIN_PROCESS:
+        # A fork inherits torch's thread pool without its threads: the first parallel loop would wait for ever.
+        torch.set_num_threads(1)
+    image_tokenizer = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
+    image_tokenizer.load_state_dict(load(weights))
+    backend = Tokenizer.from_str(text)
+    text_tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
+    return TokenizeBatch(Tok2ImgProcessor.build(image_tokenizer, text_tokenizer, text_length=text_length), **columns)
+
+
+def token_features(layout: SequenceLayout) -> Features:
+    """Columns of a tokenized data set: fixed lengths, smallest types."""
+    return Features(
+        {
+            "text_ids": List(Value(layout.text_dtype.name), length=layout.text_length),
+            "image_codes": List(Value(layout.code_dtype.name), length=layout.num_codes),
+        }
+    )
+
+
+def tokenize_dataset(
+    dataset: AnyDataset,
+    processor: Tok2ImgProcessor,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    batch_size: int = 256,
+    num_proc: int | None = None,
+) -> AnyDataset:
+    """Tokenize a data set, streaming or not; the result holds `text_ids` `t` and `image_codes` `n` and nothing else.
+
+    Raises:
+        ValueError: for a column that is not there, an empty data set, and a caption or picture that is none, with its row.
+    """
+    columns = dataset.column_names or []
+    for column in (image_column, caption_column):
+        if columns and column not in columns:
+            raise ValueError(f"the data set has no column {column!r}; it has {', '.join(columns)}")
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError("the data set is empty")
+    work = TokenizeBatch(processor, image_column=image_column, caption_column=caption_column)
+    arguments = {"batched": True, "with_indices": True, "batch_size": batch_size, "remove_columns": columns}
+    features = token_features(processor.layout)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(work, features=features, **arguments)
+    return dataset.map(work, features=features, num_proc=num_proc, desc="tokenize", **arguments)

@@ -1,0 +1,170 @@
+"""Numbers about image tokenizers and about the pictures a prior draws.
+
+Sums stay on the device until the last batch is through, so measuring never waits for a single step.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers_vq.base import DiscreteTokenizer
+
+
+@torch.inference_mode()
+def evaluate_tokenizer(
+    image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
+) -> dict[str, float | list[float]]:
+    """Measure how well pictures survive their codes, and how well the codes are used.
+
+    Args:
+        image_tokenizer: in eval mode
+        batches: pixel values `b c h w` in [0, 1]; moved to the tokenizer's device
+
+    Returns:
+        mse: mean squared error of a pixel, in units of the full range [0, 1]
+        psnr: dB, from that mean; infinite when the mse is 0
+        ssim: structural similarity (Wang et al. 2004); only with torchmetrics, of the extra `[eval]`
+        bits_per_picture: `num_codes * log2(codebook_size)`
+        code_usage: share of the codes used at least once
+        perplexity: exp of the entropy of the codes; like the usage a mean over positions that do not share codes
+        entropy_per_position: nats; only when positions do not share codes
+    """
+    if image_tokenizer.training:
+        raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
+    shared, device = image_tokenizer.positions_share_codes, image_tokenizer.device
+    num_rows = 1 if shared else image_tokenizer.num_codes
+    histogram = torch.zeros(num_rows, image_tokenizer.codebook_size, dtype=torch.int64, device=device)
+    fidelities, sizes = [], []
+    for pixel_values in batches:
+        fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram))
+        sizes.append(len(pixel_values))
+    if not sizes:
+        raise ValueError("got no batch of pictures to evaluate")
+    means = {name: _weighted_mean([fidelity[name] for fidelity in fidelities], sizes) for name in fidelities[0]}
+    psnr = -10 * math.log10(means["mse"]) if means["mse"] > 0 else math.inf
+    bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
+    return {**means, "psnr": psnr, "bits_per_picture": bits, **_usage(histogram, shared)}
+
+
+def code_histogram(codes: Tensor, *, codebook_size: int, shared: bool) -> Tensor:
+    """Count each code of `codes` (`b n`).
+
+    Returns:
+        `1 k` when all positions share their codes, else a row for each position, `n k`.
+    """
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {codebook_size - 1}")
+    num_rows = 1 if shared else codes.shape[1]
+    histogram = torch.zeros(num_rows, codebook_size, dtype=torch.int64, device=codes.device)
+    _count(histogram, codes)
+    return histogram
+
+
+def unigram_entropy(codes: Tensor, *, codebook_size: int, shared: bool) -> float:
+    """Mean entropy in nats of a code of `codes` (`b n`): the loss of a prior that sees nothing but the position.
+
+    With `shared` positions the prior does not even see that.
+    """
+    return _entropies(code_histogram(codes, codebook_size=codebook_size, shared=shared)).mean().item()
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Distance of the gaussians fitted to two sets of features (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+
+    With covariances R^T R, the eigenvalues of their product are the squared singular values of R_a R_b^T, so the
+    trace of its square root is their sum: no matrix root, and exactly 0 distance survives rounding.
+
+    Args:
+        features_a: `n d`
+        features_b: `m d`; both need at least two rows, and many more than d to mean anything
+    """
+    if min(len(features_a), len(features_b)) < 2:
+        raise ValueError(f"got {len(features_a)} and {len(features_b)} feature rows, each side needs at least 2")
+    mean_a, root_a = _gaussian(features_a)
+    mean_b, root_b = _gaussian(features_b)
+    trace_of_root = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * trace_of_root
+    return distance.item()
+
+
+def repeated_share(codes: Tensor, training_codes: Tensor) -> float:
+    """Share of the rows of `codes` (`b n`) that occur exactly in `training_codes` (`m n`)."""
+    if codes.shape[1:] != training_codes.shape[1:] or len(codes) == 0:
+        shapes = f"codes {tuple(codes.shape)} and training codes {tuple(training_codes.shape)}"
+        raise ValueError(f"got {shapes}, expected rows of one length, and at least one row of codes")
+    dtype = torch.promote_types(codes.dtype, training_codes.dtype)
+    known = set(_rows_as_bytes(training_codes, dtype))
+    return sum(row in known for row in _rows_as_bytes(codes, dtype)) / len(codes)
+
+
+def caption_accuracy(
+    images: Sequence[Image.Image], captions: Sequence[str], judge: Callable[[Image.Image, str], bool]
+) -> float:
+    """Share of the pictures that `judge` finds to show what their caption says."""
+    if len(images) != len(captions) or not images:
+        raise ValueError(f"got {len(images)} pictures and {len(captions)} captions, expected equally many, at least 1")
+    return sum(judge(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
+
+
+def _count(histogram: Tensor, codes: Tensor) -> None:
+    """Add `codes` (`b n`) to `histogram` (`1 k` or `n k`); `bincount` would wait for the device."""
+    codebook_size = histogram.shape[1]
+    offsets = torch.arange(len(histogram), device=codes.device) * codebook_size
+    flat = rearrange(codes + offsets, "b n -> (b n)")
+    histogram.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _entropies(histogram: Tensor) -> Tensor:
+    """Entropy of each row of counts `p k`, in nats: `p`, float64 on the CPU."""
+    counts = histogram.cpu().double()
+    return torch.special.entr(counts / reduce(counts, "p k -> p 1", "sum")).sum(dim=1)
+
+
+def _usage(histogram: Tensor, shared: bool) -> dict[str, float | list[float]]:
+    entropies = _entropies(histogram)
+    used = (histogram > 0).double().mean().item()
+    usage: dict[str, float | list[float]] = {"code_usage": used, "perplexity": entropies.exp().mean().item()}
+    if not shared:
+        usage["entropy_per_position"] = entropies.tolist()
+    return usage
+
+
+def _fidelity(image_tokenizer: "DiscreteTokenizer", pixel_values: Tensor, histogram: Tensor) -> dict[str, Tensor]:
+    """Measure one batch `b c h w` and add its codes to `histogram`."""
+    codes = image_tokenizer.encode(pixel_values)
+    reconstruction = image_tokenizer.decode(codes).clamp(0, 1)
+    _count(histogram, codes)
+    fidelity = {"mse": F.mse_loss(reconstruction, pixel_values)}
+    if importlib.util.find_spec("torchmetrics") is not None:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        similarity = structural_similarity_index_measure(reconstruction, pixel_values, data_range=1.0)
+        assert isinstance(similarity, Tensor)
+        fidelity["ssim"] = similarity
+    return fidelity
+
+
+def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:
+    return torch.stack(values).cpu().double().dot(torch.tensor(weights).double()).item() / sum(weights)
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `d` of features `n d`, and an R with R^T R their covariance; float64 on the CPU."""
+    features = features.cpu().double()
+    mean = reduce(features, "n d -> d", "mean")
+    _, root = torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r")
+    return mean, root
+
+
+def _rows_as_bytes(codes: Tensor, dtype: torch.dtype) -> list[bytes]:
+    content = codes.to(dtype).cpu().numpy().tobytes()
+    row_size = codes.shape[1] * dtype.itemsize
+    return [content[start : start + row_size] for start in range(0, len(content), row_size)]

@@ -1,0 +1,185 @@
+"""What every id of the prior's sequence means; nothing else in the project knows an offset.
+
+    [BOS] text ... [PAD] [SEP] image codes
+
+Text ids come first and keep the values that the text tokenizer gave them; [BOS], [SEP] and [PAD] follow; image ids come last. The text
+has a fixed length and pads are attended like any token, so there is no attention mask and every image code keeps its position.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizers_vq import DiscreteTokenizer
+
+VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the vocabulary in multiples of this
+FILE_NAME = "layout.json"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of positions that carry codes of one kind.
+
+    Attributes:
+        name: "text" or "image".
+        length: positions.
+        codebook_size: codes at each position.
+        offset: id of code 0 (of the first position).
+        shared: whether code c is one id at all positions, or each position has a range of its own.
+    """
+
+    name: str
+    length: int
+    codebook_size: int
+    offset: int
+    shared: bool = True
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that the segment takes of the vocabulary."""
+        return self.codebook_size * (1 if self.shared else self.length)
+
+    def position_offsets(self, device: torch.device | None = None) -> Tensor:
+        """Id of code 0 at each position, `n`."""
+        step = 0 if self.shared else self.codebook_size
+        return self.offset + step * torch.arange(self.length, device=device)
+
+    def codes_to_ids(self, codes: Tensor) -> Tensor:
+        """Codes `b n` -> ids `b n`."""
+        return codes.long() + self.position_offsets(codes.device)
+
+    def ids_to_codes(self, ids: Tensor) -> Tensor:
+        """Ids `b n` -> codes `b n`; ValueError for an id that does not belong at its position."""
+        codes = ids - self.position_offsets(ids.device)
+        if ids.numel() and not (codes.min() >= 0 and codes.max() < self.codebook_size):
+            raise ValueError(f"these are no {self.name} ids of this layout: {ids.flatten()[:8].tolist()}...")
+        return codes
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The sequence `[BOS] text [SEP] image` and its vocabulary.
+
+    Attributes:
+        text_vocab_size: ids of the text tokenizer, 0 and up.
+        text_length: positions for text; shorter captions are filled with [PAD].
+        num_codes, codebook_size: of a picture.
+        codes_shared: whether all positions of a picture share one range of ids (cells of a grid), or each has its own (stages).
+    """
+
+    text_vocab_size: int
+    text_length: int
+    num_codes: int
+    codebook_size: int
+    codes_shared: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"layout: {name} must be a whole number of at least 1, got {value!r}")
+
+    @classmethod
+    def for_tokenizers(cls, image_tokenizer: DiscreteTokenizer, *, text_vocab_size: int, text_length: int) -> Self:
+        """The layout that fits an image tokenizer and a text vocabulary."""
+        return cls(
+            text_vocab_size=text_vocab_size,
+            text_length=text_length,
+            num_codes=image_tokenizer.num_codes,
+            codebook_size=image_tokenizer.codebook_size,
+            codes_shared=image_tokenizer.positions_share_codes,
+        )
+
+    @property
+    def bos_id(self) -> int:
+        """Starts every sequence."""
+        return self.text_vocab_size
+
+    @property
+    def sep_id(self) -> int:
+        """Stands between text and picture."""
+        return self.text_vocab_size + 1
+
+    @property
+    def pad_id(self) -> int:
+        """Fills the text to its length; a text of nothing else is the prompt without a caption."""
+        return self.text_vocab_size + 2
+
+    @property
+    def text(self) -> Segment:
+        """The positions of the caption."""
+        return Segment("text", self.text_length, self.text_vocab_size, 0)
+
+    @property
+    def image(self) -> Segment:
+        """The positions of the picture."""
+        return Segment("image", self.num_codes, self.codebook_size, self.text_vocab_size + 3, self.codes_shared)
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions up to and including [SEP]."""
+        return self.text_length + 2
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of text, picture and marks."""
+        return self.prompt_length + self.num_codes
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids, rounded up to a multiple of 64."""
+        used = self.image.offset + self.image.num_ids
+        return math.ceil(used / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def text_dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds every text id and [PAD]."""
+        return np.min_scalar_type(self.pad_id)
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds every code of a picture."""
+        return np.min_scalar_type(self.codebook_size - 1)
+
+    def pad_text(self, texts: list[list[int]]) -> np.ndarray:
+        """Text ids of any lengths -> `b t`, cut or filled with [PAD]."""
+        rows = np.full((len(texts), self.text_length), self.pad_id, dtype=self.text_dtype)
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids)] = ids[: self.text_length]
+        return rows
+
+    def prompt(self, text_ids: Tensor) -> Tensor:
+        """Text `b t` -> `[BOS] text [SEP]`, `b s`."""
+        if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
+            raise ValueError(f"text ids must be `b {self.text_length}`, got {tuple(text_ids.shape)}")
+        marks = text_ids.new_tensor([self.bos_id, self.sep_id], dtype=torch.int64).expand(len(text_ids), 2)
+        return torch.cat([marks[:, :1], text_ids.long(), marks[:, 1:]], dim=1)
+
+    def sequence(self, text_ids: Tensor, codes: Tensor) -> Tensor:
+        """Text `b t` and codes `b n` -> `[BOS] text [SEP] image`, `b s`."""
+        return torch.cat([self.prompt(text_ids), self.image.codes_to_ids(codes)], dim=1)
+
+    def without_caption(self, num: int, device: torch.device | None = None) -> Tensor:
+        """Text of the prompt that says nothing, `num t`."""
+        return torch.full((num, self.text_length), self.pad_id, dtype=torch.int64, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `layout.json` into a folder."""
+        Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read `layout.json` from a folder; ValueError where there is none or it is not one."""
+        path = Path(folder, FILE_NAME)
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is not a tok2img model folder: it has no {FILE_NAME}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not describe a layout: {error}") from error

@@ -1,0 +1,229 @@
+"""Sheets of pictures, drawn with Pillow alone, and curves, drawn with matplotlib of the extra `[eval]`.
+
+A sheet is a table of tiles; captions and headers are tiles too.
+"""
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+MIN_TILE_SIZE = 96
+FONT_SIZE = 14
+MAX_CAPTION_LINES = 5
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures as they are, `columns` in a row."""
+    return _table(_chunks(images, columns), gap=2)
+
+
+def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """Pictures with their captions wrapped underneath.
+
+    Small pictures are enlarged by a whole factor, pixel by pixel, to about 96 pixels; a caption of more than five
+    lines ends in dots.
+    """
+    _check_equally_many(images, captions, "pictures", "captions")
+    tiles = _enlarged(images)
+    labels = [_wrap(caption, width=tile.width) for tile, caption in zip(tiles, captions, strict=True)]
+    rows: list[list[Image.Image]] = []
+    for row_tiles, row_labels in zip(_chunks(tiles, columns), _chunks(labels, columns), strict=True):
+        num_lines = max(len(lines) for lines in row_labels)
+        rows += [row_tiles, [_label(lines, num_lines=num_lines) for lines in row_labels]]
+    return _table(rows, gap=8)
+
+
+def reconstruction_sheet(
+    originals: Sequence[Image.Image], reconstructions: Sequence[Image.Image], *, columns: int = 8
+) -> Image.Image:
+    """Each reconstruction under its original, `columns` pairs side by side."""
+    _check_equally_many(originals, reconstructions, "originals", "reconstructions")
+    upper, lower = _label(["original"]), _label(["reconstruction"])
+    pairs = zip(_chunks(_enlarged(originals), columns), _chunks(_enlarged(reconstructions), columns), strict=True)
+    return _table([row for above, below in pairs for row in ([upper, *above], [lower, *below])], gap=4)
+
+
+def stage_sheet(stages: Sequence[Sequence[Image.Image]], *, num_codes: Sequence[int] | None = None) -> Image.Image:
+    """Pictures that sharpen from left to right.
+
+    Args:
+        stages: a row for each picture, and in it the picture after each stage
+        num_codes: how many codes each column was drawn from; counts from 1 if absent
+    """
+    _check_not_empty(stages)
+    counts = list(num_codes or range(1, len(stages[0]) + 1))
+    if any(len(row) != len(counts) for row in stages):
+        raise ValueError(f"got rows of {[len(row) for row in stages]} stages under {len(counts)} headers")
+    header = [_label([f"{count} code" if count == 1 else f"{count} codes"]) for count in counts]
+    return _table([header, *(_enlarged(row) for row in stages)], gap=4)
+
+
+def save_image(image: Image.Image, path: str | PathLike[str]) -> None:
+    """Write a picture whole or not at all, in the format its suffix names; missing folders are made."""
+    suffix = Path(path).suffix.lower()
+    image_format = Image.registered_extensions().get(suffix)
+    if image_format not in Image.SAVE:
+        raise ValueError(f"cannot write {path}: its suffix {suffix!r} names no picture format; use .png, .webp or .jpg")
+    content = io.BytesIO()
+    image.save(content, format=image_format)
+    write_atomically(path, content.getvalue())
+
+
+def write_atomically(path: str | PathLike[str], content: bytes) -> None:
+    """Write a file under a temporary name beside it and rename it, so that readers see the old or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
+    """Save a plot of how often each code is used, the most frequent first.
+
+    Args:
+        histogram: counts `k`, or `n k` with a row for each position, which is drawn as a map
+        path: picture file to write
+    """
+    counts = torch.atleast_2d(histogram).cpu().double()
+    if counts.ndim != 2 or (counts.sum(dim=1) == 0).any():
+        raise ValueError(f"got a histogram {tuple(histogram.shape)}, expected counts `k` or `n k` without an empty row")
+    share = (counts / counts.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
+    figure = _figure()
+    axes = figure.subplots()
+    axes.set_xlabel("codes of a position, most used first" if len(share) > 1 else "codes, most used first")
+    if len(share) == 1:
+        axes.stairs(share[0].numpy(), fill=True)
+        axes.set_ylabel("share of all codes")
+    else:
+        figure.colorbar(axes.imshow(share.numpy(), aspect="auto", interpolation="nearest"), label="share")
+        axes.set_ylabel("position")
+    save_image(_picture(figure), path)
+
+
+def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Save the curves of `loss` and `eval_loss` over `step` from the `log_history` of a `transformers.Trainer`."""
+    figure = _figure()
+    axes = figure.subplots()
+    for name in ("loss", "eval_loss"):
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+    if not axes.lines:
+        raise ValueError(f"got a log of {len(log_history)} entries, none of which has a loss or an eval_loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_image(_picture(figure), path)
+
+
+def _table(rows: Sequence[Sequence[Image.Image]], *, gap: int) -> Image.Image:
+    """Tiles in rows and columns as wide as their largest tile, each tile in the middle of its place."""
+    num_columns = max(len(row) for row in rows)
+    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(num_columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1))
+    sheet = Image.new("RGB", size, "white")
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for tile, width in zip(row, widths, strict=False):
+            sheet.paste(tile, (left + (width - tile.width) // 2, top + (height - tile.height) // 2))
+            left += width + gap
+        top += height + gap
+    return sheet
+
+
+def _chunks(items: Sequence[T], columns: int) -> list[list[T]]:
+    _check_not_empty(items)
+    if columns < 1:
+        raise ValueError(f"got {columns} columns, expected at least 1")
+    return [list(items[start : start + columns]) for start in range(0, len(items), columns)]
+
+
+def _enlarged(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Repeat the pixels of small pictures, all by one factor, so that the largest reaches the size of a tile."""
+    factor = -(-MIN_TILE_SIZE // max(max(image.size) for image in images))
+    return [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
+
+
+def _wrap(text: str, *, width: int) -> list[str]:
+    """Break text into lines of at most `width` pixels, and words only where one is longer than a line."""
+    font = ImageFont.load_default(FONT_SIZE)
+    lines: list[str] = [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        else:
+            lines += _pieces(word, font, width=width)
+    lines = [line for line in lines if line]
+    if len(lines) > MAX_CAPTION_LINES:
+        lines = [*lines[: MAX_CAPTION_LINES - 1], "..."]
+    return lines
+
+
+def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, width: int) -> list[str]:
+    """Cut a word where it grows longer than `width` pixels."""
+    pieces = [""]
+    for character in word:
+        if pieces[-1] and font.getlength(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
+
+
+def _label(lines: list[str], num_lines: int = 1) -> Image.Image:
+    """Lines of text as a tile, as high as `num_lines` lines."""
+    font = ImageFont.load_default(FONT_SIZE)
+    line_height = FONT_SIZE + 3
+    width = max((math.ceil(font.getlength(line)) for line in lines), default=1)
+    tile = Image.new("RGB", (width, line_height * num_lines), "white")
+    draw = ImageDraw.Draw(tile)
+    for index, line in enumerate(lines):
+        draw.text((width / 2, index * line_height), line, fill="black", font=font, anchor="ma")
+    return tile
+
+
+def _figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'tok2img[eval]'") from error
+    return Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+
+
+def _picture(figure: "Figure") -> Image.Image:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return Image.open(content).convert("RGB")
+
+
+def _check_not_empty(items: Sequence[Any]) -> None:
+    if not items:
+        raise ValueError("got no picture to draw")
+
+
+def _check_equally_many(first: Sequence[Any], second: Sequence[Any], first_name: str, second_name: str) -> None:
+    _check_not_empty(first)
+    if len(first) != len(second):
+        raise ValueError(f"got {len(first)} {first_name} but {len(second)} {second_name}")

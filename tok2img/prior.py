@@ -1,0 +1,202 @@
+"""The prior: any causal language model of transformers, unmodified, and the loss that trains it on sequences of a layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tokenizers_vq.base import refuse_non_finite, refuse_non_model
+
+from .layout import Segment, SequenceLayout
+
+ARCHITECTURES = ("qwen3", "llama", "gpt2")
+WIDTH_PER_LAYER = 64
+HEAD_SIZE = 64
+IMAGE_WEIGHT = 7.0  # against 1 for text, as in DALL-E (Ramesh et al. 2021, section 2.2)
+
+
+def build_prior(
+    layout: SequenceLayout,
+    *,
+    architecture: str = "qwen3",
+    depth: int = 4,
+    dropout: float = 0.0,
+    seed: int = 0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A causal language model with random weights, sized for a layout by one dial.
+
+    Args:
+        architecture: "qwen3", "llama", "gpt2", or any model type that `AutoModelForCausalLM` knows.
+        depth: layers; the width is 64 times that, with heads of 64.
+        dropout: of attention weights; with "gpt2" of embeddings and residuals too.
+        overrides: settings of the model's own config.
+
+    Raises:
+        ValueError: for a model type that transformers does not know, or a setting that it refuses.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    settings = shape_settings(architecture, layout, depth, dropout) | overrides
+    try:
+        config = AutoConfig.for_model(architecture, **settings)
+    except ValueError as error:
+        raise ValueError(f"architecture {architecture!r}: {str(error).splitlines()[0]}") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        prior = AutoModelForCausalLM.from_config(config)
+    prior.generation_config = GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
+    check_fits(prior, layout)
+    return prior
+
+
+def shape_settings(architecture: str, layout: SequenceLayout, depth: int, dropout: float) -> dict[str, Any]:
+    """Config fields that follow from the layout and the dial, under the names that the architecture has for them."""
+    width = WIDTH_PER_LAYER * depth
+    common = {
+        "vocab_size": layout.vocab_size,
+        "bos_token_id": layout.bos_id,
+        "eos_token_id": None,
+        "pad_token_id": layout.pad_id,
+    }
+    if architecture == "gpt2":
+        sizes = {"n_positions": layout.sequence_length, "n_embd": width, "n_layer": depth, "n_head": width // HEAD_SIZE}
+        return common | sizes | {"attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout}
+    return common | {
+        "hidden_size": width,
+        "intermediate_size": 64 * round(width * 8 / 3 / 64),
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // HEAD_SIZE,
+        "num_key_value_heads": width // HEAD_SIZE,
+        "head_dim": HEAD_SIZE,
+        "max_position_embeddings": layout.sequence_length,
+        "attention_dropout": dropout,
+        "tie_word_embeddings": False,
+    }
+
+
+def load_prior(folder: str | Path, layout: SequenceLayout) -> PreTrainedModel:
+    """Load a saved prior; ValueError for a folder that is none, missing or non-finite tensors, or a vocabulary that does not fit."""
+    refuse_non_model(folder)
+    try:
+        prior, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot load a prior from {folder}: {str(error).splitlines()[0]}") from error
+    wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
+    if wrong:
+        raise ValueError(f"{folder} does not hold a whole prior: missing or unknown tensors {wrong[:3]}")
+    refuse_non_finite(prior, folder)
+    check_fits(prior, layout)
+    return prior.eval()
+
+
+def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
+    """ValueError for a model whose vocabulary or context is too small for the layout, or whose head is not a plain product."""
+    head = prior.get_output_embeddings()
+    if head is None or head.weight.shape[0] < layout.vocab_size:
+        rows = 0 if head is None else head.weight.shape[0]
+        raise ValueError(f"the layout needs {layout.vocab_size} ids, but the model's head has {rows} rows")
+    context = getattr(prior.config, "max_position_embeddings", layout.sequence_length)
+    if context < layout.sequence_length:
+        raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}")
+    with torch.no_grad():
+        prompt = layout.prompt(layout.without_caption(1, prior.device))
+        training = prior.training
+        prior.eval()
+        direct = prior(prompt).logits[:, -1, : layout.vocab_size]
+        ours = segment_logits(prior, trunk(prior, prompt)[:, -1:], 0, layout.vocab_size)[:, 0]
+        prior.train(training)
+    if not torch.allclose(direct.float(), ours.float(), atol=1e-3, rtol=1e-3):
+        kind = prior.config.model_type
+        raise ValueError(f"{kind} models change their logits after the head; use one that does not, such as qwen3")
+
+
+def trunk(prior: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Hidden states under the head, `b s` -> `b s d`."""
+    return prior.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def segment_logits(prior: PreTrainedModel, hidden: Tensor, first: int, last: int) -> Tensor:
+    """Logits of the ids `first..last-1` alone: `b s d` -> `b s v`."""
+    head = prior.get_output_embeddings()
+    bias = None if getattr(head, "bias", None) is None else head.bias[first:last]
+    return F.linear(hidden, head.weight[first:last], bias)
+
+
+def code_logits(prior: PreTrainedModel, hidden: Tensor, segment: Segment) -> Tensor:
+    """Logits of each position's own codes: hidden states before the segment's positions `b n d` -> `b n k`."""
+    logits = segment_logits(prior, hidden, segment.offset, segment.offset + segment.num_ids)
+    if segment.shared:
+        return logits
+    by_position = logits.unflatten(-1, (segment.length, segment.codebook_size))
+    return by_position.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+
+
+@dataclass
+class PriorOutput(ModelOutput):
+    """`loss`, and its parts in nats a token as `metrics`."""
+
+    loss: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class PriorWithLoss(nn.Module):
+    """A prior as the trainer sees it: tokens in, loss out. The model inside stays as transformers made it.
+
+    Args:
+        prior: a causal language model that fits the layout.
+        caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
+        code_noise: share of training codes that are replaced in the input (not in the labels) by others of their position, which
+            keeps a prior over few codes from learning the pictures by heart.
+        image_weight: weight of the mean loss of image codes against 1 for text.
+    """
+
+    def __init__(
+        self,
+        prior: PreTrainedModel,
+        layout: SequenceLayout,
+        *,
+        caption_dropout: float = 0.1,
+        code_noise: float = 0.0,
+        image_weight: float = IMAGE_WEIGHT,
+    ):
+        super().__init__()
+        check_fits(prior, layout)
+        self.prior, self.layout = prior, layout
+        self.caption_dropout, self.code_noise, self.image_weight = caption_dropout, code_noise, image_weight
+
+    def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
+        """Text `b t` and codes `b n` -> the weighted loss; each segment's own head rows only, which is the masked loss exactly."""
+        text, image = self.layout.text, self.layout.image
+        text_ids, read = self.hide(text_ids.long(), image_codes.long())
+        hidden = trunk(self.prior, self.layout.sequence(text_ids, read)[:, :-1])
+        text_logits = segment_logits(self.prior, hidden[:, : text.length], text.offset, text.num_ids)
+        labels = text_ids.masked_fill(text_ids == self.layout.pad_id, -100)
+        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        text_loss = text_loss / (labels >= 0).sum().clamp_min(1)
+        image_logits = code_logits(self.prior, hidden[:, self.layout.prompt_length - 1 :], image)
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), image_codes.long().flatten())
+        loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
+        return PriorOutput(loss=loss, metrics={"text_loss": text_loss.detach(), "image_loss": image_loss.detach()})
+
+    def hide(self, text_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """In training: caption dropout on `b t` and code noise on `b n`."""
+        if not self.training:
+            return text_ids, codes
+        hidden = torch.rand(len(text_ids), 1, device=text_ids.device) < self.caption_dropout
+        text_ids = text_ids.masked_fill(hidden, self.layout.pad_id)
+        if not self.code_noise:
+            return text_ids, codes
+        replaced = torch.rand(codes.shape, device=codes.device) < self.code_noise
+        return text_ids, torch.where(replaced, torch.randint_like(codes, self.layout.codebook_size), codes)
+
+    def save_pretrained(self, folder: str | Path, **arguments: Any) -> None:
+        """Save the prior itself, as transformers saves it."""
+        state = arguments.pop("state_dict", None)
+        inner = None if state is None else {name.removeprefix("prior."): tensor for name, tensor in state.items()}
+        self.prior.save_pretrained(str(folder), state_dict=inner, **arguments)

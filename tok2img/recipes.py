@@ -1,0 +1,204 @@
+"""What a training run is made of: the keys of a recipe, their defaults, and how a file and the command line fill them."""
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import yaml
+
+Recipe = TypeVar("Recipe", bound="RunSettings")
+
+
+@dataclass
+class RunSettings:
+    """Keys that every training run has.
+
+    Attributes:
+        out: folder for the result.
+        data: Parquet file or folder, image folder with captions, webdataset tars, hub name, or "shapes".
+        max_rows: train on so many rows at most; 0: all.
+        eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
+        eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
+        learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.
+        bf16: compute in bfloat16 where it is safe. compile: through torch.compile.
+        report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
+    """
+
+    out: str = ""
+    data: str = ""
+    image_column: str = ""
+    caption_column: str = ""
+    max_rows: int = 0
+    max_steps: int = 2000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    lr_schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int = 250
+    eval_rows: int = 1000
+    sample_every: int = 500
+    log_every: int = 50
+    bf16: bool = False
+    compile: bool = False
+    num_workers: int = 0
+    report_to: str = "none"
+    seed: int = 0
+
+
+@dataclass
+class TokenizerRecipe(RunSettings):
+    """A run of `tok2img train-tokenizer`.
+
+    Attributes:
+        tokenizer: "vqvae", "vqdraw", or "bpe" for a text tokenizer.
+        model: settings of the tokenizer, see `VQVAEConfig` and `VQDrawImageConfig`; image_size and num_channels are those of the first
+            picture where they are left out, and pixel_mean and pixel_std are measured.
+        vocab_size: of a BPE.
+    """
+
+    tokenizer: str = "vqvae"
+    model: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 4096
+
+
+@dataclass
+class PriorRecipe(RunSettings):
+    """A run of `tok2img train-prior`.
+
+    Attributes:
+        tokens: folder that `tok2img tokenize` wrote; or give `data` and `image_tokenizer`, and the run tokenizes first.
+        image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
+        vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
+        architecture, depth, dropout: see `build_prior`.
+        caption_dropout, code_noise, image_weight: see `PriorWithLoss`.
+        guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
+    """
+
+    tokens: str = ""
+    image_tokenizer: str = ""
+    text_tokenizer: str = ""
+    vocab_size: int = 4096
+    text_length: int = 0
+    architecture: str = "qwen3"
+    depth: int = 4
+    dropout: float = 0.1
+    caption_dropout: float = 0.1
+    code_noise: float = 0.0
+    image_weight: float = 7.0
+    weight_decay: float = 0.1
+    guidance_scale: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file (or none), with some keys given in place.
+
+    Args:
+        overrides: by key; `model.codebook_size` reaches into `model`.
+
+    Raises:
+        ValueError: naming the file and the key, for a key that does not exist or a value of the wrong kind.
+    """
+    values = {} if path is None else read_yaml(path)
+    origin = "the recipe" if path is None else str(path)
+    check_keys(kind, values, origin)
+    check_keys(kind, {key.split(".")[0]: None for key in overrides or {}}, "the command line")
+    for key, value in (overrides or {}).items():
+        outer, _, inner = key.partition(".")
+        if inner:
+            values[outer] = {**(values.get(outer) or {}), inner: value}
+        else:
+            values[key] = value
+    types = get_type_hints(kind)
+    return kind(**{key: as_type(key, value, types[key]) for key, value in values.items()})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError where there is none."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> None:
+    """ValueError for a key that a recipe of this kind does not have, with the nearest that it has."""
+    known = [each.name for each in fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            raise ValueError(f"{origin}: no key {key!r}; {hint}")
+
+
+def as_type(key: str, value: Any, wanted: Any) -> Any:
+    """The value if it is of the key's kind (whole numbers pass for floats, `1e-3` is one); ValueError else."""
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    plain = get_origin(wanted) or wanted
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
+        raise ValueError(f"key {key!r} must be {names[plain]}, got {value!r}")
+    return value
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """`[RECIPE.yaml] --key value --other-key=value` -> the file, and the values as YAML reads them."""
+    path = None
+    if arguments and not arguments[0].startswith("--"):
+        path, arguments = arguments[0], arguments[1:]
+    overrides: dict[str, Any] = {}
+    while arguments:
+        word, *arguments = arguments
+        if not word.startswith("--"):
+            raise ValueError(f"expected --key value, got {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not arguments:
+                raise ValueError(f"--{key} needs a value")
+            value, *arguments = arguments
+        overrides[key.replace("-", "_")] = as_yaml(value)
+    return path, overrides
+
+
+def as_yaml(text: str) -> Any:
+    """A value of the command line as YAML reads it; what is no YAML is text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None or not isinstance(value, int | float | bool | dict | list) else value
+
+
+def describe_keys(kind: type[RunSettings]) -> str:
+    """All keys with their defaults, a line each, for help."""
+    lines = []
+    for each in fields(kind):
+        default = "" if each.default is MISSING else repr(each.default)
+        lines.append(f"--{each.name.replace('_', '-')} {default}".rstrip())
+    return "  ".join(lines)
+
+
+def require(recipe: RunSettings, *keys: str) -> None:
+    """ValueError for a key that a run cannot do without and that is not given."""
+    for key in keys:
+        if not getattr(recipe, key):
+            raise ValueError(
+                f"the recipe needs {key!r}: give it as `{key}: ...` in the file or --{key.replace('_', '-')} ..."
+            )

@@ -1,0 +1,202 @@
+"""Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig, load_image
+from tokenizers_vq.images import images_from_pixels
+
+from .data import held_out_split, load_captioned_images
+from .generation import Sampling
+from .pipeline import TextToImagePipeline
+from .plots import captioned_sheet, reconstruction_sheet
+from .prior import PriorWithLoss, build_prior
+from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels
+from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
+from .text import TextTokenizer
+from .tokenized import fit_text, load_tokens, save_tokens
+from .trainer import PictureRows, Trainer, training_arguments
+
+MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
+HELD_OUT_SHARE = 0.05
+NUM_SAMPLES = 16
+PICTURES_FOR_STATISTICS = 512
+
+
+def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
+    """Train an image tokenizer on the pictures of a data set, or BPE on its captions, and save it to `recipe.out`."""
+    require(recipe, "data", "out")
+    if recipe.tokenizer == "bpe":
+        captions = open_data(recipe)["caption"]
+        text_tokenizer = TextTokenizer.train_bpe(captions, vocab_size=recipe.vocab_size)
+        text_tokenizer.save_pretrained(recipe.out)
+        return text_tokenizer
+    rows = open_data(recipe, with_captions=False)
+    image_tokenizer = build_tokenizer(recipe, rows)
+    training_rows, held_out = split(rows, recipe)
+    training_pictures = PictureRows(training_rows, image_tokenizer)
+    held_out_pictures = PictureRows(held_out, image_tokenizer)
+    trainer = Trainer(
+        image_tokenizer,
+        arguments(recipe),
+        train_dataset=training_pictures,
+        eval_dataset=held_out_pictures,
+        draw=lambda: draw_reconstructions(image_tokenizer, held_out["image"][:NUM_SAMPLES]),
+        draw_every=recipe.sample_every,
+    )
+    finish(trainer, recipe.out)
+    image_tokenizer.eval().save_pretrained(recipe.out)
+    return image_tokenizer
+
+
+def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
+    """Train a prior on tokens (making them first where only data is given) and save the whole model to `recipe.out`."""
+    require(recipe, "out")
+    if not recipe.tokens:
+        tokenize_for(recipe)
+    tokens, processor = load_tokens(recipe.tokens or Path(recipe.out, "tokens"))
+    if recipe.max_rows:
+        tokens = tokens.select(range(min(recipe.max_rows, len(tokens))))
+    layout = processor.layout
+    prior = build_prior(
+        layout, architecture=recipe.architecture, depth=recipe.depth, dropout=recipe.dropout, seed=recipe.seed
+    )
+    model = PriorWithLoss(
+        prior,
+        layout,
+        caption_dropout=recipe.caption_dropout,
+        code_noise=recipe.code_noise,
+        image_weight=recipe.image_weight,
+    )
+    pipeline = TextToImagePipeline(prior, processor)
+    pipeline.default_sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
+    training_rows, held_out = split(tokens.with_format("torch"), recipe)
+    prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
+    trainer = Trainer(
+        model,
+        arguments(recipe, best_by="image_loss"),
+        train_dataset=training_rows,
+        eval_dataset=held_out,
+        draw=lambda: draw_samples(pipeline, prompts),
+        draw_every=recipe.sample_every,
+    )
+    processor.image_tokenizer.to(trainer.args.device)
+    finish(trainer, recipe.out)
+    pipeline.save_pretrained(recipe.out)
+    return pipeline
+
+
+def tokenize_for(recipe: PriorRecipe) -> None:
+    """Tokenize the recipe's data into `out/tokens`."""
+    require(recipe, "data", "image_tokenizer")
+    data = open_data(recipe)
+    processor = build_processor(
+        data["caption"],
+        load_image_tokenizer(recipe.image_tokenizer),
+        text_tokenizer=recipe.text_tokenizer,
+        vocab_size=recipe.vocab_size,
+        text_length=recipe.text_length,
+    )
+    save_tokens(data, processor, Path(recipe.out, "tokens"))
+
+
+def build_processor(
+    captions: Sequence[str],
+    image_tokenizer: DiscreteTokenizer,
+    *,
+    text_tokenizer: str = "",
+    vocab_size: int = 4096,
+    text_length: int = 0,
+) -> Tok2ImgProcessor:
+    """A processor for these captions: a saved text tokenizer, or BPE learned from them; on a GPU where there is one."""
+    given = TextTokenizer.from_pretrained(text_tokenizer) if text_tokenizer else None
+    text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
+    if torch.cuda.is_available():
+        image_tokenizer.to("cuda")  # type: ignore[reportArgumentType]
+    return Tok2ImgProcessor.build(image_tokenizer, text, text_length=length)
+
+
+def open_data(recipe: RunSettings, *, with_captions: bool = True) -> Dataset:
+    """The training rows that a recipe names."""
+    return load_captioned_images(
+        recipe.data,
+        image_column=recipe.image_column or None,
+        caption_column=recipe.caption_column or None,
+        with_captions=with_captions,
+        max_rows=recipe.max_rows or None,
+    )
+
+
+def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer:
+    """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the pictures."""
+    if recipe.tokenizer not in MODELS:
+        raise ValueError(f"tokenizer must be one of {', '.join([*MODELS, 'bpe'])}, got {recipe.tokenizer!r}")
+    model_class, config_class = MODELS[recipe.tokenizer]
+    settings = shape_of(rows) | recipe.model
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        draft = model_class(config_class(**settings))
+        if not {"pixel_mean", "pixel_std"} & settings.keys():
+            pixels = load_pixels(rows[: min(PICTURES_FOR_STATISTICS, len(rows))]["image"], draft)
+            draft.config.pixel_mean = round(pixels.mean().item(), 4)
+            draft.config.pixel_std = round(max(pixels.std().item(), 1e-3), 4)
+    return draft
+
+
+def shape_of(rows: Dataset) -> dict[str, Any]:
+    """`image_size` and `num_channels` of the first picture: its short side down to a multiple of 4, 1 channel where it is grey."""
+    picture = load_image(rows[0]["image"])
+    red, green, blue = picture.split()
+    is_grey = red.tobytes() == green.tobytes() == blue.tobytes()
+    return {"image_size": max(4, min(picture.size) // 4 * 4), "num_channels": 1 if is_grey else 3}
+
+
+def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and rows for the held-out loss."""
+    return held_out_split(rows, share=HELD_OUT_SHARE, max_rows=recipe.eval_rows, seed=recipe.seed)
+
+
+def arguments(recipe: RunSettings, *, best_by: str = "loss") -> Any:
+    """The recipe's keys as arguments of the trainer."""
+    names = {each.name for each in fields(RunSettings)} - {
+        "out",
+        "data",
+        "image_column",
+        "caption_column",
+        "max_rows",
+        "eval_rows",
+        "sample_every",
+    }
+    return training_arguments(recipe.out, best_by=best_by, **{name: getattr(recipe, name) for name in names})
+
+
+def finish(trainer: Trainer, out: str) -> None:
+    """Train to the end, and clear the checkpoints that served to keep the best weights."""
+    trainer.train()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
+
+
+def draw_reconstructions(image_tokenizer: DiscreteTokenizer, images: Sequence[Any]) -> Image.Image:
+    """A sheet of pictures above what becomes of them."""
+    pixel_values = load_pixels(images, image_tokenizer).to(image_tokenizer.device)
+    reconstructions = image_tokenizer.decode(image_tokenizer.encode(pixel_values))
+    return reconstruction_sheet(images_from_pixels(pixel_values.cpu()), images_from_pixels(reconstructions.cpu()))
+
+
+def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:
+    """A sheet of pictures with their captions."""
+    pictures: Any = pipeline(prompts, seed=seed).images
+    return captioned_sheet(pictures, prompts)
+
+
+def read_caption(text_ids: torch.Tensor, processor: Tok2ImgProcessor) -> str:
+    """The caption that text ids `t` stand for."""
+    return processor.text_tokenizer.decode([int(each) for each in text_ids if each != processor.layout.pad_id])

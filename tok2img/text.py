@@ -1,0 +1,79 @@
+"""Captions -> text tokens: byte-level BPE trained on the captions themselves, or any tokenizer that Hugging Face has saved.
+
+A text tokenizer here owns text and nothing else: marks like [SEP] and image codes are integers that the layout places, so whatever a
+caption says, it is only text.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
+
+
+class TextTokenizer:
+    """Text to ids and back, through a fast tokenizer of transformers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def train_bpe(cls, captions: Iterable[str], *, vocab_size: int = 4096) -> Self:
+        """Learn byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text has ids, and they give it back."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=max(vocab_size, 256),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Load a saved tokenizer from a folder or the hub; ValueError where there is none."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name), split_special_tokens=True, use_fast=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cannot load a text tokenizer from {name}: {str(error).splitlines()[0]}") from error
+        return cls(tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer into a folder."""
+        self.tokenizer.save_pretrained(str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number."""
+        return len(self.tokenizer)
+
+    def encode(
+        self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Ids of each caption, none of them reserved; where only `max_length` of them are wanted, few more are computed.
+
+        Raises:
+            ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
+        """
+        for row, caption in zip(rows or range(len(captions)), captions, strict=True):
+            if not isinstance(caption, str):
+                raise ValueError(f"row {row}: the caption is not text but {type(caption).__name__}: {caption!r}")
+        limit = None if max_length is None else (max_length + 1) * MAX_CHARACTERS_PER_TOKEN
+        texts = [caption[:limit].encode("utf-8", "replace").decode("utf-8") for caption in captions]
+        encoding = (
+            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False) if texts else {}
+        )
+        return encoding["input_ids"] if texts else []
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that the ids stand for."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False)).strip()
+
+    def state(self) -> str:
+        """Everything that the ids depend on, as text."""
+        return self.tokenizer.backend_tokenizer.to_str()

@@ -1,0 +1,247 @@
+"""One trainer for everything here whose forward returns a loss: image tokenizers and priors alike.
+
+A thin layer on `transformers.Trainer`: the parts of the loss reach the log, held-out loss is a mean over rows, pictures are drawn on the
+way, and a tokenizer looks at its data before the first step.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tokenizers_vq import DiscreteTokenizer
+
+from .plots import save_image
+from .prior import PriorWithLoss
+from .processing import load_pixels
+
+ROWS_TO_START_FROM = 2**14
+VALUES_TO_START_FROM = 2**26  # 256 MB
+
+
+class Trainer(transformers.Trainer):
+    """Trains a `DiscreteTokenizer` on `pixel_values`, or a `PriorWithLoss` on `text_ids` and `image_codes`.
+
+    Args:
+        model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
+        args: see `training_arguments`.
+        draw: makes a picture of what the model can do; drawn every `draw_every` steps into `samples/` of the output folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        draw: Callable[[], Image.Image] | None = None,
+        draw_every: int = 0,
+    ):
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressInWords())
+        if draw is not None and draw_every:
+            self.add_callback(DrawSamples(draw, draw_every))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> Any:
+        """Train; a tokenizer that starts afresh first looks at some of its data."""
+        if (
+            not resume_from_checkpoint
+            and isinstance(self.model, DiscreteTokenizer)
+            and not is_stream(self.train_dataset)
+        ):
+            self.start_from_data(self.model)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+
+    def start_from_data(self, image_tokenizer: DiscreteTokenizer) -> None:
+        """Show a tokenizer the first rows of a fixed shuffle of its training data."""
+        rows = self.train_dataset
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
+        num_rows = min(ROWS_TO_START_FROM, max(1, VALUES_TO_START_FROM // rows[0]["pixel_values"].numel()))
+        chosen = [rows[int(row)]["pixel_values"] for row in order[:num_rows]]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            image_tokenizer.start_from_data(torch.stack(chosen).to(self.args.device))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss; its metrics wait for the next line of the log."""
+        outputs = model(**inputs)
+        for name, value in (outputs.metrics or {}).items():
+            self.metrics_since_log[name].append(value)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of the steps since the last line beside the training loss."""
+        if "loss" in logs:
+            means = {name: torch.stack(values).float().mean().item() for name, values in self.metrics_since_log.items()}
+            self.metrics_since_log.clear()
+            logs = logs | means
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the rows of the held-out data, summed over all ranks."""
+        self.model.eval()
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        for batch in self.get_eval_dataloader(eval_dataset):
+            num_rows = len(next(iter(batch.values())))
+            with self.compute_loss_context_manager():
+                outputs = self.model(**self._prepare_inputs(batch))
+            for name, value in {"loss": outputs.loss, **(outputs.metrics or {}), "rows": torch.tensor(1.0)}.items():
+                totals[name] += value.float().to(self.args.device) * num_rows
+        summed = {name: self.accelerator.reduce(total, "sum").item() for name, total in totals.items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": total / summed["rows"] for name, total in summed.items() if name != "rows"
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+
+    def _load_best_model(self) -> None:
+        load_weights(
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(
+            self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint
+        )
+
+
+def load_weights(model: nn.Module, folder: str | Path | None) -> None:
+    """Put the weights of a checkpoint folder into a model that is already built."""
+    inner = model.prior if isinstance(model, PriorWithLoss) else model
+    safetensors.torch.load_model(inner, Path(str(folder), "model.safetensors"))
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether rows only come one after another."""
+    return not hasattr(dataset, "__len__")
+
+
+def training_arguments(
+    output_dir: str | Path,
+    *,
+    max_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    gradient_accumulation_steps: int = 1,
+    warmup_steps: int = 0,
+    lr_schedule: str = "cosine",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    eval_every: int = 0,
+    best_by: str = "loss",
+    log_every: int = 50,
+    bf16: bool = False,
+    compile: bool = False,  # noqa: A002 - torch's word for it
+    num_workers: int = 0,
+    report_to: str = "none",
+    seed: int = 0,
+) -> TrainingArguments:
+    """Arguments of `transformers.Trainer` under the names of our recipes.
+
+    Args:
+        eval_every: steps between evaluations, each with a checkpoint; 0: only the last weights are kept. Otherwise the weights that are
+            best by the held-out `best_by` are, and `output_dir/checkpoints` holds the best and the last.
+    """
+    evaluation: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no"}
+    if eval_every:
+        evaluation = {
+            "eval_strategy": "steps",
+            "eval_steps": eval_every,
+            "save_strategy": "steps",
+            "save_steps": eval_every,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": best_by,
+            "greater_is_better": False,
+        }
+    return TrainingArguments(
+        output_dir=str(Path(output_dir, "checkpoints")),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=learning_rate,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type=lr_schedule,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        adam_beta2=0.99,
+        logging_steps=log_every,
+        bf16=bf16,
+        torch_compile=compile,
+        dataloader_num_workers=num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        report_to=report_to,
+        seed=seed,
+        **evaluation,
+    )
+
+
+class ProgressInWords(ProgressCallback):
+    """The progress bar of transformers, with a readable line instead of a printed dictionary."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Print the numbers of one line of the log."""
+        if not state.is_world_process_zero or self.training_bar is None or "train_runtime" in logs:
+            return
+        left_out = {"epoch", "total_flos", "grad_norm"}
+        numbers = [f"{name} {value:.4g}" for name, value in logs.items() if name not in left_out]
+        self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(numbers))
+
+
+class DrawSamples(TrainerCallback):
+    """Saves a picture of what the model can do every so many steps."""
+
+    def __init__(self, draw: Callable[[], Image.Image], every: int):
+        self.draw, self.every = draw, every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draw, in eval mode and without touching the random numbers of training."""
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        model = kwargs["model"]
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            sheet = self.draw()
+        model.train()
+        save_image(sheet, Path(args.output_dir).parent / "samples" / f"step-{state.global_step:06d}.png")
+
+
+class PictureRows(Dataset[dict[str, Tensor]]):
+    """Rows of a data set as `pixel_values` `c h w`, decoded when they are asked for; a picture that does not decode is named."""
+
+    def __init__(self, dataset: Any, image_tokenizer: DiscreteTokenizer, image_column: str = "image"):
+        self.dataset, self.image_tokenizer, self.image_column = dataset, image_tokenizer, image_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        picture = self.dataset[row][self.image_column]
+        return {"pixel_values": load_pixels([picture], self.image_tokenizer, rows=[row])[0]}

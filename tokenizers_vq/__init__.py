@@ -1,0 +1,27 @@
+"""Discrete tokenizers: pixels <-> codes. Importing this package registers them with transformers' `AutoModel`."""
+
+from transformers import AutoConfig, AutoModel
+
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .images import ImageError, load_image
+from .quantizer import QuantizerOutput, VectorQuantizer
+from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
+from .vqvae import VQVAE, VQVAEConfig
+
+__all__ = [
+    "VQVAE",
+    "DiscreteTokenizer",
+    "DiscreteTokenizerConfig",
+    "ImageError",
+    "QuantizerOutput",
+    "TokenizerOutput",
+    "VQDrawForImages",
+    "VQDrawImageConfig",
+    "VQVAEConfig",
+    "VectorQuantizer",
+    "load_image",
+]
+
+for model_class in (VQVAE, VQDrawForImages):
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+    AutoModel.register(model_class.config_class, model_class, exist_ok=True)

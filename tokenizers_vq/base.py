@@ -1,0 +1,188 @@
+"""What every discrete tokenizer promises: pixels or text in, codes out, and back."""
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+# Keys that `save_pretrained` writes into config.json beside the fields of the class.
+WRITTEN_BY_TRANSFORMERS = {
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "torch_dtype",
+    "use_cache",
+}
+
+
+class DiscreteTokenizerConfig(PreTrainedConfig):
+    """Settings of a tokenizer, as dataclass fields.
+
+    Raises:
+        ValueError: for a name that is no field (with the nearest field), and for a whole number that is not one or below 1.
+    """
+
+    base_config_key = "tokenizer_config"
+
+    def __post_init__(self, **other: Any) -> None:
+        known = {field.name for field in fields(type(self))}
+        for name in other.keys() - WRITTEN_BY_TRANSFORMERS:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(own_fields(type(self)))}"
+            raise ValueError(f"{type(self).__name__} has no setting {name!r}{hint}")
+        for name in own_fields(type(self)):
+            check_number(type(self).__name__, name, getattr(self, name), getattr(type(self), name, None))
+        super().__post_init__(**other)
+
+
+def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    """Names of the settings that a tokenizer's config adds to those of transformers."""
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    return [field.name for field in fields(config_class) if field.name not in inherited]
+
+
+def check_number(owner: str, name: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than its default: text for a number, 16.5 for 16, a count below 0."""
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{owner}: {name} must be true or false, got {value!r}")
+    if isinstance(default, int) and not isinstance(default, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or value < min(default, 1):
+            raise ValueError(f"{owner}: {name} must be a whole number of at least {min(default, 1)}, got {value!r}")
+    elif isinstance(default, float) and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
+        raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
+
+
+@dataclass
+class TokenizerOutput(ModelOutput):
+    """What `forward` returns.
+
+    Attributes:
+        loss: what training lowers, a scalar.
+        reconstruction: like the input, `b c h w` in [0, 1] for pictures.
+        codes: `b n` int64.
+        metrics: detached scalars worth a line in the log.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    codes: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class DiscreteTokenizer(PreTrainedModel):
+    """A model that turns each example into `num_codes` integers below `codebook_size`, and back.
+
+    Pictures go in and come out as `pixel_values`, `b c h w` floats in [0, 1]; what normalisation a model wants is in its config
+    and happens inside.
+    """
+
+    main_input_name = "pixel_values"
+    config: DiscreteTokenizerConfig
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of one example's codes before they are laid out as a sequence, e.g. `(8, 8)` or `(10,)`."""
+        raise NotImplementedError
+
+    @property
+    def num_codes(self) -> int:
+        """Length of the code sequence of one example."""
+        return torch.Size(self.code_shape).numel()
+
+    @property
+    def codebook_size(self) -> int:
+        """How many values a code can take."""
+        raise NotImplementedError
+
+    @property
+    def positions_share_codes(self) -> bool:
+        """Whether code 5 means the same at every position (cells of a grid) or not (stages)."""
+        raise NotImplementedError
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """`b c h w` floats in [0, 1] -> codes `b n` int64, in float32 and without gradient."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `b n` -> `b c h w` floats in [0, 1]. ValueError for codes of another shape, type or range."""
+        raise NotImplementedError
+
+    def start_from_data(self, pixel_values: Tensor) -> None:
+        """Place what is placed by looking at data, from `b c h w` of the training set, before the first step."""
+
+    def check_codes(self, codes: Tensor, *, prefix: bool = False) -> None:
+        """Refuse what is not `b n` integers in range (a negative index would silently pick the last code)."""
+        if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"codes must be integers, got {codes.dtype}")
+        fits = codes.ndim == 2 and (
+            0 < codes.shape[1] <= self.num_codes if prefix else codes.shape[1] == self.num_codes
+        )
+        if not fits:
+            shape = " ".join(map(str, codes.shape))
+            raise ValueError(
+                f"codes must be `b {self.num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`"
+            )
+        if codes.numel() and not (codes.min() >= 0 and codes.max() < self.codebook_size):
+            raise ValueError(
+                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
+            )
+
+    def check_pixels(self, pixel_values: Tensor, *, num_channels: int, image_size: int) -> None:
+        """Refuse what is not `b c h w` floats of this model's size."""
+        expected = (num_channels, image_size, image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must be `b {num_channels} {image_size} {image_size}`, got {tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a saved tokenizer; a folder that is none, a missing or non-finite tensor is a ValueError."""
+        refuse_non_model(pretrained_model_name_or_path)
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except OSError as error:
+            raise ValueError(
+                f"cannot load a tokenizer from {pretrained_model_name_or_path}: {first_line(error)}"
+            ) from error
+        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        unknown = sorted(info["unexpected_keys"])
+        if absent or unknown:
+            what = f"missing or misshapen tensors {absent[:3]}" if absent else f"unknown tensors {unknown[:3]}"
+            raise ValueError(f"{pretrained_model_name_or_path} does not hold this {cls.__name__}: {what}")
+        refuse_non_finite(model, pretrained_model_name_or_path)
+        return (model, info) if wants_info else model
+
+
+def refuse_non_model(folder: str | Path) -> None:
+    """ValueError for a local path that cannot be a saved model, before transformers takes it for a hub name."""
+    path = Path(folder)
+    looks_local = path.is_absolute() or str(folder).startswith(".") or len(path.parts) != 2 or path.exists()
+    if looks_local and not path.is_dir():
+        raise ValueError(f"{folder} is not a model folder: no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+
+
+def refuse_non_finite(model: torch.nn.Module, name: str | Path) -> None:
+    """ValueError for a model with a NaN or an infinity in its weights."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name}: the tensor {key} holds values that are not finite")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which is what a command line has room for."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

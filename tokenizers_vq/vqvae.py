@@ -1,0 +1,163 @@
+"""VQ-VAE: an autoencoder whose latent grid is made of codebook entries (van den Oord et al. 2017)."""
+
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .convolution import ResidualBlock, downsampling, group_norm, upsampling
+from .quantizer import VectorQuantizer
+
+
+class VQVAEConfig(DiscreteTokenizerConfig):
+    """Settings of a `VQVAE`.
+
+    Attributes:
+        image_size: height and width of the pictures, pixels; a multiple of `2 ** num_downsamples`.
+        num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
+        hidden_channels: width of the networks at the latent grid; half of it at every finer grid.
+        code_dim: length of a codebook vector.
+        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
+        pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
+    """
+
+    model_type = "tok2img_vqvae"
+
+    image_size: int = 32
+    num_channels: int = 3
+    num_downsamples: int = 2
+    hidden_channels: int = 128
+    num_residual_blocks: int = 2
+    codebook_size: int = 512
+    code_dim: int = 64
+    commitment: float = 0.25
+    decay: float = 0.99
+    ema: bool = True
+    pixel_mean: float = 0.5
+    pixel_std: float = 0.25
+
+    def __post_init__(self, **other: object) -> None:
+        super().__post_init__(**other)
+        stride = 2**self.num_downsamples
+        if self.image_size % stride:
+            below = self.image_size // stride * stride
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of {stride}; the nearest are {below} and {below + stride}"
+            )
+
+    def widths(self) -> list[int]:
+        """Channels at each grid from the finest to the latent one."""
+        return [max(16, self.hidden_channels >> level) for level in reversed(range(self.num_downsamples))]
+
+
+class VQVAE(DiscreteTokenizer):
+    """One level of codes on a grid. `forward` gives the loss: squared error in normalised pixels plus the codebook's."""
+
+    config_class = VQVAEConfig
+    config: VQVAEConfig
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__(config)
+        widths, width = config.widths(), config.hidden_channels
+        self.encoder = nn.Sequential(
+            downsampling(config.num_channels, widths), *residual_stack(config), group_norm(width), nn.ReLU()
+        )
+        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.quantizer = VectorQuantizer(
+            config.codebook_size,
+            config.code_dim,
+            commitment=config.commitment,
+            decay=config.decay,
+            ema=config.ema,
+            channel_axis=1,
+        )
+        self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
+        self.decoder = nn.Sequential(
+            *residual_stack(config), group_norm(width), upsampling(widths[::-1], config.num_channels)
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own initialisation of convolutions stands."""
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Rows and columns of the latent grid."""
+        side = self.config.image_size >> self.config.num_downsamples
+        return side, side
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the codebook."""
+        return self.config.codebook_size
+
+    @property
+    def positions_share_codes(self) -> bool:
+        """All cells read from one codebook."""
+        return True
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """`b c h w` in [0, 1] -> codes `b n`, row by row."""
+        self._check(pixel_values)
+        with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self.quantizer):
+            return rearrange(self.quantizer(self._latents(pixel_values)).codes, "b h w -> b (h w)")
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `b n` -> `b c h w` in [0, 1]."""
+        self.check_codes(codes)
+        grid = rearrange(codes.long(), "b (h w) -> b h w", h=self.code_shape[0])
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._to_pixels(self._reconstruct(self.quantizer.lookup(grid)))
+
+    def forward(self, pixel_values: Tensor) -> TokenizerOutput:
+        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
+        self._check(pixel_values)
+        quantized = self.quantizer(self._latents(pixel_values))
+        normalized = self._reconstruct(quantized.quantized)
+        error = (normalized - self._normalize(pixel_values)).square().mean()
+        mse = error.detach() * self.config.pixel_std**2
+        return TokenizerOutput(
+            loss=error + quantized.loss,
+            reconstruction=self._to_pixels(normalized),
+            codes=rearrange(quantized.codes, "b h w -> b (h w)"),
+            metrics={"mse": mse, **self.quantizer.metrics()},
+        )
+
+    def _latents(self, pixel_values: Tensor) -> Tensor:
+        return self.to_code(self.encoder(self._normalize(pixel_values)))
+
+    def _reconstruct(self, quantized: Tensor) -> Tensor:
+        return self.decoder(self.from_code(quantized))
+
+    def _normalize(self, pixel_values: Tensor) -> Tensor:
+        return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
+
+    def _to_pixels(self, normalized: Tensor) -> Tensor:
+        return (normalized.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
+
+    def _check(self, pixel_values: Tensor) -> None:
+        self.check_pixels(pixel_values, num_channels=self.config.num_channels, image_size=self.config.image_size)
+
+
+def residual_stack(config: VQVAEConfig) -> list[nn.Module]:
+    """The residual blocks on the latent grid."""
+    width = config.hidden_channels
+    return [ResidualBlock(width, width // 2) for _ in range(config.num_residual_blocks)]
+
+
+class evaluating:  # noqa: N801 - reads as the statement it is
+    """Hold a module in eval mode for the length of a `with` block."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.training = module, module.training
+
+    def __enter__(self) -> Self:
+        self.module.eval()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.module.train(self.training)
