@@ -73,13 +73,18 @@ def stage_sheet(stages: Sequence[Sequence[Image.Image]], *, num_codes: Sequence[
 
 def save_image(image: Image.Image, path: str | PathLike[str]) -> None:
     """Write a picture whole or not at all, in the format its suffix names; missing folders are made."""
+    content = io.BytesIO()
+    image.save(content, format=check_suffix(path))
+    write_atomically(path, content.getvalue())
+
+
+def check_suffix(path: str | PathLike[str]) -> str:
+    """The picture format that a file's suffix names; ValueError where it names none, for asking before any work."""
     suffix = Path(path).suffix.lower()
     image_format = Image.registered_extensions().get(suffix)
-    if image_format not in Image.SAVE:
+    if image_format is None or image_format not in Image.SAVE:
         raise ValueError(f"cannot write {path}: its suffix {suffix!r} names no picture format; use .png, .webp or .jpg")
-    content = io.BytesIO()
-    image.save(content, format=image_format)
-    write_atomically(path, content.getvalue())
+    return image_format
 
 
 def write_atomically(path: str | PathLike[str], content: bytes) -> None:

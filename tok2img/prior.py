@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq.base import refuse_non_finite, refuse_non_model
 
@@ -84,9 +84,10 @@ def load_prior(folder: str | Path, layout: SequenceLayout) -> PreTrainedModel:
     """Load a saved prior; ValueError for a folder that is none, missing or non-finite tensors, or a vocabulary that does not fit."""
     refuse_non_model(folder)
     try:
-        prior, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"cannot load a prior from {folder}: {str(error).splitlines()[0]}") from error
+    prior, info = loaded
     wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
     if wrong:
         raise ValueError(f"{folder} does not hold a whole prior: missing or unknown tensors {wrong[:3]}")
@@ -123,7 +124,7 @@ def trunk(prior: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def segment_logits(prior: PreTrainedModel, hidden: Tensor, first: int, last: int) -> Tensor:
     """Logits of the ids `first..last-1` alone: `b s d` -> `b s v`."""
-    head = prior.get_output_embeddings()
+    head: Any = prior.get_output_embeddings()
     bias = None if getattr(head, "bias", None) is None else head.bias[first:last]
     return F.linear(hidden, head.weight[first:last], bias)
 

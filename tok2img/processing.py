@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tokenizers_vq.images import images_from_pixels, pixels_from_images
 from .layout import SequenceLayout
 from .text import TextTokenizer
 
+Movable = TypeVar("Movable", bound=Any)
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 IGNORED_LABEL = -100
@@ -147,3 +148,8 @@ def load_pixels(
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
     return pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+
+
+def to_device(model: Movable) -> Movable:
+    """Onto the GPU, where there is one."""
+    return model.to("cuda") if torch.cuda.is_available() else model

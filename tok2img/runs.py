@@ -13,12 +13,12 @@ from PIL import Image
 from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig, load_image
 from tokenizers_vq.images import images_from_pixels
 
-from .data import held_out_split, load_captioned_images
+from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, reconstruction_sheet
 from .prior import PriorWithLoss, build_prior
-from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels
+from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .text import TextTokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
@@ -27,7 +27,7 @@ from .trainer import PictureRows, Trainer, training_arguments
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 HELD_OUT_SHARE = 0.05
 NUM_SAMPLES = 16
-PICTURES_FOR_STATISTICS = 512
+PICTURES_LOOKED_AT = 512
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
@@ -87,7 +87,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         draw=lambda: draw_samples(pipeline, prompts),
         draw_every=recipe.sample_every,
     )
-    processor.image_tokenizer.to(trainer.args.device)
+    pipeline.to(trainer.args.device)
     finish(trainer, recipe.out)
     pipeline.save_pretrained(recipe.out)
     return pipeline
@@ -118,9 +118,7 @@ def build_processor(
     """A processor for these captions: a saved text tokenizer, or BPE learned from them; on a GPU where there is one."""
     given = TextTokenizer.from_pretrained(text_tokenizer) if text_tokenizer else None
     text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
-    if torch.cuda.is_available():
-        image_tokenizer.to("cuda")  # type: ignore[reportArgumentType]
-    return Tok2ImgProcessor.build(image_tokenizer, text, text_length=length)
+    return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length)
 
 
 def open_data(recipe: RunSettings, *, with_captions: bool = True) -> Dataset:
@@ -144,18 +142,23 @@ def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer
         torch.manual_seed(recipe.seed)
         draft = model_class(config_class(**settings))
         if not {"pixel_mean", "pixel_std"} & settings.keys():
-            pixels = load_pixels(rows[: min(PICTURES_FOR_STATISTICS, len(rows))]["image"], draft)
+            pixels = load_pixels(rows[:PICTURES_LOOKED_AT]["image"], draft)
             draft.config.pixel_mean = round(pixels.mean().item(), 4)
             draft.config.pixel_std = round(max(pixels.std().item(), 1e-3), 4)
     return draft
 
 
 def shape_of(rows: Dataset) -> dict[str, Any]:
-    """`image_size` and `num_channels` of the first picture: its short side down to a multiple of 4, 1 channel where it is grey."""
-    picture = load_image(rows[0]["image"])
+    """`image_size` and `num_channels` of the first pictures: the shortest side down to a multiple of 4; 1 channel if all are grey."""
+    pictures = [load_image(image) for image in rows[:PICTURES_LOOKED_AT]["image"]]
+    side = min(min(picture.size) for picture in pictures)
+    return {"image_size": max(4, side // 4 * 4), "num_channels": 1 if all(map(is_grey, pictures)) else 3}
+
+
+def is_grey(picture: Image.Image) -> bool:
+    """Whether an RGB picture has the same value in all three channels everywhere."""
     red, green, blue = picture.split()
-    is_grey = red.tobytes() == green.tobytes() == blue.tobytes()
-    return {"image_size": max(4, min(picture.size) // 4 * 4), "num_channels": 1 if is_grey else 3}
+    return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
@@ -200,3 +203,13 @@ def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int
 def read_caption(text_ids: torch.Tensor, processor: Tok2ImgProcessor) -> str:
     """The caption that text ids `t` stand for."""
     return processor.text_tokenizer.decode([int(each) for each in text_ids if each != processor.layout.pad_id])
+
+
+def pictures_of(sources: list[str], *, split: str, num_images: int) -> list[Any]:
+    """The first pictures of a data set, or the picture files that are named."""
+    files = [Path(source) for source in sources]
+    if all(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
+        return [load_image(file) for file in files]
+    if len(sources) > 1:
+        raise ValueError(f"give one data set or several picture files, got {', '.join(sources)}")
+    return load_captioned_images(sources[0], split=split, with_captions=False, max_rows=num_images)["image"][:]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
@@ -24,11 +24,14 @@ class TextTokenizer:
     def train_bpe(cls, captions: Iterable[str], *, vocab_size: int = 4096) -> Self:
         """Learn byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text has ids, and they give it back."""
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
+        # A first word is the same token as elsewhere; the space comes before every text, so that the decoder can take it off again.
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
         trainer = trainers.BpeTrainer(
             vocab_size=max(vocab_size, 256),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=MAX_CHARACTERS_PER_TOKEN,
             show_progress=False,
         )
         tokenizer.train_from_iterator(captions, trainer)
@@ -61,19 +64,27 @@ class TextTokenizer:
             ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
         """
         for row, caption in zip(rows or range(len(captions)), captions, strict=True):
-            if not isinstance(caption, str):
-                raise ValueError(f"row {row}: the caption is not text but {type(caption).__name__}: {caption!r}")
+            check_text(caption, row)
+        if not captions:
+            return []
         limit = None if max_length is None else (max_length + 1) * MAX_CHARACTERS_PER_TOKEN
-        texts = [caption[:limit].encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        encoding = (
-            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False) if texts else {}
-        )
-        return encoding["input_ids"] if texts else []
+        texts = [caption[:limit] for caption in captions]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
         """The text that the ids stand for."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False)).strip()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def state(self) -> str:
         """Everything that the ids depend on, as text."""
         return self.tokenizer.backend_tokenizer.to_str()
+
+
+def check_text(caption: object, row: int) -> None:
+    """ValueError for a caption that is no text, or holds half a character (a lone surrogate), which has no bytes."""
+    if not isinstance(caption, str):
+        raise ValueError(f"row {row}: the caption is not text but {type(caption).__name__}: {caption!r}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"row {row}: the caption is no whole Unicode at character {error.start}") from error

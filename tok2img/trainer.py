@@ -5,7 +5,7 @@ way, and a tokenizer looks at its data before the first step.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer
@@ -24,6 +25,7 @@ from .prior import PriorWithLoss
 from .processing import load_pixels
 
 ROWS_TO_START_FROM = 2**14
+MAX_DECODED_BYTES = 2**31
 VALUES_TO_START_FROM = 2**26  # 256 MB
 
 
@@ -53,7 +55,12 @@ class Trainer(transformers.Trainer):
         if draw is not None and draw_every:
             self.add_callback(DrawSamples(draw, draw_every))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train; a tokenizer that starts afresh first looks at some of its data."""
         if (
             not resume_from_checkpoint
@@ -61,11 +68,11 @@ class Trainer(transformers.Trainer):
             and not is_stream(self.train_dataset)
         ):
             self.start_from_data(self.model)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def start_from_data(self, image_tokenizer: DiscreteTokenizer) -> None:
         """Show a tokenizer the first rows of a fixed shuffle of its training data."""
-        rows = self.train_dataset
+        rows: Any = self.train_dataset
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
         num_rows = min(ROWS_TO_START_FROM, max(1, VALUES_TO_START_FROM // rows[0]["pixel_values"].numel()))
         chosen = [rows[int(row)]["pixel_values"] for row in order[:num_rows]]
@@ -95,15 +102,17 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Means over the rows of the held-out data, summed over all ranks."""
-        self.model.eval()
+        model: Any = self.model
+        model.eval()
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         for batch in self.get_eval_dataloader(eval_dataset):
             num_rows = len(next(iter(batch.values())))
             with self.compute_loss_context_manager():
-                outputs = self.model(**self._prepare_inputs(batch))
+                outputs = model(**self._prepare_inputs(batch))
             for name, value in {"loss": outputs.loss, **(outputs.metrics or {}), "rows": torch.tensor(1.0)}.items():
                 totals[name] += value.float().to(self.args.device) * num_rows
-        summed = {name: self.accelerator.reduce(total, "sum").item() for name, total in totals.items()}
+        reduced: Any = self.accelerator.reduce(dict(totals), "sum")
+        summed = {name: total.item() for name, total in reduced.items()}
         metrics = {
             f"{metric_key_prefix}_{name}": total / summed["rows"] for name, total in summed.items() if name != "rows"
         }
@@ -230,18 +239,38 @@ class DrawSamples(TrainerCallback):
         with torch.random.fork_rng(), torch.no_grad():
             sheet = self.draw()
         model.train()
-        save_image(sheet, Path(args.output_dir).parent / "samples" / f"step-{state.global_step:06d}.png")
+        save_image(sheet, Path(str(args.output_dir)).parent / "samples" / f"step-{state.global_step:06d}.png")
 
 
 class PictureRows(Dataset[dict[str, Tensor]]):
-    """Rows of a data set as `pixel_values` `c h w`, decoded when they are asked for; a picture that does not decode is named."""
+    """Rows of a data set as `pixel_values` `c h w` for a tokenizer.
+
+    What fits into `MAX_DECODED_BYTES` is decoded once, before training, so that a picture that does not decode is found at the start;
+    rows of a larger set are decoded when they are asked for.
+    """
 
     def __init__(self, dataset: Any, image_tokenizer: DiscreteTokenizer, image_column: str = "image"):
         self.dataset, self.image_tokenizer, self.image_column = dataset, image_tokenizer, image_column
+        self.decoded: Tensor | None = None
+        self.decoded = self._decode() if len(dataset) * self[0]["pixel_values"].numel() <= MAX_DECODED_BYTES else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        picture = self.dataset[row][self.image_column]
-        return {"pixel_values": load_pixels([picture], self.image_tokenizer, rows=[row])[0]}
+        if self.decoded is not None:
+            return {"pixel_values": self.decoded[row].float() / 255}
+        return {"pixel_values": self._load([row])[0]}
+
+    def _load(self, rows: Sequence[int]) -> Tensor:
+        return load_pixels(self.dataset[list(rows)][self.image_column], self.image_tokenizer, rows=rows)
+
+    def _decode(self) -> Tensor:
+        """All pictures as bytes, `n c h w`."""
+        runs = [range(first, min(first + 256, len(self))) for first in range(0, len(self), 256)]
+        with tqdm(total=len(self), desc="decode", unit=" pictures") as bar:
+            decoded = []
+            for rows in runs:
+                decoded.append(self._load(rows).mul(255).round().byte())
+                bar.update(len(rows))
+        return torch.cat(decoded)

@@ -22,6 +22,6 @@ __all__ = [
     "load_image",
 ]
 
-for model_class in (VQVAE, VQDrawForImages):
-    AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-    AutoModel.register(model_class.config_class, model_class, exist_ok=True)
+for config_class, model_class in ((VQVAEConfig, VQVAE), (VQDrawImageConfig, VQDrawForImages)):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 # Keys that `save_pretrained` writes into config.json beside the fields of the class.
 WRITTEN_BY_TRANSFORMERS = {
@@ -59,6 +60,14 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
         raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
 
 
+def check_image_size(image_size: int, stride: int) -> None:
+    """Refuse a size that halving the grid does not divide, and name the nearest that it does."""
+    if image_size % stride:
+        below, above = image_size // stride * stride, (image_size // stride + 1) * stride
+        nearest = f"nearest are {below} and {above}" if below else f"smallest is {above}"
+        raise ValueError(f"image_size {image_size} is no multiple of {stride}; the {nearest}")
+
+
 @dataclass
 class TokenizerOutput(ModelOutput):
     """What `forward` returns.
@@ -84,7 +93,6 @@ class DiscreteTokenizer(PreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-    config: DiscreteTokenizerConfig
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -134,8 +142,10 @@ class DiscreteTokenizer(PreTrainedModel):
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
             )
 
-    def check_pixels(self, pixel_values: Tensor, *, num_channels: int, image_size: int) -> None:
-        """Refuse what is not `b c h w` floats of this model's size."""
+    def check_pixels(
+        self, pixel_values: Tensor, *, num_channels: int, image_size: int, finite: bool = False
+    ) -> None:
+        """Refuse what is not `b c h w` floats of this model's size, and, where codes are kept, finite: NaN would code as something."""
         expected = (num_channels, image_size, image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -143,6 +153,8 @@ class DiscreteTokenizer(PreTrainedModel):
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
+        if finite and not pixel_values.isfinite().all():
+            raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -150,13 +162,14 @@ class DiscreteTokenizer(PreTrainedModel):
         refuse_non_model(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"cannot load a tokenizer from {pretrained_model_name_or_path}: {first_line(error)}"
             ) from error
+        model, info = loaded
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         unknown = sorted(info["unexpected_keys"])
         if absent or unknown:

@@ -129,8 +129,12 @@ class VectorQuantizer(nn.Module):
         flat = vectors.reshape(-1, self.code_dim)
         finite = flat.detach().isfinite().all(dim=1)
         clean = torch.where(finite[:, None], flat, 0)
-        codes = self._assign(clean.detach(), finite)
-        chosen = F.embedding(codes, self.codebook)
+        if self.training and not self.started:
+            self._start(clean.detach()[finite])
+        codes = nearest_codes(clean.detach(), self.codebook)
+        chosen = F.embedding(codes, self.codebook)  # before the codebook moves: a revived code is no longer near its vectors
+        if self.training:
+            self._learn(clean.detach(), codes, finite)
         loss = self._loss(clean, chosen, finite)
         # The sum of a code and exactly zero, whose gradient is the encoder's: straight through, to the last bit.
         quantized = chosen.detach() + (clean - clean.detach())
@@ -142,20 +146,16 @@ class VectorQuantizer(nn.Module):
         return F.embedding(codes, self.codebook).movedim(-1, self.channel_axis)
 
     @torch.no_grad()
-    def _assign(self, vectors: Tensor, finite: Tensor) -> Tensor:
-        """Codes of the vectors `n d`; in training the codebook learns from the finite ones."""
-        if not self.training:
-            return nearest_codes(vectors, self.codebook)
-        if not self.started:
-            self._start(vectors[finite])
-        codes = nearest_codes(vectors, self.codebook)
+    def _learn(self, vectors: Tensor, codes: Tensor, finite: Tensor) -> None:
+        """Move the codebook by the finite ones of the vectors `n d`."""
         self.skipped += (~finite).sum()
         # What is not finite counts for a code that does not exist.
         kept = torch.where(finite, codes, self.codebook_size)
         counts, sums = (total[:-1] for total in assigned_sums(vectors, kept, self.codebook_size + 1))
-        self._follow(counts, sums, worst_served(vectors, squared_distance(vectors, self.codebook, codes), len(counts)))
-        return codes
+        served = torch.where(finite[:, None], vectors, self.codebook[codes])  # no place for a revived code
+        self._follow(counts, sums, worst_served(served, squared_distance(served, self.codebook, codes), len(counts)))
 
+    @torch.no_grad()
     def _start(self, vectors: Tensor) -> None:
         if not len(vectors):
             return

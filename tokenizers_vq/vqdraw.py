@@ -132,6 +132,9 @@ class LinearOptions:
     weight: Tensor
     patch: int
 
+    def __post_init__(self) -> None:
+        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
+
     def all(self) -> Tensor:
         """Every step, `b k c h w`."""
         steps = einsum(self.weight, self.features, "k o f, b f h w -> b k o h w")
@@ -221,16 +224,20 @@ class VQDraw(nn.Module):
 
     def stage(self, state: Tensor, target: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """One stage: state `b ...` -> the next state, its codes `b`, the errors of all options `b k`."""
-        state = state.detach() * self.grad_decay + state * (1 - self.grad_decay) if self.grad_decay else state
+        if self.grad_decay:
+            # Plus exactly zero: `decode` must find the same state, to the last bit.
+            state = state.detach() + (1 - self.grad_decay) * (state - state.detach())
         options = self.options(state, stage)
-        errors = self.error(options, state, target)
-        codes = errors.argmin(dim=1)
-        return state + options.chosen(codes), codes, errors
+        # Errors are small differences of large sums; in bfloat16 nothing is left of them (0.0025 came out as -0.0002).
+        with torch.autocast(target.device.type, enabled=False):
+            errors = self.error(options, state, target)
+            codes = errors.argmin(dim=1)
+            return state + options.chosen(codes), codes, errors
 
     def options(self, state: Tensor, stage: int) -> Options:
         """What is open at a stage. At stage 0 all states are zero: one look of the refiner serves all."""
         if stage == 0:
-            return SharedOptions(self.refiner(state[:1], 0).all()[0] + self.biases[0], len(state))
+            return SharedOptions(self.refiner(torch.zeros_like(self.biases[0, :1]), 0).all()[0] + self.biases[0], len(state))
         options = self.refiner(state, stage)
         return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
 

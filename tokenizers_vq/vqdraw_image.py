@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
 from .refiners import ConvRefiner, SegmentedRefiner
 from .vqdraw import VQDraw, squared_error
 
@@ -38,11 +38,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        if self.image_size % 4:
-            below = self.image_size // 4 * 4
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of 4; the nearest are {below} and {below + 4}"
-            )
+        check_image_size(self.image_size, 4)
         if self.segment_length and self.num_stages % self.segment_length:
             raise ValueError(f"num_stages {self.num_stages} is no multiple of segment_length {self.segment_length}")
 
@@ -95,7 +91,7 @@ class VQDrawForImages(DiscreteTokenizer):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, the best step at every stage."""
-        self._check(pixel_values)
+        self._check(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.draw(self._normalize(pixel_values)).codes
 
@@ -125,8 +121,9 @@ class VQDrawForImages(DiscreteTokenizer):
     def _to_pixels(self, state: Tensor) -> Tensor:
         return (state.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
-    def _check(self, pixel_values: Tensor) -> None:
-        self.check_pixels(pixel_values, num_channels=self.config.num_channels, image_size=self.config.image_size)
+    def _check(self, pixel_values: Tensor, *, finite: bool = False) -> None:
+        num_channels, image_size = self.config.num_channels, self.config.image_size
+        self.check_pixels(pixel_values, num_channels=num_channels, image_size=image_size, finite=finite)
 
 
 def build_refiner(config: VQDrawImageConfig) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
 from .quantizer import VectorQuantizer
 
@@ -40,16 +40,11 @@ class VQVAEConfig(DiscreteTokenizerConfig):
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        stride = 2**self.num_downsamples
-        if self.image_size % stride:
-            below = self.image_size // stride * stride
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of {stride}; the nearest are {below} and {below + stride}"
-            )
+        check_image_size(self.image_size, 2**self.num_downsamples)
 
     def widths(self) -> list[int]:
         """Channels at each grid from the finest to the latent one."""
-        return [max(16, self.hidden_channels >> level) for level in reversed(range(self.num_downsamples))]
+        return [max(min(16, self.hidden_channels), self.hidden_channels >> level) for level in reversed(range(self.num_downsamples))]
 
 
 class VQVAE(DiscreteTokenizer):
@@ -80,7 +75,9 @@ class VQVAE(DiscreteTokenizer):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation of convolutions stands."""
+        """PyTorch's own initialisation of convolutions stands; loading leaves what is not saved for us to set."""
+        if isinstance(module, VectorQuantizer):
+            module.skipped.zero_()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -101,7 +98,7 @@ class VQVAE(DiscreteTokenizer):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, row by row."""
-        self._check(pixel_values)
+        self._check(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self.quantizer):
             return rearrange(self.quantizer(self._latents(pixel_values)).codes, "b h w -> b (h w)")
 
@@ -139,8 +136,9 @@ class VQVAE(DiscreteTokenizer):
     def _to_pixels(self, normalized: Tensor) -> Tensor:
         return (normalized.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
-    def _check(self, pixel_values: Tensor) -> None:
-        self.check_pixels(pixel_values, num_channels=self.config.num_channels, image_size=self.config.image_size)
+    def _check(self, pixel_values: Tensor, *, finite: bool = False) -> None:
+        num_channels, image_size = self.config.num_channels, self.config.image_size
+        self.check_pixels(pixel_values, num_channels=num_channels, image_size=image_size, finite=finite)
 
 
 def residual_stack(config: VQVAEConfig) -> list[nn.Module]:

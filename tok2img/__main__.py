@@ -1,0 +1,5 @@
+"""`python -m tok2img`."""
+
+from .cli import main
+
+main()

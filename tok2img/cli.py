@@ -1,0 +1,224 @@
+"""The command line: `tok2img COMMAND`. Commands import what they need when they run, so that help needs no torch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .recipes import PriorRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Data = Annotated[
+    str,
+    typer.Argument(help="Parquet file or folder, image folder with captions, webdataset tars, hub name, or shapes."),
+]
+Split = Annotated[str, typer.Option(help="Split of the data.")]
+ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
+CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
+MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "runs/demo",
+    quick: Annotated[
+        bool, typer.Option(help="A few steps of everything: shows that it runs, not what it can do.")
+    ] = False,
+) -> None:
+    """The whole job on the built-in captioned shapes, in minutes: both tokenizers, a prior, pictures, figures."""
+    from .demo import run_demo
+
+    run_demo(Path(out), quick=quick)
+
+
+@app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
+def train_tokenizer(context: typer.Context) -> None:
+    """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(TokenizerRecipe, path, overrides)
+    quiet()
+    from .runs import train_tokenizer
+
+    train_tokenizer(recipe)
+    print(f"tokenizer: {recipe.out}")
+
+
+@app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
+def train_prior(context: typer.Context) -> None:
+    """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(PriorRecipe, path, overrides)
+    quiet()
+    from .runs import train_prior
+
+    train_prior(recipe)
+    print(f"model: {recipe.out}")
+
+
+@app.command()
+def tokenize(
+    data: Data,
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
+    out: Annotated[str, typer.Option(help="Folder for the tokens.")],
+    text_tokenizer: Annotated[
+        str, typer.Option(help="Folder or hub name of a text tokenizer; without it, BPE is learned.")
+    ] = "",
+    vocab_size: Annotated[int, typer.Option(help="Of that BPE.")] = 4096,
+    text_length: Annotated[
+        int, typer.Option(help="Text tokens kept of a caption; 0: as many as the longest has, 64 at most.")
+    ] = 0,
+    split: Split = "train",
+    image_column: ImageColumn = "",
+    caption_column: CaptionColumn = "",
+    max_rows: MaxRows = 0,
+    num_proc: Annotated[int, typer.Option(help="Processes.")] = 1,
+) -> None:
+    """Turn captioned pictures into tokens, once, for any number of training runs."""
+    quiet()
+    from .data import load_captioned_images
+    from .processing import load_image_tokenizer
+    from .runs import build_processor
+    from .tokenized import save_tokens
+
+    image_tokenizer = load_image_tokenizer(tokenizer)
+    rows = load_captioned_images(
+        data,
+        split=split,
+        image_column=image_column or None,
+        caption_column=caption_column or None,
+        max_rows=max_rows or None,
+    )
+    processor = build_processor(
+        rows["caption"], image_tokenizer, text_tokenizer=text_tokenizer, vocab_size=vocab_size, text_length=text_length
+    )
+    manifest = save_tokens(rows, processor, out, num_proc=num_proc if num_proc > 1 else None)
+    layout = processor.layout
+    print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} codes: {out}")
+    if manifest["captions_cut"]:
+        print(f"{manifest['captions_cut']} captions were longer than {layout.text_length} text tokens and were cut")
+
+
+@app.command()
+def generate(
+    captions: Annotated[list[str], typer.Argument(help="One caption or more.")],
+    model: Annotated[str, typer.Option(help="Folder of a trained model.")],
+    out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
+    num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How strongly to follow the caption; the model's own by default.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest code.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest codes; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest codes with this probability together.")
+    ] = None,
+) -> None:
+    """Draw pictures of captions."""
+    quiet()
+    from .pipeline import TextToImagePipeline
+    from .plots import captioned_sheet, check_suffix, save_image
+    from .processing import to_device
+
+    check_suffix(out)
+    pipeline = to_device(TextToImagePipeline.from_pretrained(model))
+    images: Any = pipeline(
+        captions,
+        num_images_per_prompt=num_images,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        progress=True,
+    ).images
+    labels = [caption for caption in captions for _ in range(num_images)]
+    save_image(images[0] if len(images) == 1 else captioned_sheet(images, labels, columns=min(8, len(images))), out)
+    print(out)
+
+
+@app.command()
+def reconstruct(
+    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
+    out: Annotated[str, typer.Option(help="Picture file to write.")],
+    num_images: Annotated[int, typer.Option(help="Pictures of a data set.")] = 16,
+    split: Split = "train",
+) -> None:
+    """Show pictures above what is left of them after encoding and decoding."""
+    quiet()
+    from .plots import check_suffix, save_image
+    from .processing import load_image_tokenizer, to_device
+    from .runs import draw_reconstructions, pictures_of
+
+    check_suffix(out)
+    image_tokenizer = to_device(load_image_tokenizer(tokenizer))
+    save_image(draw_reconstructions(image_tokenizer, pictures_of(sources, split=split, num_images=num_images)), out)
+    print(out)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Option(help="Data set to measure on.")],
+    out: Annotated[str, typer.Option(help="JSON file to write.")],
+    model: Annotated[str, typer.Option(help="Folder of a trained model.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")] = "",
+    tokens: Annotated[
+        str, typer.Option(help="Folder of the training tokens: counts pictures that repeat one of them.")
+    ] = "",
+    judge: Annotated[
+        str, typer.Option(help="Folder of a classifier of captions; trained on the data, and saved there, when new.")
+    ] = "",
+    num_images: Annotated[int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")] = 1000,
+    split: Split = "test",
+    image_column: ImageColumn = "",
+    caption_column: CaptionColumn = "",
+    max_rows: MaxRows = 2000,
+    seed: Annotated[int, typer.Option(help="Of the pictures drawn.")] = 0,
+) -> None:
+    """Measure a tokenizer, or a model: losses, caption accuracy, Fréchet distance, repeats."""
+    if bool(model) == bool(tokenizer):
+        raise ValueError("give either --model or --tokenizer")
+    quiet()
+    from .data import load_captioned_images
+    from .plots import write_atomically
+    from .reports import report_on_model, report_on_tokenizer
+
+    rows = load_captioned_images(
+        data,
+        split=split,
+        image_column=image_column or None,
+        caption_column=caption_column or None,
+        with_captions=bool(model),
+        max_rows=max_rows or None,
+    )
+    if tokenizer:
+        report = report_on_tokenizer(tokenizer, rows)
+    else:
+        report = report_on_model(
+            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed
+        )
+    write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
+    print(json.dumps(report, indent=2))
+
+
+def quiet() -> None:
+    """Our own progress bars say what goes on; those of transformers for loading a small file do not."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Run the command line: errors that a user can mend are one line, and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        message = str(error).strip() or type(error).__name__
+        print(f"tok2img: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)

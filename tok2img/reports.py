@@ -1,0 +1,195 @@
+"""Reports on a trained tokenizer or model: the numbers that tell whether it is good, none of them alone."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+
+from tokenizers_vq import DiscreteTokenizer, load_image
+from tokenizers_vq.images import pixels_from_images
+
+from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier
+from .data import load_captioned_images
+from .evaluation import caption_accuracy, evaluate_tokenizer, frechet_distance, repeated_share, unigram_entropy
+from .pipeline import TextToImagePipeline
+from .prior import PriorWithLoss
+from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
+from .shapes import parse_caption
+from .shapes_judge import judge as judge_shapes
+from .tokenized import load_tokens
+
+BATCH_SIZE = 250
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says whether a picture shows its caption; `features` maps pictures to `n d` for the Fréchet distance, where there are any."""
+
+    shows: Callable[[Image.Image, str], bool]
+    features: Callable[[Sequence[Any]], Tensor] | None = None
+    accuracy_on_real: float | None = None
+
+
+def report_on_tokenizer(folder: str | Path, rows: Dataset) -> Report:
+    """Errors and code usage of a saved tokenizer on the pictures of some rows; see `evaluate_tokenizer`."""
+    image_tokenizer = to_device(load_image_tokenizer(folder))
+    pixel_batches = (
+        load_pixels(images, image_tokenizer).to(image_tokenizer.device) for images in batches(rows["image"])
+    )
+    return evaluate_tokenizer(image_tokenizer, pixel_batches)
+
+
+def report_on_model(
+    folder: str | Path,
+    rows: Dataset,
+    *,
+    data: str,
+    tokens: str = "",
+    judge_folder: str = "",
+    num_images: int = 1000,
+    seed: int = 0,
+) -> Report:
+    """Losses of a saved model on rows it has not seen, and what its pictures of their captions are worth."""
+    pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
+    report = report_on_losses(pipeline, rows)
+    judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder)
+    captions = spread(rows["caption"], num_images, seed=seed)
+    return report | report_on_pictures(
+        pipeline,
+        captions,
+        judge=judge,
+        seed=seed,
+        training_codes=codes_of(tokens) if tokens else None,
+        real_images=rows["image"][:],
+    )
+
+
+def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
+    """Nats a token on held-out rows, beside what knowing nothing costs (ln K) and what knowing code frequencies costs.
+
+    `caption_nats` is what the caption takes off a picture's loss; where there are C equally frequent captions it is ln C at best.
+    """
+    processor, layout = pipeline.processor, pipeline.processor.layout
+    model = PriorWithLoss(pipeline.prior, layout).eval()
+    sums = {"text_loss": 0.0, "image_loss": 0.0, "image_loss_without_caption": 0.0}
+    codes = []
+    for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
+        text_ids, image_codes = encode(processor, captions, images)
+        with torch.no_grad():
+            informed = model(text_ids.to(pipeline.prior.device), image_codes.to(pipeline.prior.device)).metrics
+            blind_text = layout.without_caption(len(text_ids), pipeline.prior.device)
+            blind = model(blind_text, image_codes.to(pipeline.prior.device)).metrics
+        sums["text_loss"] += informed["text_loss"].item() * len(text_ids)
+        sums["image_loss"] += informed["image_loss"].item() * len(text_ids)
+        sums["image_loss_without_caption"] += blind["image_loss"].item() * len(text_ids)
+        codes.append(image_codes)
+    losses = {name: total / len(rows) for name, total in sums.items()}
+    entropy = unigram_entropy(torch.cat(codes), codebook_size=layout.codebook_size, shared=layout.codes_shared)
+    return losses | {
+        "uniform_loss": math.log(layout.codebook_size),
+        "unigram_entropy": entropy,
+        "nats_gained_per_picture": layout.num_codes * (math.log(layout.codebook_size) - losses["image_loss"]),
+        "caption_nats": layout.num_codes * (losses["image_loss_without_caption"] - losses["image_loss"]),
+    }
+
+
+def report_on_pictures(
+    pipeline: TextToImagePipeline,
+    captions: list[str],
+    *,
+    judge: Judge | None,
+    seed: int = 0,
+    training_codes: Tensor | None = None,
+    real_images: Sequence[Any] | None = None,
+) -> Report:
+    """Draw a picture of each caption with the model's default settings; how many are right, how far from real, how many repeated."""
+    output = pipeline(captions, seed=seed, progress=True)
+    images: Any = output.images
+    report: Report = {"num_images": len(captions)}
+    if judge is not None:
+        report["caption_accuracy"] = caption_accuracy(images, captions, judge.shows)
+        report["judge_accuracy_on_real"] = judge.accuracy_on_real
+    if judge is not None and judge.features is not None and real_images is not None:
+        report["frechet_distance"] = frechet_distance(judge.features(images), judge.features(real_images))
+    if training_codes is not None:
+        report["repeated_share"] = repeated_share(output.codes, training_codes)
+    return report
+
+
+def find_judge(rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, folder: str = "") -> Judge | None:
+    """Who judges pictures of these captions.
+
+    The exact judge for the built-in shapes; else a classifier of captions, loaded from `folder`, or trained on the data's training split
+    and saved there. None where captions are too many, or too few, to tell apart by a classifier.
+    """
+    if all(is_shapes_caption(caption) for caption in sorted(set(rows["caption"]))[:20]):
+        return Judge(judge_shapes)
+    if folder and Path(folder, CONFIG_FILE).is_file():
+        return classifier_judge(CaptionClassifier.load(folder), rows)
+    training: Any = load_captioned_images(data, split="train")
+    if not 2 <= len(set(training["caption"])) <= MAX_CAPTIONS:
+        return None
+    config: Any = image_tokenizer.config
+    classifier = train_classifier(training, image_size=config.image_size, num_channels=config.num_channels)
+    if folder:
+        classifier.save(folder)
+    return classifier_judge(classifier, rows)
+
+
+def classifier_judge(classifier: CaptionClassifier, rows: Dataset) -> Judge:
+    """A judge out of a classifier, and how many of the real rows it gets right."""
+
+    def load(images: Sequence[Any]) -> Tensor:
+        pictures = [load_image(image) for image in images]
+        return pixels_from_images(pictures, image_size=classifier.image_size, num_channels=classifier.num_channels)
+
+    def features(images: Sequence[Any]) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([classifier.features(load(some)) for some in batches(images)])
+
+    told = [caption for images in batches(rows["image"]) for caption in classifier.predict(load(images))]
+    right = sum(guess == caption for guess, caption in zip(told, rows["caption"], strict=True))
+    return Judge(classifier.judge, features, right / len(rows))
+
+
+def codes_of(folder: str | Path) -> Tensor:
+    """The picture codes of a folder of tokens, `n s`."""
+    tokens, _ = load_tokens(folder)
+    return torch.from_numpy(np.stack(tokens.with_format("numpy")["image_codes"][:]).astype(np.int64))
+
+
+def is_shapes_caption(caption: str) -> bool:
+    """Whether a caption is of the built-in shapes' grammar."""
+    try:
+        parse_caption(caption)
+    except ValueError:
+        return False
+    return True
+
+
+def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
+    """`num` captions: each different one equally often where they are few, else those of randomly chosen rows."""
+    different = sorted(set(captions))
+    if len(different) <= num:
+        return sorted(different[number % len(different)] for number in range(num))
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
+    return [captions[int(row)] for row in order[:num]]
+
+
+def encode(processor: Tok2ImgProcessor, captions: list[str], images: list[Any]) -> tuple[Tensor, Tensor]:
+    """Captions and pictures -> text ids `b t` and codes `b n`."""
+    return processor.encode_text(captions), processor.encode_images(images)
+
+
+def batches(column: Sequence[Any]) -> Iterator[list[Any]]:
+    """A column in runs of `BATCH_SIZE`."""
+    return (list(column[first : first + BATCH_SIZE]) for first in range(0, len(column), BATCH_SIZE))
