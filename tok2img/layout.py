@@ -84,6 +84,8 @@ class SequenceLayout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"layout: {name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.codes_shared, bool):
+            raise ValueError(f"layout: codes_shared must be true or false, got {self.codes_shared!r}")
 
     @classmethod
     def for_tokenizers(cls, image_tokenizer: DiscreteTokenizer, *, text_vocab_size: int, text_length: int) -> Self:

@@ -2,13 +2,13 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import TrainingArguments
 
 from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig, load_image
 from tokenizers_vq.images import images_from_pixels
@@ -22,7 +22,7 @@ from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .text import TextTokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
-from .trainer import PictureRows, Trainer, training_arguments
+from .trainer import PictureRows, Trainer
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 HELD_OUT_SHARE = 0.05
@@ -166,18 +166,43 @@ def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
     return held_out_split(rows, share=HELD_OUT_SHARE, max_rows=recipe.eval_rows, seed=recipe.seed)
 
 
-def arguments(recipe: RunSettings, *, best_by: str = "loss") -> Any:
-    """The recipe's keys as arguments of the trainer."""
-    names = {each.name for each in fields(RunSettings)} - {
-        "out",
-        "data",
-        "image_column",
-        "caption_column",
-        "max_rows",
-        "eval_rows",
-        "sample_every",
-    }
-    return training_arguments(recipe.out, best_by=best_by, **{name: getattr(recipe, name) for name in names})
+def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArguments:
+    """The recipe's keys as arguments of transformers.
+
+    With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
+    of the best held-out `best_by`; without, they are the last.
+    """
+    every = recipe.eval_every
+    return TrainingArguments(
+        output_dir=str(Path(recipe.out, "checkpoints")),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type=recipe.lr_schedule,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        adam_beta2=0.99,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        save_strategy="steps" if every else "no",
+        save_steps=every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=bool(every),
+        metric_for_best_model=best_by,
+        greater_is_better=False,
+        logging_steps=recipe.log_every,
+        bf16=recipe.bf16,
+        torch_compile=recipe.compile,
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+    )
 
 
 def finish(trainer: Trainer, out: str) -> None:

@@ -46,6 +46,7 @@ def save_tokens(
     Returns:
         The manifest: rows, captions that were cut, fingerprint of the processor, sha256 of each shard.
     """
+    refuse_other_use(folder)
     tokens = tokenize_dataset(data, processor, num_proc=num_proc)
     with whole_folder(folder) as building:
         processor.save_pretrained(building)
@@ -97,9 +98,8 @@ def caption_batches(data: Dataset, size: int = 10_000) -> Iterator[list[str]]:
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to build in, beside the one wanted, that takes its name when the block ends well and goes when it does not."""
+    refuse_other_use(folder)
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise ValueError(f"{folder} is in use for something else: give another folder, or empty it")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.parent / f".{target.name}.{uuid4().hex[:8]}"
     building.mkdir()
@@ -111,3 +111,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         if building.exists():
             shutil.rmtree(building)
+
+
+def refuse_other_use(folder: str | Path) -> None:
+    """ValueError for a path that holds anything but tokens."""
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
+        raise ValueError(f"{folder} is in use for something else: give another folder, or empty it")

@@ -34,7 +34,7 @@ class Trainer(transformers.Trainer):
 
     Args:
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
-        args: see `training_arguments`.
+        args: plain arguments of transformers.
         draw: makes a picture of what the model can do; drawn every `draw_every` steps into `samples/` of the output folder.
     """
 
@@ -145,69 +145,6 @@ def load_weights(model: nn.Module, folder: str | Path | None) -> None:
 def is_stream(dataset: Any) -> bool:
     """Whether rows only come one after another."""
     return not hasattr(dataset, "__len__")
-
-
-def training_arguments(
-    output_dir: str | Path,
-    *,
-    max_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    gradient_accumulation_steps: int = 1,
-    warmup_steps: int = 0,
-    lr_schedule: str = "cosine",
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    eval_every: int = 0,
-    best_by: str = "loss",
-    log_every: int = 50,
-    bf16: bool = False,
-    compile: bool = False,  # noqa: A002 - torch's word for it
-    num_workers: int = 0,
-    report_to: str = "none",
-    seed: int = 0,
-) -> TrainingArguments:
-    """Arguments of `transformers.Trainer` under the names of our recipes.
-
-    Args:
-        eval_every: steps between evaluations, each with a checkpoint; 0: only the last weights are kept. Otherwise the weights that are
-            best by the held-out `best_by` are, and `output_dir/checkpoints` holds the best and the last.
-    """
-    evaluation: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no"}
-    if eval_every:
-        evaluation = {
-            "eval_strategy": "steps",
-            "eval_steps": eval_every,
-            "save_strategy": "steps",
-            "save_steps": eval_every,
-            "save_total_limit": 2,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": best_by,
-            "greater_is_better": False,
-        }
-    return TrainingArguments(
-        output_dir=str(Path(output_dir, "checkpoints")),
-        max_steps=max_steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        warmup_steps=warmup_steps,
-        lr_scheduler_type=lr_schedule,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        adam_beta2=0.99,
-        logging_steps=log_every,
-        bf16=bf16,
-        torch_compile=compile,
-        dataloader_num_workers=num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        report_to=report_to,
-        seed=seed,
-        **evaluation,
-    )
 
 
 class ProgressInWords(ProgressCallback):

@@ -142,9 +142,7 @@ class DiscreteTokenizer(PreTrainedModel):
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
             )
 
-    def check_pixels(
-        self, pixel_values: Tensor, *, num_channels: int, image_size: int, finite: bool = False
-    ) -> None:
+    def check_pixels(self, pixel_values: Tensor, *, num_channels: int, image_size: int, finite: bool = False) -> None:
         """Refuse what is not `b c h w` floats of this model's size, and, where codes are kept, finite: NaN would code as something."""
         expected = (num_channels, image_size, image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:

@@ -131,8 +131,10 @@ class VectorQuantizer(nn.Module):
         clean = torch.where(finite[:, None], flat, 0)
         if self.training and not self.started:
             self._start(clean.detach()[finite])
-        codes = nearest_codes(clean.detach(), self.codebook)
-        chosen = F.embedding(codes, self.codebook)  # before the codebook moves: a revived code is no longer near its vectors
+        codes = nearest_codes(clean.detach(), self.codebook.detach())
+        chosen = F.embedding(
+            codes, self.codebook
+        )  # before the codebook moves: a revived code is no longer near its vectors
         if self.training:
             self._learn(clean.detach(), codes, finite)
         loss = self._loss(clean, chosen, finite)

@@ -152,7 +152,7 @@ class LinearOptions:
         f = self.features.flatten(2)
         products = (r @ f.mT).flatten(1) @ self.weight.flatten(1).T
         norms = (f @ f.mT).flatten(1) @ (self.weight.mT @ self.weight).flatten(1).T
-        return (r.square().sum((1, 2))[:, None] - 2 * products + norms) / residual[0].numel()
+        return (r.square().sum((1, 2))[:, None] - 2 * products + norms) / residual.shape[1:].numel()
 
     def products(self, biases: Tensor) -> Tensor:
         """`k c h w` -> `b k`, as <W_k' e_k, f>: one matrix product for the batch."""
@@ -237,7 +237,9 @@ class VQDraw(nn.Module):
     def options(self, state: Tensor, stage: int) -> Options:
         """What is open at a stage. At stage 0 all states are zero: one look of the refiner serves all."""
         if stage == 0:
-            return SharedOptions(self.refiner(torch.zeros_like(self.biases[0, :1]), 0).all()[0] + self.biases[0], len(state))
+            return SharedOptions(
+                self.refiner(torch.zeros_like(self.biases[0, :1]), 0).all()[0] + self.biases[0], len(state)
+            )
         options = self.refiner(state, stage)
         return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
 

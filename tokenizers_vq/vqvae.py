@@ -44,7 +44,10 @@ class VQVAEConfig(DiscreteTokenizerConfig):
 
     def widths(self) -> list[int]:
         """Channels at each grid from the finest to the latent one."""
-        return [max(min(16, self.hidden_channels), self.hidden_channels >> level) for level in reversed(range(self.num_downsamples))]
+        return [
+            max(min(16, self.hidden_channels), self.hidden_channels >> level)
+            for level in reversed(range(self.num_downsamples))
+        ]
 
 
 class VQVAE(DiscreteTokenizer):

@@ -1,0 +1,273 @@
+"""What both image tokenizers promise, in the words of `DiscreteTokenizer`."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [VQVAEConfig, VQDrawImageConfig]
+
+
+@pytest.fixture(params=["tiny_vqvae", "tiny_vqdraw"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_decoding_the_codes_gives_the_reconstruction_bit_for_bit(tokenizer, images):
+    with torch.no_grad():
+        output = tokenizer(images)
+    codes = tokenizer.encode(images)
+    assert torch.equal(codes, output.codes)
+    assert torch.equal(tokenizer.decode(codes), output.reconstruction)
+
+
+def test_codes_are_int64_of_the_promised_length_and_range(tokenizer, images):
+    codes = tokenizer.encode(images)
+    assert codes.dtype == torch.int64 and codes.shape == (len(images), tokenizer.num_codes)
+    assert codes.min() >= 0 and codes.max() < tokenizer.codebook_size
+    assert len(codes.unique(dim=0)) > 1, "the fixture's pictures should code differently"
+
+
+def test_decoded_pictures_lie_between_0_and_1(tokenizer, images):
+    pictures = tokenizer.decode(tokenizer.encode(images))
+    assert pictures.shape == images.shape and pictures.min() >= 0 and pictures.max() <= 1
+
+
+def test_one_example_codes_as_it_does_in_a_batch(tokenizer, images):
+    alone = torch.cat([tokenizer.encode(image[None]) for image in images])
+    assert torch.equal(alone, tokenizer.encode(images))
+
+
+def test_no_pictures_give_no_codes_and_back(tokenizer, images):
+    codes = tokenizer.encode(images[:0])
+    assert codes.shape == (0, tokenizer.num_codes)
+    assert tokenizer.decode(codes).shape == images[:0].shape
+
+
+def test_bfloat16_autocast_does_not_change_codes_or_pictures(tokenizer, images):
+    codes = tokenizer.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.encode(images), codes)
+        pictures = tokenizer.decode(codes)
+    assert torch.equal(pictures, tokenizer.decode(codes))
+
+
+def test_every_parameter_gets_a_gradient(tokenizer, images):
+    tokenizer.train()(images).loss.backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_a_few_training_steps_lower_the_loss(tokenizer, images):
+    tokenizer.train()
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = tokenizer(images).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_encoding_and_decoding_change_nothing_in_the_model(tokenizer, images, training):
+    tokenizer.train(training)
+    before = copy.deepcopy(dict(tokenizer.named_buffers()) | dict(tokenizer.named_parameters()))
+    tokenizer.decode(tokenizer.encode(images))
+    after = dict(tokenizer.named_buffers()) | dict(tokenizer.named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(module.training == training for module in tokenizer.modules())
+
+
+def test_encode_and_decode_carry_no_gradient(tokenizer, images):
+    assert not tokenizer.decode(tokenizer.encode(images)).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_codes_of_every_stored_integer_type_decode_alike(tokenizer, images, dtype):
+    codes = tokenizer.encode(images)
+    assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_codes_that_are_not_integers_are_refused(tokenizer, dtype):
+    with pytest.raises(ValueError, match=f"codes must be integers, got {dtype}"):
+        tokenizer.decode(torch.zeros(1, tokenizer.num_codes, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 2, 2), (2, 0)])
+def test_codes_of_another_shape_are_refused(tokenizer, shape):
+    with pytest.raises(ValueError, match=f"codes must be `b 4`.*got shape `{' '.join(map(str, shape))}`"):
+        tokenizer.decode(torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", [-1, "codebook_size"])
+def test_codes_out_of_range_are_refused(tokenizer, wrong):
+    codes = torch.zeros(2, 4, dtype=torch.long)
+    codes[1, 2] = tokenizer.codebook_size if wrong == "codebook_size" else wrong
+    with pytest.raises(ValueError, match=rf"codes must lie in 0\.\.{tokenizer.codebook_size - 1}"):
+        tokenizer.decode(codes)
+
+
+@pytest.mark.parametrize("method", ["encode", "forward"])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8)])
+def test_pictures_of_another_size_are_refused_naming_both(tokenizer, method, shape):
+    with pytest.raises(ValueError, match=r"`b 3 8 8`, got \(" + ", ".join(map(str, shape))):
+        getattr(tokenizer, method)(torch.zeros(shape))
+
+
+def test_pixels_that_are_not_floats_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="floats in .0, 1., got torch.uint8"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_encoding_a_nan_is_refused_rather_than_coded_as_something(tokenizer, images):
+    images[2, 0, 1, 1] = float("nan")
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        tokenizer.encode(images)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_an_unknown_setting_is_refused_with_the_nearest_name(config_class):
+    with pytest.raises(ValueError, match="no setting 'codebook_siz', did you mean 'codebook_size'"):
+        config_class(codebook_siz=16)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("codebook_size", "16"), ("codebook_size", 2.5), ("codebook_size", 0), ("codebook_size", True)]
+    + [("num_channels", None), ("pixel_std", "x"), ("pixel_mean", -1.0)],
+)
+def test_a_setting_of_the_wrong_kind_is_refused(config_class, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a .*number"):
+        config_class(**{name: value})
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_an_image_size_that_the_stride_does_not_divide_names_the_nearest(config_class):
+    with pytest.raises(ValueError, match="image_size 30 is no multiple of 4; the nearest are 28 and 32"):
+        config_class(image_size=30)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_an_image_size_below_the_stride_names_the_smallest(config_class):
+    with pytest.raises(ValueError, match="the smallest is 4"):
+        config_class(image_size=2)
+
+
+def test_settings_survive_saving(tokenizer, saved):
+    loaded = type(tokenizer.config).from_pretrained(saved)
+    assert loaded.to_diff_dict() == tokenizer.config.to_diff_dict()
+
+
+def test_codes_and_weights_survive_save_and_load(tokenizer, saved, images):
+    loaded = type(tokenizer).from_pretrained(saved)
+    assert not loaded.training and torch.equal(loaded.encode(images), tokenizer.encode(images))
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_auto_model_finds_the_class(tokenizer, saved):
+    assert type(AutoModel.from_pretrained(saved)) is type(tokenizer)
+
+
+def test_codes_survive_auto_model_in_a_fresh_process(tiny_vqvae, tiny_vqdraw, images, tmp_path):
+    for name, model in {"a": tiny_vqvae, "b": tiny_vqdraw}.items():
+        model.save_pretrained(tmp_path / name)
+    save_file({"images": images}, tmp_path / "images")
+    script = (
+        "import json, sys, torch; torch.set_num_threads(1); import tokenizers_vq\n"
+        "from safetensors.torch import load_file; from transformers import AutoModel\n"
+        "images = load_file('images')['images']\n"
+        "print(json.dumps([AutoModel.from_pretrained(name).encode(images).tolist() for name in 'ab']))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode == 0, answer.stderr
+    codes = json.loads(answer.stdout.splitlines()[-1])
+    assert codes == [tiny_vqvae.encode(images).tolist(), tiny_vqdraw.encode(images).tolist()]
+
+
+def test_a_folder_without_config_is_refused(tokenizer, saved):
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match="not a model folder: it has no config.json"):
+        type(tokenizer).from_pretrained(saved)
+
+
+@pytest.mark.parametrize("path", ["{tmp}/absent", "./absent", "absent", "absent/model/folder"])
+def test_an_absent_folder_is_refused(tmp_path, path):
+    with pytest.raises(ValueError, match="not a model folder: no such folder"):
+        VQVAE.from_pretrained(path.format(tmp=tmp_path))
+
+
+def test_a_hub_name_that_cannot_be_had_is_refused():
+    with pytest.raises(ValueError, match="cannot load a tokenizer from nobody/nothing"):
+        VQDrawForImages.from_pretrained("nobody/nothing")
+
+
+def test_a_missing_tensor_is_refused(tokenizer, saved):
+    name = next(iter(tokenizer.state_dict()))
+    rewrite_weights(saved, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"missing or misshapen tensors .*{name}"):
+        type(tokenizer).from_pretrained(saved)
+
+
+def test_an_unknown_tensor_is_refused(tokenizer, saved):
+    rewrite_weights(saved, lambda weights: weights.update(stranger=torch.zeros(1)))
+    with pytest.raises(ValueError, match="unknown tensors .*stranger"):
+        type(tokenizer).from_pretrained(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_refused(tokenizer, saved, value):
+    name = next(iter(dict(tokenizer.named_parameters())))
+    rewrite_weights(saved, lambda weights: weights[name].view(-1)[:1].fill_(value))
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        type(tokenizer).from_pretrained(saved)
+
+
+def test_weights_cut_short_are_refused(tokenizer, saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot load a tokenizer"):
+        type(tokenizer).from_pretrained(saved)
+
+
+def test_a_config_that_is_not_json_is_refused(tokenizer, saved):
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot load a tokenizer"):
+        type(tokenizer).from_pretrained(saved)
+
+
+def test_loading_gives_its_report_when_asked(tokenizer, saved):
+    _, info = type(tokenizer).from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"]

@@ -1,0 +1,244 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenizers_vq import VectorQuantizer, quantizer
+from tokenizers_vq.quantizer import DEAD_SHARE, assigned_sums, kmeans, nearest_codes, perplexity
+
+NAN, INF = float("nan"), float("inf")
+
+
+def trained_from(codebook: Tensor, **settings) -> VectorQuantizer:
+    """A quantizer in training whose codebook stands already, as if each code had just got an even share."""
+    module = VectorQuantizer(*codebook.shape, **settings).train()
+    module.codebook.data.copy_(codebook)
+    module.sums.copy_(codebook)
+    module.started.fill_(True)
+    return module
+
+
+def clusters(num: int, *, per_cluster: int = 32, spread: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Well separated centres on a ring `k d` and noisy vectors `n d` around them."""
+    angles = torch.arange(num) * (2 * torch.pi / num)
+    centres = 10 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    return centres, (centres.repeat(per_cluster, 1) + spread * torch.randn(num * per_cluster, 2))
+
+
+def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
+    return copy.deepcopy(dict(module.named_buffers()) | {"codebook": module.codebook.detach()})
+
+
+# Search
+
+
+@pytest.mark.parametrize("chunk", [2**20, 64])
+def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
+    monkeypatch.setattr(quantizer, "SCORES_PER_CHUNK", chunk)
+    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
+    assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
+
+
+def test_bfloat16_autocast_gives_the_same_codes_and_vectors():
+    module = trained_from(torch.randn(64, 8)).eval()
+    x = torch.randn(200, 8)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    assert torch.equal(output.codes, expected.codes) and torch.equal(output.quantized, expected.quantized)
+
+
+def test_bfloat16_input_is_searched_in_float32():
+    module = trained_from(torch.randn(64, 8)).eval()
+    x = torch.randn(50, 8).bfloat16()
+    output = module(x)
+    assert output.quantized.dtype == torch.bfloat16
+    assert torch.equal(output.codes, module(x.float()).codes)
+
+
+def test_channel_axis_1_equals_the_last_axis_form():
+    codebook, x = torch.randn(16, 4), torch.randn(2, 4, 3, 5)
+    last = trained_from(codebook).eval()(x.movedim(1, -1))
+    first = trained_from(codebook, channel_axis=1).eval()(x)
+    assert torch.equal(first.quantized, last.quantized.movedim(-1, 1)) and torch.equal(first.codes, last.codes)
+    assert first.codes.shape == (2, 3, 5)
+    torch.testing.assert_close(first.loss, last.loss)
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_lookup_of_the_codes_is_the_quantized_input(channel_axis):
+    module = trained_from(torch.randn(16, 4), channel_axis=channel_axis).eval()
+    output = module(torch.randn(2, 4, 3, 4))
+    assert torch.equal(module.lookup(output.codes), output.quantized)
+
+
+# Gradients
+
+
+def test_the_gradient_of_a_later_loss_passes_straight_through():
+    module, x = trained_from(torch.randn(16, 4), commitment=0.0), torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    weight = torch.randn(10, 4)
+    ((output.quantized * weight).sum() + output.loss).backward()
+    assert torch.equal(x.grad, weight)
+
+
+def test_commitment_draws_the_input_to_its_code_by_beta():
+    module, x = trained_from(torch.randn(16, 4), commitment=0.7), torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    output.loss.backward()
+    torch.testing.assert_close(x.grad, 0.7 * 2 * (x - output.quantized).detach() / x.numel())
+    torch.testing.assert_close(output.loss, 0.7 * (x - output.quantized).square().mean())
+
+
+def test_without_average_the_codebook_gets_the_gradient_of_its_own_term():
+    module = trained_from(torch.randn(16, 4), ema=False, commitment=0.7)
+    x = torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    output.loss.backward()
+    difference = 2 * (output.quantized - x).detach() / x.numel()
+    torch.testing.assert_close(module.codebook.grad, torch.zeros(16, 4).index_add_(0, output.codes, difference))
+    torch.testing.assert_close(x.grad, -0.7 * difference)
+
+
+# The codebook
+
+
+def test_the_average_moves_by_the_papers_formula():
+    codebook, decay = torch.randn(4, 3), 0.9
+    module = trained_from(codebook, decay=decay)
+    x = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
+    codes = module(x).codes
+    counts = torch.stack([(codes == code).sum() for code in range(4)])
+    sums = torch.stack([x[codes == code].sum(dim=0) for code in range(4)])
+    new_counts = decay * torch.ones(4) + (1 - decay) * counts  # equation 6
+    new_sums = decay * codebook + (1 - decay) * sums  # equation 7
+    torch.testing.assert_close(module.counts, new_counts)
+    torch.testing.assert_close(module.sums, new_sums)
+    torch.testing.assert_close(module.codebook, new_sums / new_counts[:, None])  # equation 8
+
+
+def test_in_training_the_vectors_given_are_those_the_codes_were_nearest_to():
+    codebook = torch.randn(32, 4)
+    module = trained_from(codebook)
+    module.counts[16:] = 0  # these are revived at this very step
+    output = module(torch.randn(100, 4))
+    assert (output.codes >= 16).any()
+    assert torch.equal(output.quantized.detach(), codebook[output.codes])
+
+
+def test_the_first_batch_puts_codes_on_its_clusters():
+    centres, vectors = clusters(4)
+    module = VectorQuantizer(16, 2).train()
+    output = module(vectors)
+    assert module.started and (output.quantized - vectors).norm(dim=1).max() < 0.1
+    assert torch.cdist(centres, module.codebook).min(dim=1).values.max() < 0.1
+
+
+def test_kmeans_finds_the_means_of_as_many_clusters():
+    centres, vectors = clusters(4)
+    found = kmeans(vectors, 4)
+    torch.testing.assert_close(found[torch.cdist(centres, found).argmin(dim=1)], centres, atol=0.05, rtol=0)
+
+
+def test_kmeans_serves_more_clusters_than_vectors():
+    vectors = torch.randn(3, 2)
+    assert torch.cdist(vectors, kmeans(vectors, 8)).min(dim=1).values.max() < 1e-6
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_dead_codes_come_back_from_a_collapsed_start(ema):
+    codebook = torch.full((16, 2), 100.0)
+    codebook[0] = 0
+    module = trained_from(codebook, decay=0.9, ema=ema)
+    _, vectors = clusters(16)
+    for _ in range(100):
+        codes = module(vectors).codes
+    assert len(codes.unique()) > 12
+    assert module.metrics()["code_usage"] > 0.75
+
+
+def test_a_code_out_of_use_moves_onto_a_vector_of_the_batch():
+    codebook = torch.tensor([[0.0, 0.0], [100.0, 100.0]])
+    module = trained_from(codebook)
+    module.counts[1] = DEAD_SHARE / 10
+    vectors = torch.randn(10, 2)
+    module(vectors)
+    assert (vectors == module.codebook[1]).all(dim=1).any()
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_eval_moves_nothing(ema):
+    module = trained_from(torch.randn(16, 4), ema=ema).eval()
+    before = state_of(module)
+    module(torch.randn(50, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(module).items())
+
+
+def test_an_unstarted_quantizer_stays_so_in_eval():
+    module = VectorQuantizer(16, 4).eval()
+    module(torch.randn(50, 4))
+    assert not module.started
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_vectors_that_are_not_finite_are_skipped_and_counted(value):
+    codebook = torch.randn(4, 3)
+    clean = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
+    spoiled = torch.cat([clean, torch.tensor([[0.0, value, 0.0], [value, 1.0, 1.0]])])
+    module, twin = trained_from(codebook), trained_from(codebook)
+    output, expected = module(spoiled), twin(clean)
+    assert module.skipped == 2
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(module.codebook, twin.codebook)
+
+
+def test_vectors_that_are_not_finite_get_no_gradient_and_spoil_no_other():
+    x = torch.randn(10, 3)
+    x[4, 1] = NAN
+    x.requires_grad_()
+    output = trained_from(torch.randn(8, 3))(x)
+    (output.loss + output.quantized.square().sum()).backward()
+    assert x.grad.isfinite().all() and not x.grad[4].any() and x.grad[:4].any()
+
+
+def test_a_code_out_of_use_never_moves_to_what_is_not_finite():
+    module = trained_from(torch.full((4, 2), 50.0) + torch.randn(4, 2))
+    module.counts[2:] = 0
+    x = 50 + torch.randn(8, 2)
+    x[::2] = NAN
+    module(x)
+    assert module.codebook.min() > 40
+
+
+def test_a_batch_without_a_finite_vector_leaves_the_start_to_the_next():
+    module = VectorQuantizer(8, 2).train()
+    before = module.codebook.clone()
+    assert module(torch.full((5, 2), NAN)).loss == 0
+    assert not module.started
+    torch.testing.assert_close(module.codebook, before)
+
+
+# Numbers
+
+
+def test_assigned_sums_count_and_add():
+    vectors, codes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
+    counts, sums = assigned_sums(vectors, codes, 3)
+    assert counts.tolist() == [1, 0, 2] and sums.tolist() == [[3, 4], [0, 0], [6, 8]]
+
+
+def test_perplexity_is_the_number_of_codes_used_alike():
+    torch.testing.assert_close(
+        perplexity(torch.tensor([[3.0, 3.0, 0.0, 3.0], [9.0, 0.0, 0.0, 0.0]])), torch.tensor([3.0, 1.0])
+    )
+
+
+def test_a_fresh_quantizer_has_counted_no_vector_after_loading(tiny_vqvae, tmp_path):
+    tiny_vqvae.quantizer.skipped += 7
+    tiny_vqvae.save_pretrained(tmp_path)
+    assert type(tiny_vqvae).from_pretrained(tmp_path).quantizer.skipped == 0

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner, StageScale
+from tokenizers_vq.vqdraw import DenseOptions, LinearOptions
+
+
+def fresh() -> ConvRefiner:
+    torch.manual_seed(0)
+    return ConvRefiner(
+        num_stages=4, codebook_size=5, num_channels=3, hidden_channels=16, feature_channels=8, num_residual_blocks=1
+    )
+
+
+@pytest.fixture
+def refiner() -> ConvRefiner:
+    """With every zero perturbed, as after some training."""
+    module = fresh()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+class Named(nn.Module):
+    """A refiner whose one step says who was asked, and for which stage."""
+
+    def __init__(self, name: int):
+        super().__init__()
+        self.name = name
+
+    def forward(self, state: Tensor, stage: int) -> DenseOptions:
+        return DenseOptions(torch.full((len(state), 1), 10.0 * self.name + stage))
+
+
+def test_a_fresh_refiner_proposes_to_stay(images):
+    assert not any(fresh()(images, stage).all().any() for stage in range(4))
+
+
+def test_the_first_gradient_of_a_fresh_refiner_reaches_its_head(images):
+    module = fresh()
+    sum(module(images, stage).squared_errors(images).mean() for stage in range(4)).backward()
+    assert module.head.grad.flatten(2).any(dim=2).all()
+
+
+def test_every_parameter_gets_a_gradient_once_the_head_has_moved(refiner, images):
+    sum(refiner(images, stage).squared_errors(images).mean() for stage in range(4)).backward()
+    assert not [name for name, p in refiner.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_options_have_the_shape_of_the_state(refiner, images):
+    options = refiner(images, 2)
+    assert isinstance(options, LinearOptions) and options.all().shape == (6, 5, *images.shape[1:])
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 8)])
+def test_any_multiple_of_four_runs(refiner, size):
+    assert refiner(torch.randn(2, 3, *size), 0).all().shape == (2, 5, 3, *size)
+
+
+def test_an_example_gets_alone_what_it_gets_in_a_batch(refiner, images):
+    torch.testing.assert_close(refiner(images[2:3], 1).all()[0], refiner(images, 1).all()[2])
+
+
+def test_stages_propose_differently_from_the_same_state(refiner, images):
+    assert not torch.allclose(refiner(images, 0).all(), refiner(images, 1).all())
+
+
+def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
+    before = [refiner(images, stage).all() for stage in range(4)]
+    with torch.no_grad():
+        for module in refiner.modules():
+            if isinstance(module, StageScale):
+                module.gain[2] *= 1.5
+    changed = [not torch.equal(refiner(images, stage).all(), before[stage]) for stage in range(4)]
+    assert changed == [False, False, True, False]
+
+
+def test_a_fresh_stage_scale_changes_nothing(images):
+    assert torch.equal(StageScale(4, 3)(images, 1), images)
+
+
+def test_each_segment_asks_its_own_refiner_from_its_first_stage():
+    refiner = SegmentedRefiner([Named(1), Named(2), Named(3)], segment_length=2)
+    answers = [refiner(torch.zeros(1), stage).all().item() for stage in range(6)]
+    assert answers == [10, 11, 20, 21, 30, 31]
