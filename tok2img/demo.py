@@ -6,6 +6,7 @@ Each step leaves a folder that appears when the step is done, so a second run do
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,43 @@ from .evaluation import caption_accuracy, evaluate_tokenizer, repeated_share
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, save_image, stage_sheet, write_atomically
 from .processing import load_image_tokenizer, load_pixels, to_device
-from .recipes import PriorRecipe, TokenizerRecipe
+from .recipes import PriorRecipe, RunSettings, TokenizerRecipe
 from .reports import codes_of, report_on_losses
 from .runs import draw_reconstructions, train_prior, train_tokenizer
 from .shapes import shapes_dataset
 from .shapes_judge import judge
 
-NUM_ROWS = 20_000
-NUM_JUDGED = 500
 SPLITS = {"seen": "train", "held_out": "held_out", "unseen_pairs": "unseen_pairs"}
 STAGES_SHOWN = (1, 2, 4, 8, 12, 16, 20)
+SHAPES: dict[str, Any] = {"data": "shapes", "max_rows": 20_000, "sample_every": 0}
+
+# Sizes that two CPU cores train in minutes.
+VQVAE_RECIPE = TokenizerRecipe(
+    tokenizer="vqvae",
+    max_steps=800,
+    learning_rate=3e-3,
+    eval_every=0,
+    model={"codebook_size": 512, "hidden_channels": 64},
+    **SHAPES,
+)
+VQDRAW_RECIPE = TokenizerRecipe(
+    tokenizer="vqdraw",
+    max_steps=120,
+    batch_size=32,
+    learning_rate=4e-3,
+    eval_every=0,
+    model={"num_stages": 20, "hidden_channels": 32, "feature_channels": 32, "num_residual_blocks": 1},
+    **SHAPES,
+)
+PRIOR_RECIPE = PriorRecipe(
+    max_steps=900, batch_size=32, learning_rate=2e-3, depth=3, dropout=0.0, eval_every=300, eval_rows=500, **SHAPES
+)
+# So little that it only shows that everything runs.
+QUICK: dict[str, Any] = {"max_rows": 64, "max_steps": 2, "batch_size": 8, "log_every": 1}
+QUICK_MODELS = {
+    "vqvae": {"codebook_size": 16, "hidden_channels": 32},
+    "vqdraw": VQDRAW_RECIPE.model | {"codebook_size": 8},
+}
 
 
 def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
@@ -37,104 +65,69 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     """
     quiet()
     started = time.time()
-    recipes = demo_recipes(out, quick=quick)
-    vqvae = step("VQ-VAE", out / "vqvae", lambda: train_tokenizer(recipes["vqvae"]))
-    vqdraw = step("VQ-DRAW", out / "vqdraw", lambda: train_tokenizer(recipes["vqdraw"]))
-    report = {"vqvae": report_on(vqvae, quick=quick), "vqdraw": report_on(vqdraw, quick=quick)}
-    best = max(report, key=lambda name: report[name]["accepted"])
-    print(
-        f"the judge accepts {report['vqvae']['accepted']:.1%} of VQ-VAE's reconstructions, "
-        f"{report['vqdraw']['accepted']:.1%} of VQ-DRAW's: pictures come from {best}"
+    num_judged = 8 if quick else 500
+    for recipe in (VQVAE_RECIPE, VQDRAW_RECIPE):
+        small = QUICK | {"model": QUICK_MODELS[recipe.tokenizer]} if quick else {}
+        train_unless_there(train_tokenizer, replace(recipe, out=str(out / recipe.tokenizer), **small))
+    reports = {name: report_on(out / name, num_judged) for name in ("vqvae", "vqdraw")}
+    best = max(reports, key=lambda name: reports[name]["accepted"])
+    shares = ", ".join(f"{name} {report['accepted']:.1%}" for name, report in reports.items())
+    print(f"reconstructions that the judge accepts: {shares}; the pictures come from {best}")
+    small = QUICK | {"depth": 1, "eval_every": 0} if quick else {}
+    train_unless_there(
+        train_prior, replace(PRIOR_RECIPE, out=str(out / "model"), image_tokenizer=str(out / best), **small)
     )
-    recipe = recipes["prior"]
-    recipe.image_tokenizer = str(out / best)
-    step("prior", out / "model", lambda: train_prior(recipe))
-    pipeline = to_device(TextToImagePipeline.from_pretrained(out / "model"))
-    metrics = {"tokenizers": report, "tokenizer_of_the_model": best, **report_on_demo(pipeline, recipe, quick=quick)}
-    draw_sheets(out, pipeline, load_image_tokenizer(out / best), load_image_tokenizer(out / "vqdraw"))
-    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    if not (out / "metrics.json").is_file():
+        pipeline = to_device(TextToImagePipeline.from_pretrained(out / "model"))
+        draw_sheets(out, pipeline, load_image_tokenizer(out / "vqdraw"))
+        metrics = {"tokenizers": reports, "tokenizer_of_the_model": best, **report_on_model(pipeline, out, num_judged)}
+        write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    metrics = json.loads((out / "metrics.json").read_text())
     print_summary(out, metrics, time.time() - started)
     return metrics
 
 
-def demo_recipes(out: Path, *, quick: bool) -> dict[str, Any]:
-    """The three training runs: sizes that two CPU cores finish in minutes, or in seconds when it need only run."""
-    common: dict[str, Any] = {"data": "shapes", "max_rows": 600 if quick else NUM_ROWS, "log_every": 5 if quick else 50}
-    vqvae = TokenizerRecipe(
-        tokenizer="vqvae",
-        out=str(out / "vqvae"),
-        max_steps=10 if quick else 600,
-        learning_rate=2e-3,
-        eval_every=0,
-        sample_every=0,
-        model={"codebook_size": 256, "hidden_channels": 64},
-        **common,
-    )
-    vqdraw = TokenizerRecipe(
-        tokenizer="vqdraw",
-        out=str(out / "vqdraw"),
-        max_steps=5 if quick else 150,
-        batch_size=32,
-        learning_rate=4e-3,
-        eval_every=0,
-        sample_every=0,
-        model={"num_stages": 20, "hidden_channels": 32, "feature_channels": 32, "num_residual_blocks": 1},
-        **common,
-    )
-    prior = PriorRecipe(
-        out=str(out / "model"),
-        max_steps=10 if quick else 600,
-        depth=2 if quick else 3,
-        eval_every=10 if quick else 200,
-        eval_rows=100 if quick else 500,
-        sample_every=10 if quick else 200,
-        dropout=0.0,
-        **common,
-    )
-    return {"vqvae": vqvae, "vqdraw": vqdraw, "prior": prior}
-
-
-def step(name: str, folder: Path, work: Callable[[], Any]) -> DiscreteTokenizer | None:
-    """Do one step of the demo unless its folder is there; returns the image tokenizer in it, where it is one."""
-    if (folder / "config.json").is_file():
-        print(f"{name}: {folder} is there already")
+def train_unless_there(train: Callable[[Any], Any], recipe: RunSettings) -> None:
+    """One training run of the demo; what an earlier demo finished stays."""
+    if Path(recipe.out, "config.json").is_file():
+        print(f"{recipe.out} is there already")
     else:
-        print(f"{name}: training")
-        work()
-    return None if (folder / "layout.json").is_file() else load_image_tokenizer(folder)
+        print(f"training {recipe.out}")
+        train(recipe)
 
 
-def report_on(image_tokenizer: Any, *, quick: bool) -> dict[str, Any]:
-    """Errors and code usage on pictures it has not seen, and the share of their reconstructions that the judge accepts."""
-    rows = shapes_dataset("validation", 50 if quick else NUM_JUDGED)
+def report_on(folder: Path, num_judged: int) -> dict[str, Any]:
+    """A tokenizer's errors and code usage on pictures it has not seen, and the share of reconstructions that the judge accepts."""
+    image_tokenizer = load_image_tokenizer(folder)
+    rows = shapes_dataset("validation", num_judged)
     pixel_values = load_pixels(rows["image"], image_tokenizer)
     reconstructions = images_from_pixels(image_tokenizer.decode(image_tokenizer.encode(pixel_values)))
     report = evaluate_tokenizer(image_tokenizer, list(pixel_values.split(250)))
     return report | {"accepted": caption_accuracy(reconstructions, rows["caption"], judge)}
 
 
-def report_on_demo(pipeline: TextToImagePipeline, recipe: PriorRecipe, *, quick: bool) -> dict[str, Any]:
+def report_on_model(pipeline: TextToImagePipeline, out: Path, num_judged: int) -> dict[str, Any]:
     """Caption accuracy with the default sampling settings on seen captions, held-out ones and unseen pairs; losses and repeats."""
     accuracy, repeats = {}, {}
-    training_codes = codes_of(Path(recipe.out, "tokens"))
+    training_codes = codes_of(out / "model" / "tokens")
     for name, split in SPLITS.items():
-        captions = shapes_dataset(split, 20 if quick else NUM_JUDGED)["caption"][:]
+        captions = shapes_dataset(split, num_judged)["caption"][:]
         print(f"drawing {len(captions)} pictures of captions: {name}")
         output = pipeline(captions, seed=0, progress=True)
         images: Any = output.images
         accuracy[name] = caption_accuracy(images, captions, judge)
         repeats[name] = repeated_share(output.codes, training_codes)
-    losses = report_on_losses(pipeline, shapes_dataset("validation", 50 if quick else NUM_JUDGED))
+    losses = report_on_losses(pipeline, shapes_dataset("validation", num_judged))
     return {"caption_accuracy": accuracy, "repeated_share": repeats, "losses": losses}
 
 
-def draw_sheets(out: Path, pipeline: TextToImagePipeline, best: DiscreteTokenizer, vqdraw: DiscreteTokenizer) -> None:
+def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokenizer) -> None:
     """samples.png, reconstructions.png and stages.png."""
     captions = [caption for split in SPLITS.values() for caption in shapes_dataset(split, 16, seed=1)["caption"]]
     images: Any = pipeline(captions, seed=1).images
     save_image(captioned_sheet(images, captions), out / "samples.png")
     pictures = shapes_dataset("validation", 16)["image"][:]
-    save_image(draw_reconstructions(best, pictures), out / "reconstructions.png")
+    save_image(draw_reconstructions(pipeline.processor.image_tokenizer, pictures), out / "reconstructions.png")
     codes = vqdraw.encode(load_pixels(pictures[:8], vqdraw))
     shown = [count for count in STAGES_SHOWN if count <= vqdraw.num_codes]
     by_stage = [images_from_pixels(vqdraw.decode(codes[:, :count])) for count in shown]

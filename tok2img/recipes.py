@@ -1,6 +1,8 @@
 """What a training run is made of: the keys of a recipe, their defaults, and how a file and the command line fill them."""
 
 import difflib
+import math
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -8,6 +10,8 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import yaml
 
 Recipe = TypeVar("Recipe", bound="RunSettings")
+COMMAND_LINE = "the command line"
+AT_LEAST_ONE = {"max_steps", "batch_size", "gradient_accumulation_steps", "log_every"}
 
 
 @dataclass
@@ -47,6 +51,12 @@ class RunSettings:
     num_workers: int = 0
     report_to: str = "none"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, least = getattr(self, each.name), 1 if each.name in AT_LEAST_ONE else 0
+            if isinstance(value, int | float) and value < least:
+                raise ValueError(f"key {each.name!r} must be at least {least}, got {value}")
 
 
 @dataclass
@@ -105,18 +115,20 @@ def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: d
     Raises:
         ValueError: naming the file and the key, for a key that does not exist or a value of the wrong kind.
     """
-    values = {} if path is None else read_yaml(path)
-    origin = "the recipe" if path is None else str(path)
-    check_keys(kind, values, origin)
-    check_keys(kind, {key.split(".")[0]: None for key in overrides or {}}, "the command line")
-    for key, value in (overrides or {}).items():
-        outer, _, inner = key.partition(".")
-        if inner:
-            values[outer] = {**(values.get(outer) or {}), inner: value}
-        else:
-            values[key] = value
     types = get_type_hints(kind)
-    return kind(**{key: as_type(key, value, types[key]) for key, value in values.items()})
+    plain = {key: value for key, value in (overrides or {}).items() if "." not in key}
+    values: dict[str, Any] = {}
+    for origin, given in ((str(path), {} if path is None else read_yaml(path)), (COMMAND_LINE, plain)):
+        check_keys(kind, given, origin)
+        values |= {key: as_type(key, value, types[key], origin) for key, value in given.items()}
+    for key, value in (overrides or {}).items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            check_keys(kind, {outer: value}, COMMAND_LINE)
+            if get_origin(types[outer]) is not dict:
+                raise ValueError(f"{COMMAND_LINE}: no key {key!r}: {outer!r} has no settings of its own")
+            values[outer] = values.get(outer, {}) | {inner: value}
+    return kind(**values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -142,19 +154,18 @@ def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> 
             raise ValueError(f"{origin}: no key {key!r}; {hint}")
 
 
-def as_type(key: str, value: Any, wanted: Any) -> Any:
+def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
     """The value if it is of the key's kind (whole numbers pass for floats, `1e-3` is one); ValueError else."""
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            value = float(value)
     if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     plain = get_origin(wanted) or wanted
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+    is_other = not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool)
+    if is_other or (plain is float and not math.isfinite(value)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
-        raise ValueError(f"key {key!r} must be {names[plain]}, got {value!r}")
+        raise ValueError(f"{origin}: key {key!r} must be {names[plain]}, got {value!r}")
     return value
 
 

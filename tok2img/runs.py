@@ -194,6 +194,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         metric_for_best_model=best_by,
         greater_is_better=False,
         logging_steps=recipe.log_every,
+        disable_tqdm=False,
         bf16=recipe.bf16,
         torch_compile=recipe.compile,
         dataloader_num_workers=recipe.num_workers,

@@ -174,7 +174,8 @@ class DiscreteTokenizer(PreTrainedModel):
             what = f"missing or misshapen tensors {absent[:3]}" if absent else f"unknown tensors {unknown[:3]}"
             raise ValueError(f"{pretrained_model_name_or_path} does not hold this {cls.__name__}: {what}")
         refuse_non_finite(model, pretrained_model_name_or_path)
-        return (model, info) if wants_info else model
+        answer: Any = (model, info) if wants_info else model
+        return answer
 
 
 def refuse_non_model(folder: str | Path) -> None:

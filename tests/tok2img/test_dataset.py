@@ -131,7 +131,9 @@ def test_processes_started_after_torch_ran_threads_end_with_the_same_tokens(proc
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_picture_is_named_by_its_row(processor, rows, streaming):
-    pictures = [row["bytes"] for row in rows.cast_column("image", rows.features["image"].__class__(decode=False))["image"]]
+    pictures = [
+        row["bytes"] for row in rows.cast_column("image", rows.features["image"].__class__(decode=False))["image"]
+    ]
     pictures[4] = pictures[4][:30]
     broken = Dataset.from_dict({"image": pictures, "caption": rows["caption"][:]})
     with pytest.raises(ValueError, match="row 4: .*(truncated|corrupt|damaged)"):

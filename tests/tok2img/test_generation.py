@@ -15,7 +15,9 @@ only_qwen = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
 def text_ids(layout) -> torch.Tensor:
     """Texts of every length, so that every padding occurs."""
     pad = layout.pad_id
-    return torch.tensor([[1, 5, 10], [3, 3, pad], [7, pad, pad], [pad, pad, pad], [0, 2, 9], [10, 10, 10], [4, pad, pad], [6, 1, pad]])
+    return torch.tensor(
+        [[1, 5, 10], [3, 3, pad], [7, pad, pad], [pad, pad, pad], [0, 2, 9], [10, 10, 10], [4, pad, pad], [6, 1, pad]]
+    )
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_a_picture_does_not_depend_on_its_batch(prior, layout, text_ids, scale):
 @only_qwen
 def test_another_seed_or_index_gives_another_picture(prior, layout):
     text_ids = torch.ones(8, 3, dtype=torch.int64)
-    one, other = (generate(prior, layout, text_ids, seed=seed) for seed in (0, 1))
+    one, other = (generate(prior, layout, text_ids, sampling=Sampling(temperature=9.0), seed=seed) for seed in (0, 1))
     assert not one.equal(other) and len(one.unique(dim=0)) > 4
 
 
@@ -177,7 +179,8 @@ def test_drawn_codes_are_as_frequent_as_they_are_likely():
 def test_a_code_that_is_left_out_is_never_drawn(uniform):
     logits = torch.tensor([[-math.inf, 1.0, 0.0, 0.5, -math.inf]])
     for sampling in (Sampling(), Sampling(top_k=2), Sampling(top_p=0.7)):
-        assert draw_codes(logits, torch.tensor([uniform], dtype=torch.float64), sampling).item() in (1, 3, 2)[: 3 if sampling == Sampling() else 2]
+        allowed = (1, 2, 3) if sampling == Sampling() else (1, 3)
+        assert draw_codes(logits, torch.tensor([uniform], dtype=torch.float64), sampling).item() in allowed
 
 
 def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_always():

@@ -110,7 +110,9 @@ def test_without_a_seed_every_call_draws_anew(pipeline):
 def test_numpy_pictures_are_floats_of_the_same_pixels(pipeline):
     pictures, arrays = (pipeline("a dog", 2, seed=0, output_type=kind).images for kind in ("pil", "np"))
     assert arrays.shape == (2, 8, 8, 3) and arrays.dtype == np.float32 and 0 <= arrays.min() <= arrays.max() <= 1
-    np.testing.assert_array_equal((arrays * 255).round().astype(np.uint8), np.stack([np.asarray(each) for each in pictures]))
+    np.testing.assert_array_equal(
+        (arrays * 255).round().astype(np.uint8), np.stack([np.asarray(each) for each in pictures])
+    )
 
 
 def test_a_negative_prompt_changes_the_result(pipeline):
