@@ -54,7 +54,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, least = getattr(self, each.name), 1 if each.name in AT_LEAST_ONE else 0
+            value: Any = getattr(self, each.name)
+            least = 1 if each.name in AT_LEAST_ONE else 0
             if isinstance(value, int | float) and value < least:
                 raise ValueError(f"key {each.name!r} must be at least {least}, got {value}")
 
@@ -163,7 +164,7 @@ def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
         return str(value)
     plain = get_origin(wanted) or wanted
     is_other = not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool)
-    if is_other or (plain is float and not math.isfinite(value)):
+    if is_other or (isinstance(value, float) and not math.isfinite(value)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
         raise ValueError(f"{origin}: key {key!r} must be {names[plain]}, got {value!r}")
     return value
