@@ -36,7 +36,7 @@ def images() -> Tensor:
 def tiny_vqvae(images) -> VQVAE:
     """2x2 codes of 16 entries, in eval mode, its codebook placed on data."""
     torch.manual_seed(0)
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_residual_blocks=1, codebook_size=16, code_dim=4)
+    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, code_dim=4)
     model = VQVAE(config).train()
     with torch.no_grad():
         model(images)
@@ -48,7 +48,7 @@ def tiny_vqdraw(images) -> VQDrawForImages:
     """Four codes of 8 options each, in eval mode; its zero-initialised parts perturbed so that every part matters."""
     torch.manual_seed(0)
     config = VQDrawImageConfig(
-        image_size=8, num_stages=4, codebook_size=8, hidden_channels=16, feature_channels=8, num_residual_blocks=1
+        image_size=8, num_stages=4, codebook_size=8, hidden_channels=16, feature_channels=8, num_decoder_blocks=1
     )
     model = VQDrawForImages(config)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def generate(
     captions: Annotated[list[str], typer.Argument(help="One caption or more.")],
     model: Annotated[str, typer.Option(help="Folder of a trained model.")],
     out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
-    num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly to follow the caption; the model's own by default.")
@@ -146,7 +146,7 @@ def reconstruct(
     sources: Annotated[list[str], typer.Argument(help="A data set, or picture files.")],
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
     out: Annotated[str, typer.Option(help="Picture file to write.")],
-    num_images: Annotated[int, typer.Option(help="Pictures of a data set.")] = 16,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of a data set.")] = 16,
     split: Split = "train",
 ) -> None:
     """Show pictures above what is left of them after encoding and decoding."""
@@ -173,8 +173,10 @@ def evaluate(
     judge: Annotated[
         str, typer.Option(help="Folder of a classifier of captions; trained on the data, and saved there, when new.")
     ] = "",
-    num_images: Annotated[int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")] = 1000,
-    split: Split = "test",
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Pictures to draw for caption accuracy and Fréchet distance.")
+    ] = 1000,
+    split: Annotated[str, typer.Option(help="Split of the data; its test or validation split by default.")] = "",
     image_column: ImageColumn = "",
     caption_column: CaptionColumn = "",
     max_rows: MaxRows = 2000,
@@ -184,11 +186,10 @@ def evaluate(
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")
     quiet()
-    from .data import load_captioned_images
     from .plots import write_atomically
-    from .reports import report_on_model, report_on_tokenizer
+    from .reports import open_unseen, report_on_model, report_on_tokenizer
 
-    rows = load_captioned_images(
+    rows = open_unseen(
         data,
         split=split,
         image_column=image_column or None,

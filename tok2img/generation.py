@@ -70,6 +70,9 @@ def generate(
         on_code: called after each code with its position and all codes so far, `b n`.
     """
     sampling = sampling or Sampling()
+    for name, given in (("indices", indices), ("negative_text_ids", negative_text_ids)):
+        if given is not None and len(given) != len(text_ids):
+            raise ValueError(f"got {len(given)} {name} for {len(text_ids)} prompts")
     prompts = [layout.prompt(text_ids.to(prior.device))]
     if sampling.guidance_scale != 1:
         empty = layout.without_caption(len(text_ids)) if negative_text_ids is None else negative_text_ids

@@ -1,6 +1,7 @@
 """From a caption to pictures, from one folder."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,21 +104,25 @@ class TextToImagePipeline:
         if output_type not in ("pil", "np"):
             raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        bar = tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress)
+        text_ids = self.processor.encode_text(captions)
+        negative = self._negative(negative_prompt, sampling)
         images, codes = [], []
-        for rows in batches(len(captions), batch_size):
-            codes.append(self._draw([captions[row] for row in rows], sampling, seed, rows, negative_prompt))
-            images.extend(self.processor.decode_images(codes[-1]))
-            bar.update(len(rows))
-        bar.close()
+        with tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress) as bar:
+            for rows in batches(len(captions), batch_size):
+                codes.append(self._draw(text_ids[rows.start : rows.stop], sampling, seed, rows, negative))
+                images.extend(self.processor.decode_images(codes[-1]))
+                bar.update(len(rows))
         pictures = images if output_type == "pil" else np.stack([as_array(image) for image in images])
         return TextToImageOutput(pictures, torch.cat(codes))
 
-    def _draw(
-        self, captions: list[str], sampling: Sampling, seed: int, rows: range, negative_prompt: str | None
-    ) -> Tensor:
-        text_ids = self.processor.encode_text(captions)
-        negative = None if negative_prompt is None else self.processor.encode_text([negative_prompt] * len(captions))
+    def _negative(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
+        if negative_prompt is None:
+            return None
+        if sampling.guidance_scale == 1:
+            warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
+        return self.processor.encode_text([negative_prompt])
+
+    def _draw(self, text_ids: Tensor, sampling: Sampling, seed: int, rows: range, negative: Tensor | None) -> Tensor:
         return generate(
             self.prior,
             self.processor.layout,
@@ -125,7 +130,7 @@ class TextToImagePipeline:
             sampling=sampling,
             seed=seed,
             indices=rows,
-            negative_text_ids=negative,
+            negative_text_ids=None if negative is None else negative.expand(len(rows), -1),
         ).cpu()
 
     def _sampling(self, **chosen: Any) -> Sampling:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tokenizers_vq.base import refuse_non_finite, refuse_non_model
+from tokenizers_vq.base import first_line, refuse_non_finite, refuse_non_model
 
 from .layout import Segment, SequenceLayout
 
@@ -45,11 +46,13 @@ def build_prior(
     settings = shape_settings(architecture, layout, depth, dropout) | overrides
     try:
         config = AutoConfig.for_model(architecture, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            prior = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ValueError(f"architecture {architecture!r}: {str(error).splitlines()[0]}") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        prior = AutoModelForCausalLM.from_config(config)
+        raise ValueError(
+            f"architecture {architecture!r} makes no causal language model: {first_line(error)}"
+        ) from error
     prior.generation_config = GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
     check_fits(prior, layout)
     return prior
@@ -85,8 +88,8 @@ def load_prior(folder: str | Path, layout: SequenceLayout) -> PreTrainedModel:
     refuse_non_model(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot load a prior from {folder}: {str(error).splitlines()[0]}") from error
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load a prior from {folder}: {first_line(error)}") from error
     prior, info = loaded
     wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
     if wrong:
@@ -105,16 +108,21 @@ def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
     context = getattr(prior.config, "max_position_embeddings", layout.sequence_length)
     if context < layout.sequence_length:
         raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}")
-    with torch.no_grad():
-        prompt = layout.prompt(layout.without_caption(1, prior.device))
-        training = prior.training
-        prior.eval()
-        direct = prior(prompt).logits[:, -1, : layout.vocab_size]
-        ours = segment_logits(prior, trunk(prior, prompt)[:, -1:], 0, layout.vocab_size)[:, 0]
-        prior.train(training)
-    if not torch.allclose(direct.float(), ours.float(), atol=1e-3, rtol=1e-3):
+    if getattr(prior.config, "final_logit_softcapping", None) or not head_is_plain(prior, layout):
         kind = prior.config.model_type
         raise ValueError(f"{kind} models change their logits after the head; use one that does not, such as qwen3")
+
+
+@torch.no_grad()
+def head_is_plain(prior: PreTrainedModel, layout: SequenceLayout) -> bool:
+    """Whether logits are hidden states times the head's rows, and nothing more."""
+    prompt = layout.prompt(layout.without_caption(1, prior.device))
+    training = prior.training
+    prior.eval()
+    direct = prior(prompt).logits[:, -1, : layout.vocab_size]
+    ours = segment_logits(prior, trunk(prior, prompt)[:, -1], 0, layout.vocab_size)
+    prior.train(training)
+    return torch.allclose(direct.float(), ours.float(), atol=1e-3, rtol=1e-3)
 
 
 def trunk(prior: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -135,19 +135,25 @@ def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
 def load_pixels(
     images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
 ) -> Tensor:
-    """Pictures in any form -> `b c h w` of the size and channels that a tokenizer reads.
+    """Pictures in any form -> `b c h w` of the size and channels that a tokenizer reads; errors as in `load_images`."""
+    config: Any = image_tokenizer.config
+    pictures = load_images(images, rows=rows)
+    return pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+
+
+def load_images(images: Sequence[Any], *, rows: Sequence[int] | None = None) -> list[Image.Image]:
+    """Pictures in any form, upright and RGB.
 
     Raises:
         ValueError: for a picture that does not decode, with its number (that of `rows`, or its place in the list).
     """
-    config: Any = image_tokenizer.config
     pictures = []
     for row, image in zip(rows or range(len(images)), images, strict=True):
         try:
             pictures.append(load_image(image))
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
-    return pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+    return pictures
 
 
 def to_device(model: Movable) -> Movable:

@@ -21,7 +21,7 @@ from .evaluation import caption_accuracy, evaluate_tokenizer, frechet_distance, 
 from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
-from .shapes import parse_caption
+from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes
 from .tokenized import load_tokens
 
@@ -37,6 +37,16 @@ class Judge:
     shows: Callable[[Image.Image, str], bool]
     features: Callable[[Sequence[Any]], Tensor] | None = None
     accuracy_on_real: float | None = None
+
+
+def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
+    """The rows of a split; of the test split, or else the validation split, where none is named. Errors as in `load_captioned_images`."""
+    if split:
+        return load_captioned_images(data, split=split, **columns)
+    try:
+        return load_captioned_images(data, split="test", **columns)
+    except ValueError:
+        return load_captioned_images(data, split="validation", **columns)
 
 
 def report_on_tokenizer(folder: str | Path, rows: Dataset) -> Report:
@@ -131,14 +141,14 @@ def find_judge(rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, 
     The exact judge for the built-in shapes; else a classifier of captions, loaded from `folder`, or trained on the data's training split
     and saved there. None where captions are too many, or too few, to tell apart by a classifier.
     """
-    if all(is_shapes_caption(caption) for caption in sorted(set(rows["caption"]))[:20]):
+    config: Any = image_tokenizer.config
+    if config.image_size == IMAGE_SIZE and all(map(is_shapes_caption, sorted(set(rows["caption"]))[:20])):
         return Judge(judge_shapes)
     if folder and Path(folder, CONFIG_FILE).is_file():
         return classifier_judge(CaptionClassifier.load(folder), rows)
     training: Any = load_captioned_images(data, split="train")
     if not 2 <= len(set(training["caption"])) <= MAX_CAPTIONS:
         return None
-    config: Any = image_tokenizer.config
     classifier = train_classifier(training, image_size=config.image_size, num_channels=config.num_channels)
     if folder:
         classifier.save(folder)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import TrainingArguments
 
-from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig, load_image
+from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
 from tokenizers_vq.images import images_from_pixels
 
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
@@ -18,7 +18,7 @@ from .generation import Sampling
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, reconstruction_sheet
 from .prior import PriorWithLoss, build_prior
-from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
+from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .text import TextTokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
@@ -150,7 +150,7 @@ def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer
 
 def shape_of(rows: Dataset) -> dict[str, Any]:
     """`image_size` and `num_channels` of the first pictures: the shortest side down to a multiple of 4; 1 channel if all are grey."""
-    pictures = [load_image(image) for image in rows[:PICTURES_LOOKED_AT]["image"]]
+    pictures = load_images(rows[:PICTURES_LOOKED_AT]["image"])
     side = min(min(picture.size) for picture in pictures)
     return {"image_size": max(4, side // 4 * 4), "num_channels": 1 if all(map(is_grey, pictures)) else 3}
 
@@ -195,6 +195,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         greater_is_better=False,
         logging_steps=recipe.log_every,
         disable_tqdm=False,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.bf16,
         torch_compile=recipe.compile,
         dataloader_num_workers=recipe.num_workers,
@@ -235,7 +236,7 @@ def pictures_of(sources: list[str], *, split: str, num_images: int) -> list[Any]
     """The first pictures of a data set, or the picture files that are named."""
     files = [Path(source) for source in sources]
     if all(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
-        return [load_image(file) for file in files]
+        return files
     if len(sources) > 1:
         raise ValueError(f"give one data set or several picture files, got {', '.join(sources)}")
     return load_captioned_images(sources[0], split=split, with_captions=False, max_rows=num_images)["image"][:]

@@ -16,6 +16,8 @@ class VQVAEConfig(DiscreteTokenizerConfig):
 
     Attributes:
         image_size: height and width of the pictures, pixels; a multiple of `2 ** num_downsamples`.
+        num_encoder_blocks, num_decoder_blocks: residual blocks on the latent grid. A code of an encoder without blocks depends on the
+            pixels near it alone, which makes a simpler language for a prior: it need not guess how far away things change a code.
         num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
         hidden_channels: width of the networks at the latent grid; half of it at every finer grid.
         code_dim: length of a codebook vector.
@@ -29,7 +31,8 @@ class VQVAEConfig(DiscreteTokenizerConfig):
     num_channels: int = 3
     num_downsamples: int = 2
     hidden_channels: int = 128
-    num_residual_blocks: int = 2
+    num_encoder_blocks: int = 0
+    num_decoder_blocks: int = 2
     codebook_size: int = 512
     code_dim: int = 64
     commitment: float = 0.25
@@ -60,7 +63,7 @@ class VQVAE(DiscreteTokenizer):
         super().__init__(config)
         widths, width = config.widths(), config.hidden_channels
         self.encoder = nn.Sequential(
-            downsampling(config.num_channels, widths), *residual_stack(config), group_norm(width), nn.ReLU()
+            downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
         )
         self.to_code = nn.Conv2d(width, config.code_dim, 1)
         self.quantizer = VectorQuantizer(
@@ -73,7 +76,9 @@ class VQVAE(DiscreteTokenizer):
         )
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
-            *residual_stack(config), group_norm(width), upsampling(widths[::-1], config.num_channels)
+            *residual_stack(width, config.num_decoder_blocks),
+            group_norm(width),
+            upsampling(widths[::-1], config.num_channels),
         )
         self.post_init()
 
@@ -144,10 +149,9 @@ class VQVAE(DiscreteTokenizer):
         self.check_pixels(pixel_values, num_channels=num_channels, image_size=image_size, finite=finite)
 
 
-def residual_stack(config: VQVAEConfig) -> list[nn.Module]:
-    """The residual blocks on the latent grid."""
-    width = config.hidden_channels
-    return [ResidualBlock(width, width // 2) for _ in range(config.num_residual_blocks)]
+def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:
+    """Residual blocks on the latent grid."""
+    return [ResidualBlock(width, width // 2) for _ in range(num_blocks)]
 
 
 class evaluating:  # noqa: N801 - reads as the statement it is

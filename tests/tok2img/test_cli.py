@@ -16,7 +16,7 @@ from tok2img.tokenized import load_tokens, save_tokens
 from tokenizers_vq import load_image
 
 REPOSITORY = Path(__file__).parents[2]
-TINY_VQVAE = ["--model.hidden_channels", "16", "--model.num_residual_blocks", "1", "--model.codebook_size", "8"]
+TINY_VQVAE = ["--model.hidden_channels", "16", "--model.num_decoder_blocks", "1", "--model.codebook_size", "8"]
 SHORT = ["--max-steps", "3", "--batch-size", "8", "--eval-every", "2", "--sample-every", "2", "--log-every", "1"]
 HELP_WITHOUT_TORCH = """
 import sys
@@ -151,11 +151,11 @@ def test_a_recipe_file_and_the_command_line_make_one_run(tok2img, data, tmp_path
     recipe.write_text(
         f"data: {data}\nmax_steps: 500\nbatch_size: 4\nmodel:\n  hidden_channels: 16\n  codebook_size: 8\n"
     )
-    settings = ["--out", tmp_path / "tokenizer", "--max-steps", 1, "--model.num_residual_blocks", 1]
+    settings = ["--out", tmp_path / "tokenizer", "--max-steps", 1, "--model.num_decoder_blocks", 1]
     _, complaint, code = tok2img("train-tokenizer", recipe, *settings)
     assert code == 0, complaint
     config = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
-    assert (config["hidden_channels"], config["codebook_size"], config["num_residual_blocks"]) == (16, 8, 1)
+    assert (config["hidden_channels"], config["codebook_size"], config["num_decoder_blocks"]) == (16, 8, 1)
 
 
 def test_cut_captions_are_said(tok2img, data, tokenizer, tmp_path):

@@ -16,7 +16,7 @@ def test_the_picture_has_a_code_for_each_cell(tiny_vqvae):
 
 @pytest.mark.parametrize("num_downsamples", [1, 2, 3])
 def test_each_downsample_halves_the_grid(num_downsamples, images):
-    config = VQVAEConfig(image_size=8, num_downsamples=num_downsamples, hidden_channels=16, num_residual_blocks=1)
+    config = VQVAEConfig(image_size=8, num_downsamples=num_downsamples, hidden_channels=16, num_decoder_blocks=1)
     model = VQVAE(config).eval()
     assert model.code_shape == (8 >> num_downsamples, 8 >> num_downsamples)
     assert model.decode(model.encode(images)).shape == images.shape
@@ -24,7 +24,7 @@ def test_each_downsample_halves_the_grid(num_downsamples, images):
 
 @pytest.mark.parametrize("hidden_channels", [2, 8, 24])
 def test_any_width_runs(hidden_channels, images):
-    config = VQVAEConfig(image_size=8, hidden_channels=hidden_channels, num_residual_blocks=1)
+    config = VQVAEConfig(image_size=8, hidden_channels=hidden_channels, num_decoder_blocks=1)
     assert VQVAE(config).eval()(images).reconstruction.shape == images.shape
 
 
@@ -40,14 +40,14 @@ def test_the_reported_error_is_in_pixels(tiny_vqvae, images):
 
 
 def test_encoding_in_training_leaves_a_codebook_that_has_not_started(images):
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_residual_blocks=1, codebook_size=16, code_dim=4)
+    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, code_dim=4)
     model = VQVAE(config).train()
     model.encode(images)
     assert not model.quantizer.started and model.quantizer.training
 
 
 def test_without_average_the_codebook_is_a_parameter_with_a_gradient(images):
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_residual_blocks=1, codebook_size=16, ema=False)
+    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, ema=False)
     model = VQVAE(config).train()
     model(images).loss.backward()
     assert model.quantizer.codebook.grad.any()

@@ -1,0 +1,137 @@
+"""Measures the same work done in several ways, fairly.
+
+Rounds are interleaved (A B C A B C ...), so that what else the machine does falls on all alike. CPU time is that of the process, with
+all its threads. Peak memory is what one further run adds to the resident size at its highest: Linux sets that mark (VmHWM) back when
+5 is written to /proc/self/clear_refs, so nothing has to sample. Memory freed before goes back to the system first (`malloc_trim` of
+glibc); otherwise a run that finds it would look thrifty.
+"""
+
+import ctypes
+import gc
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to do the work; `setup` comes before every run and is not measured."""
+
+    name: str
+    run: Callable[[], object]
+    setup: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to do the same work, one of which, `baseline`, is what the others are held against."""
+
+    title: str
+    cases: Sequence[Case]
+    baseline: str
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        if self.baseline not in names or len(set(names)) < len(names):
+            raise ValueError(f"{self.title}: names must differ and hold the baseline {self.baseline!r}, got {names}")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of every round, and what stands for them."""
+
+    median: float
+    min: float
+    max: float
+    rounds: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case took: seconds by round, and bytes on top of what the process held before."""
+
+    name: str
+    cpu: Spread
+    wall: Spread
+    peak_bytes: int
+
+
+def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int = 1) -> list[Result]:
+    """Run every case `warmup` times unmeasured, `rounds` times on the clock, and once more for its memory."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    torch.set_num_threads(threads)
+    with standing_objects_frozen():
+        for _ in range(warmup):
+            for case in cases:
+                timed(case)
+        times = [[timed(case) for case in cases] for _ in range(rounds)]
+        peaks = [peak_extra_memory(case) for case in cases]
+    results = []
+    for case, seconds, peak_bytes in zip(cases, zip(*times, strict=True), peaks, strict=True):
+        cpu, wall = (spread(list(kind)) for kind in zip(*seconds, strict=True))
+        results.append(Result(case.name, cpu, wall, peak_bytes))
+    return results
+
+
+@contextmanager
+def standing_objects_frozen() -> Iterator[None]:
+    """Keep the garbage collector off what torch and transformers made on import: 0.2 s before every run otherwise."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def timed(case: Case) -> tuple[float, float]:
+    """CPU and wall seconds of one run."""
+    prepare(case)
+    wall, cpu = time.perf_counter(), time.process_time()
+    case.run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def prepare(case: Case) -> None:
+    """Set up a run, and collect garbage that is not its own."""
+    if case.setup is not None:
+        case.setup()
+    gc.collect()
+
+
+def spread(seconds: list[float]) -> Spread:
+    """Median, least and most of the rounds."""
+    return Spread(median(seconds), min(seconds), max(seconds), seconds)
+
+
+def peak_extra_memory(case: Case) -> int:
+    """Bytes that one run adds at its highest to what the process holds before it."""
+    prepare(case)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water_mark()
+    case.run()
+    return high_water_mark() - before
+
+
+def high_water_mark() -> int:
+    """Most bytes that the process has had resident since the mark was last set back."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+
+def import_peer(module: str) -> ModuleType | None:
+    """Another project's module; None, and a line that says so, where it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        print(f"skipped {module}: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,76 @@
+"""What a benchmark found, as JSON with every round and as Markdown tables with ratios to the baseline."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .harness import Result
+
+MILLISECONDS = 1e3
+MEGABYTE = 1e6
+HEADINGS = ("CPU ms", "wall ms", "peak extra MB", "CPU ratio", "wall ratio")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A comparison, measured."""
+
+    title: str
+    baseline: str
+    results: list[Result]
+
+    def markdown(self) -> str:
+        """A table with the ratio of medians to the baseline's."""
+        baseline = next(result for result in self.results if result.name == self.baseline)
+        rows = [(f"to {self.baseline}:", *HEADINGS), ("---", *["---:"] * len(HEADINGS))]
+        rows += [(result.name, *table_cells(result, baseline)) for result in self.results]
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcomes of a benchmark and what they were measured with."""
+
+    benchmark: str
+    date: str
+    cpu: str
+    torch: str
+    threads: int
+    rounds: int
+    outcomes: list[Outcome]
+
+    def json(self) -> dict[str, Any]:
+        """Everything, the seconds of every round included."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """A line about the machine, and a table for each comparison."""
+        settings = (
+            f"{self.date}, {self.cpu}, {self.threads} thread(s), torch {self.torch}; medians of {self.rounds} round(s)"
+        )
+        return "\n\n".join([f"## {self.benchmark}", settings, *(outcome.markdown() for outcome in self.outcomes)])
+
+
+def report(benchmark: str, outcomes: list[Outcome], *, rounds: int) -> Report:
+    """Put down when and where the outcomes were measured: here, a moment ago."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return Report(benchmark, now, cpu_name(), torch.__version__, torch.get_num_threads(), rounds, outcomes)
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def table_cells(result: Result, baseline: Result) -> list[str]:
+    """A row of the table, without its name."""
+    ratios = result.cpu.median / baseline.cpu.median, result.wall.median / baseline.wall.median
+    times = [
+        f"{kind.median * MILLISECONDS:.1f} ({kind.min * MILLISECONDS:.1f}..{kind.max * MILLISECONDS:.1f})"
+        for kind in (result.cpu, result.wall)
+    ]
+    return [*times, f"{result.peak_bytes / MEGABYTE:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
