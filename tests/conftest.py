@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 
 import datasets
 import pytest
@@ -48,7 +49,7 @@ def tiny_vqdraw(images) -> VQDrawForImages:
     """Four codes of 8 options each, in eval mode; its zero-initialised parts perturbed so that every part matters."""
     torch.manual_seed(0)
     config = VQDrawImageConfig(
-        image_size=8, num_stages=4, codebook_size=8, hidden_channels=16, feature_channels=8, num_decoder_blocks=1
+        image_size=8, num_stages=4, codebook_size=8, hidden_channels=16, feature_channels=8, num_residual_blocks=1
     )
     model = VQDrawForImages(config)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def generate(
     captions: Annotated[list[str], typer.Argument(help="One caption or more.")],
     model: Annotated[str, typer.Option(help="Folder of a trained model.")],
     out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 1,
+    num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly to follow the caption; the model's own by default.")
@@ -146,7 +146,7 @@ def reconstruct(
     sources: Annotated[list[str], typer.Argument(help="A data set, or picture files.")],
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
     out: Annotated[str, typer.Option(help="Picture file to write.")],
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures of a data set.")] = 16,
+    num_images: Annotated[int, typer.Option(help="Pictures of a data set.")] = 16,
     split: Split = "train",
 ) -> None:
     """Show pictures above what is left of them after encoding and decoding."""
@@ -156,6 +156,8 @@ def reconstruct(
     from .runs import draw_reconstructions, pictures_of
 
     check_suffix(out)
+    if num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {num_images}")
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
     save_image(draw_reconstructions(image_tokenizer, pictures_of(sources, split=split, num_images=num_images)), out)
     print(out)
@@ -174,7 +176,7 @@ def evaluate(
         str, typer.Option(help="Folder of a classifier of captions; trained on the data, and saved there, when new.")
     ] = "",
     num_images: Annotated[
-        int, typer.Option(min=1, help="Pictures to draw for caption accuracy and Fréchet distance.")
+        int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")
     ] = 1000,
     split: Annotated[str, typer.Option(help="Split of the data; its test or validation split by default.")] = "",
     image_column: ImageColumn = "",
@@ -185,6 +187,8 @@ def evaluate(
     """Measure a tokenizer, or a model: losses, caption accuracy, Fréchet distance, repeats."""
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")
+    if num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
     from .plots import write_atomically
     from .reports import open_unseen, report_on_model, report_on_tokenizer

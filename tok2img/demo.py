@@ -31,7 +31,7 @@ SHAPES: dict[str, Any] = {"data": "shapes", "max_rows": 20_000, "sample_every": 
 # Sizes that two CPU cores train in minutes.
 VQVAE_RECIPE = TokenizerRecipe(
     tokenizer="vqvae",
-    max_steps=800,
+    max_steps=500,
     learning_rate=3e-3,
     eval_every=0,
     model={"codebook_size": 512, "hidden_channels": 64},
@@ -47,7 +47,7 @@ VQDRAW_RECIPE = TokenizerRecipe(
     **SHAPES,
 )
 PRIOR_RECIPE = PriorRecipe(
-    max_steps=900, batch_size=32, learning_rate=2e-3, depth=3, dropout=0.0, eval_every=300, eval_rows=500, **SHAPES
+    max_steps=800, batch_size=32, learning_rate=2e-3, depth=3, dropout=0.0, eval_every=400, eval_rows=500, **SHAPES
 )
 # So little that it only shows that everything runs.
 QUICK: dict[str, Any] = {"max_rows": 64, "max_steps": 2, "batch_size": 8, "log_every": 1}

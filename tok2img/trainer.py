@@ -26,7 +26,7 @@ from .processing import load_pixels
 
 ROWS_TO_START_FROM = 2**14
 MAX_DECODED_BYTES = 2**31
-VALUES_TO_START_FROM = 2**26  # 256 MB
+VALUES_TO_START_FROM = 2**25
 
 
 class Trainer(transformers.Trainer):
@@ -52,6 +52,8 @@ class Trainer(transformers.Trainer):
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressInWords())
+        if eval_dataset is not None and args.eval_strategy != "no":
+            self.add_callback(EvaluateLast())
         if draw is not None and draw_every:
             self.add_callback(DrawSamples(draw, draw_every))
 
@@ -159,6 +161,16 @@ class ProgressInWords(ProgressCallback):
         left_out = {"epoch", "total_flos", "grad_norm"}
         numbers = [f"{name} {value:.4g}" for name, value in logs.items() if name not in left_out]
         self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(numbers))
+
+
+class EvaluateLast(TrainerCallback):
+    """Evaluates and keeps the last weights too, whatever the rhythm, so that they can be the best."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """At the last step, ask for both."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+            control.should_save = args.save_strategy != "no"
 
 
 class DrawSamples(TrainerCallback):

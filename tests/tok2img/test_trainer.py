@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import TrainingArguments
 
 from tok2img.layout import SequenceLayout
 from tok2img.prior import PriorWithLoss, build_prior
@@ -200,3 +201,13 @@ def test_a_bad_picture_is_named_by_its_row_before_training(pictures, tiny_vqvae)
     broken = Dataset.from_dict({"image": [b"no picture"], "caption": ["a"]})
     with pytest.raises(ValueError, match="row 0: .*not a picture"):
         PictureRows(broken, tiny_vqvae)
+
+
+def test_the_last_weights_are_evaluated_whatever_the_rhythm(tiny_vqvae, images, tmp_path):
+    rows = [{"pixel_values": image} for image in images]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none", use_cpu=True
+    )
+    trainer = Trainer(tiny_vqvae, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [2, 3]
