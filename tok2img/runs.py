@@ -59,6 +59,8 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     """Train a prior on tokens (making them first where only data is given) and save the whole model to `recipe.out`."""
     require(recipe, "out")
+    sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
+    settings = arguments(recipe, best_by="image_loss")
     if not recipe.tokens:
         tokenize_for(recipe)
     tokens, processor = load_tokens(recipe.tokens or Path(recipe.out, "tokens"))
@@ -76,12 +78,12 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         image_weight=recipe.image_weight,
     )
     pipeline = TextToImagePipeline(prior, processor)
-    pipeline.default_sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
+    pipeline.default_sampling = sampling
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
     prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
     trainer = Trainer(
         model,
-        arguments(recipe, best_by="image_loss"),
+        settings,
         train_dataset=training_rows,
         eval_dataset=held_out,
         draw=lambda: draw_samples(pipeline, prompts),
