@@ -175,9 +175,7 @@ def evaluate(
     judge: Annotated[
         str, typer.Option(help="Folder of a classifier of captions; trained on the data, and saved there, when new.")
     ] = "",
-    num_images: Annotated[
-        int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")
-    ] = 1000,
+    num_images: Annotated[int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")] = 1000,
     split: Annotated[str, typer.Option(help="Split of the data; its test or validation split by default.")] = "",
     image_column: ImageColumn = "",
     caption_column: CaptionColumn = "",

@@ -142,18 +142,6 @@ class DiscreteTokenizer(PreTrainedModel):
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
             )
 
-    def check_pixels(self, pixel_values: Tensor, *, num_channels: int, image_size: int, finite: bool = False) -> None:
-        """Refuse what is not `b c h w` floats of this model's size, and, where codes are kept, finite: NaN would code as something."""
-        expected = (num_channels, image_size, image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values must be `b {num_channels} {image_size} {image_size}`, got {tuple(pixel_values.shape)}"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
-        if finite and not pixel_values.isfinite().all():
-            raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a saved tokenizer; a folder that is none, a missing or non-finite tensor is a ValueError."""

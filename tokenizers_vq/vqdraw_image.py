@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
+from .normalization import PixelNormalization
 from .refiners import ConvRefiner, SegmentedRefiner
 from .vqdraw import VQDraw, squared_error
 
@@ -51,6 +52,7 @@ class VQDrawForImages(DiscreteTokenizer):
 
     def __init__(self, config: VQDrawImageConfig):
         super().__init__(config)
+        self.normalize = PixelNormalization(config)
         self.draw = VQDraw(
             build_refiner(config),
             squared_error,
@@ -85,45 +87,33 @@ class VQDrawForImages(DiscreteTokenizer):
 
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""
-        self._check(pixel_values)
-        self.draw.start_from_data(self._normalize(pixel_values))
+        self.draw.start_from_data(self.normalize(pixel_values))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, the best step at every stage."""
-        self._check(pixel_values, finite=True)
+        target = self.normalize(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.draw(self._normalize(pixel_values)).codes
+            return self.draw(target).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `b n`, or the first few of each picture's, -> `b c h w` in [0, 1]."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
-            return self._to_pixels(self.draw.decode(codes.long()))
+            return self.normalize.inverse(self.draw.decode(codes.long()))
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
-        self._check(pixel_values)
-        target = self._normalize(pixel_values)
+        target = self.normalize(pixel_values)
         drawing = self.draw(target)
-        mse = (drawing.state.detach() - target).square().mean() * self.config.pixel_std**2
+        mse = self.normalize.squared_error(drawing.state, target)
         return TokenizerOutput(
             loss=self.draw.loss(drawing),
-            reconstruction=self._to_pixels(drawing.state),
+            reconstruction=self.normalize.inverse(drawing.state),
             codes=drawing.codes,
             metrics={"mse": mse, "first_stage_usage": share_in_use(drawing.codes[:, 0], self.codebook_size)},
         )
-
-    def _normalize(self, pixel_values: Tensor) -> Tensor:
-        return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
-
-    def _to_pixels(self, state: Tensor) -> Tensor:
-        return (state.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
-
-    def _check(self, pixel_values: Tensor, *, finite: bool = False) -> None:
-        num_channels, image_size = self.config.num_channels, self.config.image_size
-        self.check_pixels(pixel_values, num_channels=num_channels, image_size=image_size, finite=finite)
 
 
 def build_refiner(config: VQDrawImageConfig) -> nn.Module:

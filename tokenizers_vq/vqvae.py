@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
+from .normalization import PixelNormalization
 from .quantizer import VectorQuantizer
 
 
@@ -61,6 +62,7 @@ class VQVAE(DiscreteTokenizer):
 
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
+        self.normalize = PixelNormalization(config)
         widths, width = config.widths(), config.hidden_channels
         self.encoder = nn.Sequential(
             downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
@@ -106,9 +108,9 @@ class VQVAE(DiscreteTokenizer):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, row by row."""
-        self._check(pixel_values, finite=True)
+        target = self.normalize(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self.quantizer):
-            return rearrange(self.quantizer(self._latents(pixel_values)).codes, "b h w -> b (h w)")
+            return rearrange(self.quantizer(self._latents(target)).codes, "b h w -> b (h w)")
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -116,37 +118,25 @@ class VQVAE(DiscreteTokenizer):
         self.check_codes(codes)
         grid = rearrange(codes.long(), "b (h w) -> b h w", h=self.code_shape[0])
         with torch.autocast(codes.device.type, enabled=False):
-            return self._to_pixels(self._reconstruct(self.quantizer.lookup(grid)))
+            return self.normalize.inverse(self._reconstruct(self.quantizer.lookup(grid)))
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
-        self._check(pixel_values)
-        quantized = self.quantizer(self._latents(pixel_values))
+        target = self.normalize(pixel_values)
+        quantized = self.quantizer(self._latents(target))
         normalized = self._reconstruct(quantized.quantized)
-        error = (normalized - self._normalize(pixel_values)).square().mean()
-        mse = error.detach() * self.config.pixel_std**2
         return TokenizerOutput(
-            loss=error + quantized.loss,
-            reconstruction=self._to_pixels(normalized),
+            loss=(normalized - target).square().mean() + quantized.loss,
+            reconstruction=self.normalize.inverse(normalized),
             codes=rearrange(quantized.codes, "b h w -> b (h w)"),
-            metrics={"mse": mse, **self.quantizer.metrics()},
+            metrics={"mse": self.normalize.squared_error(normalized, target), **self.quantizer.metrics()},
         )
 
-    def _latents(self, pixel_values: Tensor) -> Tensor:
-        return self.to_code(self.encoder(self._normalize(pixel_values)))
+    def _latents(self, normalized: Tensor) -> Tensor:
+        return self.to_code(self.encoder(normalized))
 
     def _reconstruct(self, quantized: Tensor) -> Tensor:
         return self.decoder(self.from_code(quantized))
-
-    def _normalize(self, pixel_values: Tensor) -> Tensor:
-        return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
-
-    def _to_pixels(self, normalized: Tensor) -> Tensor:
-        return (normalized.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
-
-    def _check(self, pixel_values: Tensor, *, finite: bool = False) -> None:
-        num_channels, image_size = self.config.num_channels, self.config.image_size
-        self.check_pixels(pixel_values, num_channels=num_channels, image_size=image_size, finite=finite)
 
 
 def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:

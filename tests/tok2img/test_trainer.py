@@ -206,7 +206,13 @@ def test_a_bad_picture_is_named_by_its_row_before_training(pictures, tiny_vqvae)
 def test_the_last_weights_are_evaluated_whatever_the_rhythm(tiny_vqvae, images, tmp_path):
     rows = [{"pixel_values": image} for image in images]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none", use_cpu=True
+        str(tmp_path),
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
     )
     trainer = Trainer(tiny_vqvae, arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train()
