@@ -160,8 +160,6 @@ class PriorWithLoss(nn.Module):
     Args:
         prior: a causal language model that fits the layout.
         caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
-        code_noise: share of training codes that are replaced in the input (not in the labels) by others of their position, which
-            keeps a prior over few codes from learning the pictures by heart.
         image_weight: weight of the mean loss of image codes against 1 for text.
     """
 
@@ -171,19 +169,18 @@ class PriorWithLoss(nn.Module):
         layout: SequenceLayout,
         *,
         caption_dropout: float = 0.1,
-        code_noise: float = 0.0,
         image_weight: float = IMAGE_WEIGHT,
     ):
         super().__init__()
         check_fits(prior, layout)
         self.prior, self.layout = prior, layout
-        self.caption_dropout, self.code_noise, self.image_weight = caption_dropout, code_noise, image_weight
+        self.caption_dropout, self.image_weight = caption_dropout, image_weight
 
     def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
         """Text `b t` and codes `b n` -> the weighted loss; each segment's own head rows only, which is the masked loss exactly."""
         text, image = self.layout.text, self.layout.image
-        text_ids, read = self.hide(text_ids.long(), image_codes.long())
-        hidden = trunk(self.prior, self.layout.sequence(text_ids, read)[:, :-1])
+        text_ids = self.hide(text_ids.long())
+        hidden = trunk(self.prior, self.layout.sequence(text_ids, image_codes)[:, :-1])
         text_logits = segment_logits(self.prior, hidden[:, : text.length], text.offset, text.num_ids)
         labels = text_ids.masked_fill(text_ids == self.layout.pad_id, -100)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
@@ -193,16 +190,12 @@ class PriorWithLoss(nn.Module):
         loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
         return PriorOutput(loss=loss, metrics={"text_loss": text_loss.detach(), "image_loss": image_loss.detach()})
 
-    def hide(self, text_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """In training: caption dropout on `b t` and code noise on `b n`."""
+    def hide(self, text_ids: Tensor) -> Tensor:
+        """In training, caption dropout: `b t` -> `b t` with some captions all [PAD]."""
         if not self.training:
-            return text_ids, codes
+            return text_ids
         hidden = torch.rand(len(text_ids), 1, device=text_ids.device) < self.caption_dropout
-        text_ids = text_ids.masked_fill(hidden, self.layout.pad_id)
-        if not self.code_noise:
-            return text_ids, codes
-        replaced = torch.rand(codes.shape, device=codes.device) < self.code_noise
-        return text_ids, torch.where(replaced, torch.randint_like(codes, self.layout.codebook_size), codes)
+        return text_ids.masked_fill(hidden, self.layout.pad_id)
 
     def save_pretrained(self, folder: str | Path, **arguments: Any) -> None:
         """Save the prior itself, as transformers saves it."""

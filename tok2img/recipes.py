@@ -85,7 +85,7 @@ class PriorRecipe(RunSettings):
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
         architecture, depth, dropout: see `build_prior`.
-        caption_dropout, code_noise, image_weight: see `PriorWithLoss`.
+        caption_dropout, image_weight: see `PriorWithLoss`.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
 
@@ -98,7 +98,6 @@ class PriorRecipe(RunSettings):
     depth: int = 4
     dropout: float = 0.1
     caption_dropout: float = 0.1
-    code_noise: float = 0.0
     image_weight: float = 7.0
     weight_decay: float = 0.1
     guidance_scale: float = 3.0

@@ -74,7 +74,6 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         prior,
         layout,
         caption_dropout=recipe.caption_dropout,
-        code_noise=recipe.code_noise,
         image_weight=recipe.image_weight,
     )
     pipeline = TextToImagePipeline(prior, processor)

@@ -146,6 +146,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    datasets.enable_progress_bars()
     load_captioned_images(str(write_parquet(tmp_path / "a.parquet", ["a"])))
     cells = {"image": [picture()], "text": pa.array(["a"], pa.large_string())}
     pq.write_table(pa.table(cells), tmp_path / "large.parquet")
@@ -155,6 +156,7 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     refusal(tmp_path / "cut.parquet")
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -35,7 +35,9 @@ def test_the_loss_is_the_error_in_normalised_pixels_plus_the_codebooks(tiny_vqva
 
 
 def test_the_reported_error_is_in_pixels(tiny_vqvae, images):
-    normalized = tiny_vqvae._reconstruct(tiny_vqvae.quantizer(tiny_vqvae._latents(tiny_vqvae.normalize(images))).quantized)
+    normalized = tiny_vqvae._reconstruct(
+        tiny_vqvae.quantizer(tiny_vqvae._latents(tiny_vqvae.normalize(images))).quantized
+    )
     torch.testing.assert_close(tiny_vqvae(images).metrics["mse"], (normalized * 0.25 + 0.5 - images).square().mean())
 
 
