@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, BatchFeature
 
 from tokenizers_vq import DiscreteTokenizer, load_image
-from tokenizers_vq.base import refuse_non_model
+from tokenizers_vq.base import first_line, refuse_non_model
 from tokenizers_vq.images import images_from_pixels, pixels_from_images
 
 from .layout import SequenceLayout
@@ -126,7 +126,7 @@ def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
     try:
         model = AutoModel.from_pretrained(str(folder))
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot load an image tokenizer from {folder}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot load an image tokenizer from {folder}: {first_line(error)}") from error
     if not isinstance(model, DiscreteTokenizer):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not an image tokenizer")
     return model.eval()

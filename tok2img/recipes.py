@@ -11,6 +11,7 @@ import yaml
 
 Recipe = TypeVar("Recipe", bound="RunSettings")
 COMMAND_LINE = "the command line"
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 AT_LEAST_ONE = {"max_steps", "batch_size", "gradient_accumulation_steps", "log_every"}
 
 
@@ -67,7 +68,7 @@ class TokenizerRecipe(RunSettings):
     Attributes:
         tokenizer: "vqvae", "vqdraw", or "bpe" for a text tokenizer.
         model: settings of the tokenizer, see `VQVAEConfig` and `VQDrawImageConfig`; image_size and num_channels are those of the first
-            picture where they are left out, and pixel_mean and pixel_std are measured.
+            pictures where they are left out, and pixel_mean and pixel_std are measured.
         vocab_size: of a BPE.
     """
 
@@ -156,17 +157,21 @@ def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> 
 
 def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
     """The value if it is of the key's kind (whole numbers pass for floats, `1e-3` is one); ValueError else."""
-    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+    is_truth = isinstance(value, bool)
+    if wanted is float and isinstance(value, int | str) and not is_truth:
         with suppress(ValueError):
             value = float(value)
-    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if wanted is str and isinstance(value, int | float) and not is_truth:
         return str(value)
     plain = get_origin(wanted) or wanted
-    is_other = not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool)
-    if is_other or (isinstance(value, float) and not math.isfinite(value)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
-        raise ValueError(f"{origin}: key {key!r} must be {names[plain]}, got {value!r}")
+    if not isinstance(value, plain) or is_truth != (plain is bool) or not is_finite(value):
+        raise ValueError(f"{origin}: key {key!r} must be {KIND_NAMES[plain]}, got {value!r}")
     return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is anything but a NaN or an infinity."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:

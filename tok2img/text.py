@@ -11,6 +11,8 @@ from typing import Self
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tokenizers_vq.base import first_line
+
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
 
 
@@ -43,7 +45,7 @@ class TextTokenizer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), split_special_tokens=True, use_fast=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"cannot load a text tokenizer from {name}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
         return cls(tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
