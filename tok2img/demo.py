@@ -31,10 +31,11 @@ SHAPES: dict[str, Any] = {"data": "shapes", "max_rows": 20_000, "sample_every": 
 # Sizes that two CPU cores train in minutes.
 VQVAE_RECIPE = TokenizerRecipe(
     tokenizer="vqvae",
-    max_steps=450,
+    max_steps=900,
+    batch_size=16,
     learning_rate=3e-3,
     eval_every=0,
-    model={"codebook_size": 512, "hidden_channels": 64},
+    model={"codebook_size": 256, "hidden_channels": 64, "decay": 0.95},
     **SHAPES,
 )
 VQDRAW_RECIPE = TokenizerRecipe(
