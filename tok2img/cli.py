@@ -9,7 +9,8 @@ import typer
 
 from .recipes import PriorRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings along
 RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Data = Annotated[
@@ -220,8 +221,10 @@ def quiet() -> None:
 def main() -> None:
     """Run the command line: errors that a user can mend are one line, and exit code 2."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        message = str(error).strip() or type(error).__name__
-        print(f"tok2img: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.Abort:
+        sys.exit(130)
+    except (UsageError, ValueError, OSError) as error:
+        message = getattr(error, "format_message", error.__str__)()
+        print(f"tok2img: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

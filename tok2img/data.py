@@ -1,8 +1,7 @@
 """DATA as the command line takes it -> rows of an undecoded picture and its caption.
 
-A Parquet file or folder, webdataset tars, a folder of pictures with captions, the built-in shapes, or a hub name.
-Pictures stay undecoded, so that `tokenizers_vq.images.load_image` alone decides what a file shows and a broken one is
-named where it is used. Whatever else is wrong with the data is a ValueError of one line here.
+A Parquet file or folder, webdataset tars, a folder of pictures with captions, the built-in shapes, or a hub name. Pictures stay
+undecoded, so that `load_image` alone decides what a file shows and a broken one is named where it is used; all else is refused here.
 """
 
 import csv
@@ -25,6 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+
+from tokenizers_vq.base import first_line
 
 SPLITS = ("train", "validation", "test")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -346,4 +347,4 @@ def _line(error: BaseException) -> str:
     """The first line of what caused an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -1,5 +1,6 @@
 """The prior: any causal language model of transformers, unmodified, and the loss that trains it on sequences of a layout."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq.base import first_line, refuse_non_finite, refuse_non_model
@@ -41,6 +43,7 @@ def build_prior(
     Raises:
         ValueError: for a model type that transformers does not know, or a setting that it refuses.
     """
+    check_architecture(architecture)
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     settings = shape_settings(architecture, layout, depth, dropout) | overrides
@@ -56,6 +59,15 @@ def build_prior(
     prior.generation_config = GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
     check_fits(prior, layout)
     return prior
+
+
+def check_architecture(architecture: str) -> None:
+    """ValueError for a model type of which transformers has no causal language model."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(ARCHITECTURES)}"
+        raise ValueError(f"architecture {architecture!r} makes no causal language model; {hint}")
 
 
 def shape_settings(architecture: str, layout: SequenceLayout, depth: int, dropout: float) -> dict[str, Any]:

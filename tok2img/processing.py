@@ -85,7 +85,7 @@ class Tok2ImgProcessor:
     def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
         """Pictures (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
         pixel_values = load_pixels(images, self.image_tokenizer, rows=rows)
-        return self.image_tokenizer.encode(pixel_values.to(self.image_tokenizer.device)).cpu()
+        return self.image_tokenizer.encode_for_training(pixel_values.to(self.image_tokenizer.device)).cpu()
 
     def decode_images(self, codes: Tensor) -> list[Image.Image]:
         """Codes `b n` -> pictures."""
@@ -157,5 +157,5 @@ def load_images(images: Sequence[Any], *, rows: Sequence[int] | None = None) -> 
 
 
 def to_device(model: Movable) -> Movable:
-    """Onto the GPU, where there is one."""
-    return model.to("cuda") if torch.cuda.is_available() else model
+    """Onto the accelerator, where there is one."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model

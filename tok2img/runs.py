@@ -17,7 +17,7 @@ from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, reconstruction_sheet
-from .prior import PriorWithLoss, build_prior
+from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .text import TextTokenizer
@@ -59,6 +59,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     """Train a prior on tokens (making them first where only data is given) and save the whole model to `recipe.out`."""
     require(recipe, "out")
+    check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
     settings = arguments(recipe, best_by="image_loss")
     if not recipe.tokens:

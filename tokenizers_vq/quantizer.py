@@ -47,15 +47,20 @@ def assigned_sums(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[T
     return counts, sums
 
 
-def worst_served(vectors: Tensor, errors: Tensor, num: int) -> Tensor:
-    """Draw `num` of the vectors `n d`, the likelier the larger their error `n` (as k-means++ does), `num d`.
+def draw_by_error(errors: Tensor, num: int) -> Tensor:
+    """Draw `num` of the examples, the likelier the larger their error `n` (as k-means++ does): their numbers, `num`.
 
     An even draw would nearly always return background, which pictures are full of.
     """
     gumbel = -torch.empty_like(errors).exponential_().log()
     keys = errors.clamp_min(1e-12).log() + gumbel
-    drawn = vectors[keys.topk(min(num, len(vectors))).indices]
-    drawn = drawn.repeat(-(-num // len(drawn)), 1)[:num]
+    drawn = keys.topk(min(num, len(errors))).indices
+    return drawn.repeat(-(-num // len(drawn)))[:num] if num else drawn
+
+
+def worst_served(vectors: Tensor, errors: Tensor, num: int) -> Tensor:
+    """`num` of the vectors `n d` as `draw_by_error` draws them, the same on all ranks."""
+    drawn = vectors[draw_by_error(errors, num)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(drawn, src=0)
     return drawn

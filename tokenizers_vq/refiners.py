@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import group_norm
-from .vqdraw import LinearOptions, Options
+from .options import LinearOptions, Options
 
 PATCH = 2  # options are made on a grid half as fine as the pixels, four pixels of each channel at a place
 

@@ -8,170 +8,58 @@ This module knows no modality: what the steps are is the refiner's business, how
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .quantizer import kmeans, nearest_codes
+from .options import BiasedOptions, DenseOptions, Options, SharedOptions
+from .quantizer import draw_by_error, kmeans, nearest_codes
 
-
-class Options(Protocol):
-    """The K steps that are open to each example at one stage."""
-
-    def all(self) -> Tensor:
-        """Every step, `b k ...`."""
-        ...
-
-    def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b` name, `b ...`."""
-        ...
-
-    def squared_errors(self, residual: Tensor) -> Tensor:
-        """Mean squared distance of every step to what is missing, `b ...` -> `b k`."""
-        ...
-
-    def products(self, biases: Tensor) -> Tensor:
-        """Mean over elements of each step times the bias of its index, `k ...` -> `b k`."""
-        ...
-
+REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
+DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
 
 Refiner = Callable[[Tensor, int], Options]
-ErrorFunction = Callable[[Options, Tensor, Tensor], Tensor]
 
 
-@dataclass
-class DenseOptions:
-    """Steps that stand in memory, `b k ...`: the plain form that every other must equal."""
+class Error(Protocol):
+    """How far proposals are from a target: what a stage minimises."""
 
-    steps: Tensor
+    def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """Error of every proposal `state + step`, `b k`."""
+        ...
 
-    def all(self) -> Tensor:
-        """Every step, `b k ...`."""
-        return self.steps
-
-    def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b` name, `b ...`."""
-        return self.steps[torch.arange(len(codes), device=codes.device), codes]
-
-    def squared_errors(self, residual: Tensor) -> Tensor:
-        """`b ...` -> `b k`."""
-        return reduce((self.steps - residual[:, None]).square(), "b k ... -> b k", "mean")
-
-    def products(self, biases: Tensor) -> Tensor:
-        """`k ...` -> `b k`."""
-        return reduce(self.steps * biases, "b k ... -> b k", "mean")
+    def wanted(self, target: Tensor) -> Tensor:
+        """The state that says the target itself, or nearly: `b ...` -> `b ...`."""
+        ...
 
 
-@dataclass
-class SharedOptions:
-    """Steps `k ...` that are the same for all examples: stage 0, where every state is zero."""
-
-    steps: Tensor
-    batch_size: int
-
-    def all(self) -> Tensor:
-        """Every step, `b k ...`."""
-        return self.steps.expand(self.batch_size, *self.steps.shape)
-
-    def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b` name, `b ...`."""
-        return self.steps[codes]
-
-    def squared_errors(self, residual: Tensor) -> Tensor:
-        """`b ...` -> `b k`, as |r|^2 - 2 r.d + |d|^2."""
-        r, d = residual.flatten(1), self.steps.flatten(1)
-        return (r.square().sum(1, keepdim=True) - 2 * r @ d.T + d.square().sum(1)) / r.shape[1]
-
-    def products(self, biases: Tensor) -> Tensor:
-        """`k ...` -> `b k`."""
-        return (self.steps * biases).flatten(1).mean(1).expand(self.batch_size, -1)
-
-
-@dataclass
-class BiasedOptions:
-    """The steps of `options`, each plus a bias of its own, `k ...`, that is the same for all examples."""
-
-    options: Options
-    biases: Tensor
-
-    def all(self) -> Tensor:
-        """Every step, `b k ...`."""
-        return self.options.all() + self.biases
-
-    def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b` name, `b ...`."""
-        return self.options.chosen(codes) + self.biases[codes]
-
-    def squared_errors(self, residual: Tensor) -> Tensor:
-        """`b ...` -> `b k`, as |r - d|^2 + 2 d.e - 2 r.e + |e|^2."""
-        r, e = residual.flatten(1), self.biases.flatten(1)
-        of_biases = (e.square().sum(1) - 2 * r @ e.T) / r.shape[1]
-        return self.options.squared_errors(residual) + 2 * self.options.products(self.biases) + of_biases
-
-    def products(self, biases: Tensor) -> Tensor:
-        """`k ...` -> `b k`."""
-        return self.options.products(biases) + (self.biases * biases).flatten(1).mean(1)
-
-
-@dataclass
-class LinearOptions:
-    """Steps that are linear in features of the state, d_k = W_k f at every place; their errors need no step in memory.
-
-    With the Gram matrices A = r f' and G = f f' over the places, r.d_k = <W_k, A> and |d_k|^2 = <W_k' W_k, G>.
+class StageOutput(NamedTuple):
+    """What one stage did.
 
     Attributes:
-        features: `b f h w`, the last of them constant one.
-        weight: `k o f`, where a place holds `o = c * patch * patch` pixels of `c` channels.
-        patch: side of the square of pixels that a place stands for.
+        state: the next one, `b ...`. codes: of the step taken, `b`.
+        errors: of every option, `b k`; without gradient where `chosen` and `aux` come from a few of them.
+        chosen: error of the best option, `b`. aux: mean error over options, or an unbiased estimate of it, a scalar.
     """
 
-    features: Tensor
-    weight: Tensor
-    patch: int
-
-    def __post_init__(self) -> None:
-        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
-
-    def all(self) -> Tensor:
-        """Every step, `b k c h w`."""
-        steps = einsum(self.weight, self.features, "k o f, b f h w -> b k o h w")
-        return rearrange(steps, "b k (c p q) h w -> b k c (h p) (w q)", p=self.patch, q=self.patch)
-
-    def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b` name, `b c h w`: one matrix product an example."""
-        height = self.features.shape[2]
-        steps = self.weight[codes] @ self.features.flatten(2)
-        return rearrange(steps, "b (c p q) (h w) -> b c (h p) (w q)", h=height, p=self.patch, q=self.patch)
-
-    def squared_errors(self, residual: Tensor) -> Tensor:
-        """`b c h w` -> `b k`."""
-        r = rearrange(residual, "b c (h p) (w q) -> b (c p q) (h w)", p=self.patch, q=self.patch)
-        f = self.features.flatten(2)
-        products = (r @ f.mT).flatten(1) @ self.weight.flatten(1).T
-        norms = (f @ f.mT).flatten(1) @ (self.weight.mT @ self.weight).flatten(1).T
-        return (r.square().sum((1, 2))[:, None] - 2 * products + norms) / residual.shape[1:].numel()
-
-    def products(self, biases: Tensor) -> Tensor:
-        """`k c h w` -> `b k`, as <W_k' e_k, f>: one matrix product for the batch."""
-        e = rearrange(biases, "k c (h p) (w q) -> k (c p q) (h w)", p=self.patch, q=self.patch)
-        return self.features.flatten(1) @ (self.weight.mT @ e).flatten(1).T / biases[0].numel()
-
-
-def squared_error(options: Options, state: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every proposal `state + step` against the target, `b k`."""
-    return options.squared_errors(target - state)
+    state: Tensor
+    codes: Tensor
+    errors: Tensor
+    chosen: Tensor
+    aux: Tensor
 
 
 @dataclass
 class Drawing:
-    """What the stages did: `codes` `b n`, the last `state` `b ...`, `errors` of every option at every stage `b n k`."""
+    """What all stages did: the last `state`, `codes` and `chosen` `b n`, `errors` `b n k`, `aux` `n`; see `StageOutput`."""
 
-    codes: Tensor
     state: Tensor
+    codes: Tensor
     errors: Tensor
+    chosen: Tensor
+    aux: Tensor
 
 
 class VQDraw(nn.Module):
@@ -179,90 +67,163 @@ class VQDraw(nn.Module):
 
     Args:
         refiner: `(state, stage) -> Options`.
-        error: `(options, state, target) -> b k`, what a stage minimises.
+        error: `(options, state, target) -> b k`.
         state_shape: shape of one state.
+        num_stages: stages to go through, of those that the refiner knows.
         aux_coeff: weight of the mean error over all options, which keeps unchosen ones near the data.
+        num_aux_options: estimate that mean from so many options drawn at random for each example, without bias, and search without
+            gradient; 0: all options. A third to a half of a training step with a dense head.
         final_coeff: weight of the last stage's error on top of the mean over stages.
         grad_decay: how much of the gradient from later stages into the state is cut, 0 to 1.
+        epsilon: how often training takes a step at random instead of the best one, 0 to 1.
         checkpoint_stages: compute each stage again on the way back, so that memory holds one stage.
         num_biased_stages: the first so many stages add a learned bias to each option; the original has 1. With a bias at every stage the
             model can start as a residual quantizer (`start_from_data`) and learn to do better.
+        revive: put biased options that fall out of use back to work, every `REVIVE_EVERY` training batches.
     """
+
+    counts: Tensor
 
     def __init__(
         self,
         refiner: nn.Module,
-        error: ErrorFunction,
+        error: Error,
         *,
         state_shape: tuple[int, ...],
         num_stages: int,
         codebook_size: int,
         aux_coeff: float = 0.01,
+        num_aux_options: int = 0,
         final_coeff: float = 0.0,
         grad_decay: float = 0.0,
+        epsilon: float = 0.0,
         checkpoint_stages: bool = False,
         num_biased_stages: int = 1,
+        revive: bool = True,
     ):
         super().__init__()
         self.refiner, self.error = refiner, error
-        self.num_stages = num_stages
-        self.aux_coeff, self.final_coeff, self.grad_decay = aux_coeff, final_coeff, grad_decay
-        self.checkpoint_stages = checkpoint_stages
+        self.num_stages, self.codebook_size = num_stages, codebook_size
+        self.aux_coeff, self.num_aux_options, self.final_coeff = aux_coeff, num_aux_options, final_coeff
+        self.grad_decay, self.epsilon = grad_decay, epsilon
+        self.checkpoint_stages, self.revive_options = checkpoint_stages, revive
         self.biases = nn.Parameter(torch.zeros(num_biased_stages, codebook_size, *state_shape))
+        self.register_buffer("counts", torch.zeros(num_stages, codebook_size), persistent=False)
+        self.batches_counted = 0
+
+    @property
+    def learning(self) -> bool:
+        """Whether this is a training step; to encode changes nothing, whatever the mode."""
+        return self.training and torch.is_grad_enabled()
 
     def forward(self, target: Tensor) -> Drawing:
         """Draw `b ...`, each stage taking the best step."""
-        state = torch.zeros_like(target)
-        codes, errors = [], []
+        if self.learning and self.revive_options:
+            self._revive_now_and_then(target)
+        state, outputs = self.first_state(len(target)), []
         for stage in range(self.num_stages):
             arguments = self.stage, state, target, stage
             remember = self.checkpoint_stages and torch.is_grad_enabled()
-            state, code, error = checkpoint(*arguments, use_reentrant=False) if remember else self.stage(*arguments[1:])
-            codes.append(code)
-            errors.append(error)
-        return Drawing(torch.stack(codes, dim=1), state, torch.stack(errors, dim=1))
+            output = checkpoint(*arguments, use_reentrant=False) if remember else self.stage(*arguments[1:])
+            outputs.append(output)
+            state = output.state
+        codes, errors, chosen = (torch.stack(each, dim=1) for each in list(zip(*outputs, strict=True))[1:4])
+        if self.learning:
+            ones = torch.ones_like(codes, dtype=self.counts.dtype)
+            self.counts.scatter_add_(1, codes.T, ones.T)
+        return Drawing(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))
 
-    def stage(self, state: Tensor, target: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One stage: state `b ...` -> the next state, its codes `b`, the errors of all options `b k`."""
+    def stage(self, state: Tensor, target: Tensor, stage: int) -> StageOutput:
+        """One stage from the state `b ...`."""
         if self.grad_decay:
             # Plus exactly zero: `decode` must find the same state, to the last bit.
             state = state.detach() + (1 - self.grad_decay) * (state - state.detach())
         options = self.options(state, stage)
+        sparse = self.num_aux_options > 0 and self.learning
         # Errors are small differences of large sums; in bfloat16 nothing is left of them (0.0025 came out as -0.0002).
         with torch.autocast(target.device.type, enabled=False):
-            errors = self.error(options, state, target)
-            codes = errors.argmin(dim=1)
-            return state + options.chosen(codes), codes, errors
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
+                errors = self.error(options, state, target)
+            best = errors.argmin(dim=1)
+            codes = self._sometimes_random(best)
+            after = state + options.chosen(codes[:, None]).squeeze(1)
+            if sparse:
+                return StageOutput(after, codes, errors, *self._sparse_errors(options, best, state, target))
+            return StageOutput(after, codes, errors, errors.gather(1, best[:, None]).squeeze(1), errors.mean())
+
+    def _sparse_errors(self, options: Options, best: Tensor, state: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Error of the best option, `b`, and the mean of a few others, drawn anew for each example."""
+        drawn = torch.randint(self.codebook_size, (len(best), self.num_aux_options), device=best.device)
+        steps = options.chosen(torch.cat([best[:, None], drawn], dim=1))
+        errors = self.error(DenseOptions(steps), state, target)
+        return errors[:, 0], errors[:, 1:].mean()
+
+    def _sometimes_random(self, codes: Tensor) -> Tensor:
+        """Codes `b`, in training each another with probability `epsilon`."""
+        if not (self.learning and self.epsilon):
+            return codes
+        others = torch.randint_like(codes, self.codebook_size)
+        return torch.where(torch.rand(len(codes), device=codes.device) < self.epsilon, others, codes)
+
+    def first_state(self, batch_size: int) -> Tensor:
+        """Zeros `b ...`."""
+        return self.biases.new_zeros(batch_size, *self.biases.shape[2:])
 
     def options(self, state: Tensor, stage: int) -> Options:
         """What is open at a stage. At stage 0 all states are zero: one look of the refiner serves all."""
         if stage == 0:
-            return SharedOptions(
-                self.refiner(torch.zeros_like(self.biases[0, :1]), 0).all()[0] + self.biases[0], len(state)
-            )
+            return SharedOptions(self.refiner(self.first_state(1), 0).all()[0] + self.biases[0], len(state))
         options = self.refiner(state, stage)
         return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `b n` (or their first few) -> state `b ...`."""
-        state = self.biases.new_zeros(len(codes), *self.biases.shape[2:])
+        """Codes `b n` (or their first few) -> state `b ...`; only the steps that the codes name are made."""
+        state = self.first_state(len(codes))
         for stage in range(codes.shape[1]):
-            state = state + self.options(state, stage).chosen(codes[:, stage])
+            state = state + self.options(state, stage).chosen(codes[:, stage, None]).squeeze(1)
         return state
 
     def loss(self, drawing: Drawing) -> Tensor:
         """Mean over stages of the chosen error + `aux_coeff` x the mean of all + `final_coeff` x the last chosen."""
-        chosen = drawing.errors.gather(2, drawing.codes[..., None]).squeeze(2)
-        return chosen.mean() + self.aux_coeff * drawing.errors.mean() + self.final_coeff * chosen[:, -1].mean()
+        chosen = drawing.chosen
+        return chosen.mean() + self.aux_coeff * drawing.aux.mean() + self.final_coeff * chosen[:, -1].mean()
 
     @torch.no_grad()
     def start_from_data(self, targets: Tensor) -> None:
         """Make the biases, stage by stage, the k-means centres of what is still missing of the targets `b ...`.
 
-        Refiners start with steps of zero, so each option is in use from the first step, and the whole is a residual quantizer.
+        Where refiners start with steps of zero, each option is in use from the first step, and the whole is a residual quantizer.
         """
-        residual = targets
+        residual = self.error.wanted(targets)
         for bias in self.biases:
             centres = kmeans(residual.flatten(1), len(bias))
             bias.copy_(centres.view_as(bias))
             residual = residual - bias[nearest_codes(residual.flatten(1), centres)]
+
+    def _revive_now_and_then(self, target: Tensor) -> None:
+        """Every `REVIVE_EVERY` batches, `revive` what those batches did not use."""
+        self.batches_counted += 1
+        if self.batches_counted % REVIVE_EVERY:
+            return
+        counts = self.counts.clone()
+        self.counts.zero_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        dead = counts < DEAD_SHARE * counts.mean(dim=1, keepdim=True)
+        if dead[: len(self.biases)].any():
+            self.revive(target, dead)
+
+    @torch.no_grad()
+    def revive(self, target: Tensor, dead: Tensor) -> None:
+        """Move the bias of each dead option, `n k` booleans, so that one of the worst served targets `b ...` finds its step there."""
+        state, wanted = self.first_state(len(target)), self.error.wanted(target)
+        for stage, bias in enumerate(self.biases[: self.num_stages]):
+            output = self.stage(state, target, stage)
+            lost = dead[stage].nonzero().squeeze(1)
+            examples = draw_by_error(output.errors.amin(dim=1), len(lost))
+            if len(lost):
+                step = self.options(state[examples], stage).chosen(lost[:, None]).squeeze(1)
+                bias[lost] += wanted[examples] - state[examples] - step
+            state = output.state
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.biases.data, src=0)

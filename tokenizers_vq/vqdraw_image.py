@@ -1,12 +1,21 @@
-"""VQ-DRAW for pictures: squared error, a convolutional refiner, codes from coarse to fine."""
+"""VQ-DRAW for pictures: codes from coarse to fine."""
+
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
+from .beam import beam_search
+from .errors import BernoulliError, GaussianError, SquaredError
 from .normalization import PixelNormalization
+from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
 from .refiners import ConvRefiner, SegmentedRefiner
-from .vqdraw import VQDraw, squared_error
+from .vqdraw import VQDraw
+
+ERRORS = ("squared", "gaussian", "bernoulli")
+REFINERS = ("conv", *PRESETS)
 
 
 class VQDrawImageConfig(DiscreteTokenizerConfig):
@@ -14,9 +23,14 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
 
     Attributes:
         image_size: height and width of the pictures, pixels; a multiple of 4.
-        hidden_channels, feature_channels, num_residual_blocks: size of the refiner, see `ConvRefiner`.
+        refiner: "conv" is ours; "mnist", "svhn", "cifar10" and "celeba" are those published with the paper, see `PublishedRefiner`.
+        hidden_channels, feature_channels, num_residual_blocks: size of our refiner, see `ConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them.
-        aux_coeff, final_coeff, grad_decay, checkpoint_stages: see `VQDraw`.
+        active_stages: go through the first so many stages only; 0: all.
+        error: "squared"; "gaussian", where a state has a deviation beside each mean; or "bernoulli", for pixels that are black or white.
+        num_biased_stages: stages with a learned bias for each option; 0: all.
+        aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
+        beam_size: sequences kept in the search when a data set is tokenized.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
 
@@ -26,22 +40,51 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
     num_channels: int = 3
     num_stages: int = 20
     codebook_size: int = 64
+    refiner: str = "conv"
     hidden_channels: int = 128
     feature_channels: int = 64
     num_residual_blocks: int = 2
     segment_length: int = 0
+    active_stages: int = 0
+    error: str = "squared"
+    num_biased_stages: int = 0
     aux_coeff: float = 0.01
+    num_aux_options: int = 0
     final_coeff: float = 0.0
     grad_decay: float = 0.0
+    epsilon: float = 0.0
     checkpoint_stages: bool = False
+    revive: bool = True
+    beam_size: int = 4
     pixel_mean: float = 0.5
     pixel_std: float = 0.25
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        check_image_size(self.image_size, 4)
+        check_image_size(self.image_size, 8 if self.refiner == "celeba" else 4)
+        for name, known in (("refiner", REFINERS), ("error", ERRORS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.segment_length and self.num_stages % self.segment_length:
             raise ValueError(f"num_stages {self.num_stages} is no multiple of segment_length {self.segment_length}")
+        for name in ("active_stages", "num_biased_stages"):
+            if getattr(self, name) > self.num_stages:
+                raise ValueError(f"{name} {getattr(self, name)} is more than num_stages {self.num_stages}")
+        if self.refiner in PRESETS and (self.num_channels, self.error) != (
+            PRESETS[self.refiner]["num_channels"],
+            "squared",
+        ):
+            wanted = PRESETS[self.refiner]["num_channels"]
+            raise ValueError(
+                f"refiner {self.refiner!r} draws {wanted} channels by squared error, got {self.num_channels} by {self.error}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The published model of a data set: "mnist" (60 bits), "svhn" (120), "cifar10" or "celeba" (600)."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**{"refiner": name, "num_biased_stages": 1} | PRESETS[name] | overrides)
 
 
 class VQDrawForImages(DiscreteTokenizer):
@@ -53,27 +96,52 @@ class VQDrawForImages(DiscreteTokenizer):
     def __init__(self, config: VQDrawImageConfig):
         super().__init__(config)
         self.normalize = PixelNormalization(config)
+        self.error = build_error(config)
         self.draw = VQDraw(
-            build_refiner(config),
-            squared_error,
-            state_shape=(config.num_channels, config.image_size, config.image_size),
-            num_stages=config.num_stages,
+            build_refiner(config, config.num_channels * self.error.state_channels),
+            self.error,
+            state_shape=(config.num_channels * self.error.state_channels, config.image_size, config.image_size),
+            num_stages=config.active_stages or config.num_stages,
             codebook_size=config.codebook_size,
             aux_coeff=config.aux_coeff,
+            num_aux_options=config.num_aux_options,
             final_coeff=config.final_coeff,
             grad_decay=config.grad_decay,
+            epsilon=config.epsilon,
             checkpoint_stages=config.checkpoint_stages,
-            num_biased_stages=config.num_stages,
+            num_biased_stages=config.num_biased_stages or config.num_stages,
+            revive=config.revive,
         )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts initialise themselves."""
+        """The parts initialise themselves; loading leaves what is not saved for us to set."""
+        if isinstance(module, VQDraw):
+            module.counts.zero_()
+
+    @classmethod
+    def from_vq_draw_checkpoint(cls, path: str | Path) -> Self:
+        """A model published with the paper, or trained by its code, for MNIST, SVHN, CIFAR-10 or CelebA.
+
+        Args:
+            path: its state dict, as safetensors or as a `.pt` file, which is read without running what else it may hold.
+
+        Raises:
+            ValueError: for a file that holds no tensors, and for tensors that none of the four architectures has.
+        """
+        tensors = read_tensors(path)
+        try:
+            settings = published_settings(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings))
+        model.draw.load_state_dict(our_names(tensors))
+        return model.eval()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """One code a stage."""
-        return (self.config.num_stages,)
+        """One code an active stage."""
+        return (self.draw.num_stages,)
 
     @property
     def codebook_size(self) -> int:
@@ -90,47 +158,81 @@ class VQDrawForImages(DiscreteTokenizer):
         self.draw.start_from_data(self.normalize(pixel_values))
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """`b c h w` in [0, 1] -> codes `b n`, the best step at every stage."""
+    def encode(self, pixel_values: Tensor, *, beam_size: int = 1) -> Tensor:
+        """`b c h w` in [0, 1] -> codes `b n`.
+
+        Args:
+            beam_size: 1 takes the best step at every stage, as `forward` does; more costs so many times as much and finds codes that
+                decode to nearer pictures.
+        """
         target = self.normalize(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.draw(target).codes
+            return beam_search(self.draw, target, beam_size)
+
+    def encode_for_training(self, pixel_values: Tensor) -> Tensor:
+        """`b c h w` in [0, 1] -> codes `b n`, searched with the config's `beam_size`."""
+        return self.encode(pixel_values, beam_size=self.config.beam_size)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `b n`, or the first few of each picture's, -> `b c h w` in [0, 1]."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
-            return self.normalize.inverse(self.draw.decode(codes.long()))
+            return self._pixels(self.draw.decode(codes.long()))
+
+    @torch.no_grad()
+    def stage_errors(self, codes: Tensor, pixel_values: Tensor) -> Tensor:
+        """Mean squared error in units of pixels after each code, `b n` of pictures `b c h w`: `b n`."""
+        self.check_codes(codes, prefix=True)
+        state, errors = self.draw.first_state(len(codes)), []
+        for stage, code in enumerate(codes.long().T):
+            state = state + self.draw.options(state, stage).chosen(code[:, None]).squeeze(1)
+            errors.append((self._pixels(state) - pixel_values).square().flatten(1).mean(dim=1))
+        return torch.stack(errors, dim=1)
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
         target = self.normalize(pixel_values)
         drawing = self.draw(target)
-        mse = self.normalize.squared_error(drawing.state, target)
+        mse = self.normalize.squared_error(self.error.observed(drawing.state), target)
         return TokenizerOutput(
             loss=self.draw.loss(drawing),
-            reconstruction=self.normalize.inverse(drawing.state),
+            reconstruction=self._pixels(drawing.state),
             codes=drawing.codes,
             metrics={"mse": mse, "first_stage_usage": share_in_use(drawing.codes[:, 0], self.codebook_size)},
         )
 
+    def _pixels(self, state: Tensor) -> Tensor:
+        """State `b ...` -> `b c h w` in [0, 1]."""
+        return self.normalize.inverse(self.error.observed(state))
 
-def build_refiner(config: VQDrawImageConfig) -> nn.Module:
+
+def build_error(config: VQDrawImageConfig) -> SquaredError | GaussianError | BernoulliError:
+    """What the config's `error` names."""
+    if config.error == "bernoulli":
+        return BernoulliError(config.pixel_mean, config.pixel_std)
+    return GaussianError() if config.error == "gaussian" else SquaredError()
+
+
+def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
     """One refiner for all stages, or one a segment."""
     length = config.segment_length or config.num_stages
-    refiners: list[nn.Module] = [
-        ConvRefiner(
-            num_stages=length,
-            codebook_size=config.codebook_size,
-            num_channels=config.num_channels,
-            hidden_channels=config.hidden_channels,
-            feature_channels=config.feature_channels,
-            num_residual_blocks=config.num_residual_blocks,
-        )
-        for _ in range(config.num_stages // length)
-    ]
+    refiners = [build_one_refiner(config, length, num_channels) for _ in range(config.num_stages // length)]
     return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)
+
+
+def build_one_refiner(config: VQDrawImageConfig, num_stages: int, num_channels: int) -> nn.Module:
+    """Ours, or a published one."""
+    if config.refiner in PRESETS:
+        return PublishedRefiner(config.refiner, num_stages=num_stages, codebook_size=config.codebook_size)
+    return ConvRefiner(
+        num_stages=num_stages,
+        codebook_size=config.codebook_size,
+        num_channels=num_channels,
+        hidden_channels=config.hidden_channels,
+        feature_channels=config.feature_channels,
+        num_residual_blocks=config.num_residual_blocks,
+    )
 
 
 def share_in_use(codes: Tensor, codebook_size: int) -> Tensor:

@@ -21,7 +21,12 @@ def main(data: str, out: Path, num_steps: int) -> None:
     """Train a VQ-VAE and a prior on captioned pictures, and draw the first caption four times."""
     rows, held_out = held_out_split(load_captioned_images(data), share=0.05, max_rows=500, seed=0)
     image_tokenizer = build_tokenizer(TokenizerRecipe(tokenizer="vqvae"), rows)
-    settings = {"max_steps": num_steps, "per_device_train_batch_size": 32, "report_to": "none", "adam_beta2": 0.99}
+    settings = {
+        "max_steps": num_steps,
+        "per_device_train_batch_size": 32,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
     tok2img.Trainer(
         image_tokenizer,
         TrainingArguments(str(out / "tokenizer"), learning_rate=3e-3, **settings),

@@ -387,3 +387,20 @@ class TestBadRequestsForPictures:
 
 def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):
     refused("evaluate", "--data", data, "--out", "a.json", names="--model or --tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokenize"], "Missing argument 'data'"),
+        (["paint"], "No such command 'paint'"),
+        (["demo", "--fast"], "No such option: --fast"),
+        (["generate", "a", "--model", "m", "--out", "o.png", "--seed", "x"], "Invalid value for '--seed'"),
+    ],
+)
+def test_a_command_that_is_not_whole_is_refused_in_one_line(refused, words, message):
+    refused(*words, names=message)
+
+
+def test_no_command_shows_the_help(tok2img):
+    assert "train-prior" in str(tok2img())

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tokenizers_vq.options import DenseOptions, LinearOptions
 from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner, StageScale
-from tokenizers_vq.vqdraw import DenseOptions, LinearOptions
 
 
 def fresh() -> ConvRefiner:

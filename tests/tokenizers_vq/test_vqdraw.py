@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vq.vqdraw import (
+from tokenizers_vq.errors import SquaredError
+from tokenizers_vq.options import (
     BiasedOptions,
+    ConvolvedOptions,
     DenseOptions,
-    Drawing,
     LinearOptions,
     Options,
     SharedOptions,
-    VQDraw,
-    squared_error,
 )
+from tokenizers_vq.vqdraw import REVIVE_EVERY, Drawing, VQDraw
 
 SHAPE = (3, 8, 8)
 
@@ -26,8 +26,15 @@ def linear_options() -> LinearOptions:
     return LinearOptions(random(5, 7, 4, 4), random(6, 12, 7), patch=2)
 
 
+def convolved_options() -> ConvolvedOptions:
+    return ConvolvedOptions(random(5, 7, 8, 8), random(6, 3, 7, 5, 5), random(6, 3))
+
+
 OPTIONS = {
+    "dense": lambda: DenseOptions(random(5, 6, *SHAPE)),
     "linear": linear_options,
+    "convolved": convolved_options,
+    "biased convolved": lambda: BiasedOptions(convolved_options(), random(6, *SHAPE)),
     "shared": lambda: SharedOptions(random(6, *SHAPE), 5),
     "biased linear": lambda: BiasedOptions(linear_options(), random(6, *SHAPE)),
     "biased shared": lambda: BiasedOptions(SharedOptions(random(6, *SHAPE), 5), random(6, *SHAPE)),
@@ -63,7 +70,8 @@ def plain_loop(draw: VQDraw, target: Tensor) -> Drawing:
         codes.append(error.argmin(dim=1))
         errors.append(error)
         state = proposals[torch.arange(len(target)), codes[-1]]
-    return Drawing(torch.stack(codes, dim=1), state, torch.stack(errors, dim=1))
+    errors = torch.stack(errors, dim=1)
+    return Drawing(state, torch.stack(codes, dim=1), errors, errors.amin(dim=2), errors.mean(dim=(0, 2)))
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def build(refiner: nn.Module, *, num_biased_stages: int = 2, **settings) -> VQDr
     """Four stages of eight options, the first two biased, in float64."""
     draw = VQDraw(
         refiner,
-        squared_error,
+        SquaredError(),
         state_shape=SHAPE,
         num_stages=4,
         codebook_size=8,
@@ -104,8 +112,14 @@ def gradients(draw: VQDraw, loss: Tensor) -> list[Tensor]:
 
 
 def test_options_choose_what_dense_options_choose(options):
-    codes = torch.tensor([5, 0, 3, 3, 1])
-    torch.testing.assert_close(options.chosen(codes), DenseOptions(options.all()).chosen(codes))
+    codes = torch.tensor([[5, 0], [0, 0], [3, 1], [3, 2], [1, 4]])
+    expected = torch.stack([steps[chosen] for steps, chosen in zip(options.all(), codes, strict=True)])
+    torch.testing.assert_close(options.chosen(codes), expected)
+
+
+def test_options_of_some_examples_are_those_of_the_whole(options):
+    examples = torch.tensor([4, 0, 0])
+    torch.testing.assert_close(options.select(examples).all(), options.all()[examples])
 
 
 def test_options_have_the_squared_errors_of_dense_options(options):
@@ -121,7 +135,7 @@ def test_options_have_the_products_of_dense_options(options):
 def test_squared_errors_are_those_of_the_proposals():
     steps, state, target = random(5, 6, *SHAPE), random(5, *SHAPE), random(5, *SHAPE)
     expected = (state[:, None] + steps - target[:, None]).square().flatten(2).mean(dim=2)
-    torch.testing.assert_close(squared_error(DenseOptions(steps), state, target), expected)
+    torch.testing.assert_close(SquaredError()(DenseOptions(steps), state, target), expected)
 
 
 # The loop
@@ -163,7 +177,7 @@ def test_any_prefix_of_the_codes_decodes_to_the_state_after_so_many_stages(refin
     draw, state = build(refiner, grad_decay=grad_decay).float(), torch.zeros_like(target).float()
     codes = draw(target.float()).codes
     for stage in range(draw.num_stages):
-        state, _, _ = draw.stage(state, target.float(), stage)
+        state = draw.stage(state, target.float(), stage).state
         assert torch.equal(draw.decode(codes[:, : stage + 1]), state), "to the last bit"
 
 
@@ -177,12 +191,12 @@ def test_an_example_draws_alone_as_it_does_in_a_batch(refiner, target):
 
 
 @pytest.mark.parametrize(("aux_coeff", "final_coeff"), [(0.0, 0.0), (0.01, 0.0), (0.3, 0.7)])
-def test_the_loss_is_the_formula(refiner, aux_coeff, final_coeff):
-    codes, errors = torch.tensor([[1, 0], [0, 2]]), random(2, 2, 3).square()
-    chosen = torch.stack([errors[0, 0, 1], errors[0, 1, 0], errors[1, 0, 0], errors[1, 1, 2]])
-    expected = chosen.mean() + aux_coeff * errors.mean() + final_coeff * chosen[[1, 3]].mean()
+def test_the_loss_is_the_formula(refiner, target, aux_coeff, final_coeff):
     draw = build(refiner, aux_coeff=aux_coeff, final_coeff=final_coeff)
-    torch.testing.assert_close(draw.loss(Drawing(codes, random(2, *SHAPE), errors)), expected)
+    drawing = draw(target)
+    chosen = drawing.errors.gather(2, drawing.codes[..., None])
+    expected = chosen.mean() + aux_coeff * drawing.errors.mean() + final_coeff * chosen[:, -1].mean()
+    torch.testing.assert_close(draw.loss(drawing), expected)
 
 
 # Gradients through the chain
@@ -219,12 +233,12 @@ def test_checkpointed_stages_have_the_same_gradients(refiner, target):
 def test_bfloat16_autocast_leaves_the_errors_their_digits(refiner):
     draw = build(refiner).float()
     state, codes = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 3, 4, 5])
-    near = state + draw.options(state, 1).chosen(codes) + 0.02 * torch.randn(6, *SHAPE)
-    _, expected_codes, expected = draw.stage(state, near, 1)
+    near = state + draw.options(state, 1).chosen(codes[:, None]).squeeze(1) + 0.02 * torch.randn(6, *SHAPE)
+    expected = draw.stage(state, near, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        _, found_codes, errors = draw.stage(state, near, 1)
-    assert errors.dtype == torch.float32 and torch.equal(found_codes, expected_codes)
-    torch.testing.assert_close(errors.amin(dim=1), expected.amin(dim=1), rtol=0.1, atol=0)
+        found = draw.stage(state, near, 1)
+    assert found.errors.dtype == torch.float32 and torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.chosen, expected.chosen, rtol=0.1, atol=0)
 
 
 # The start
@@ -264,3 +278,101 @@ def test_starting_from_data_puts_the_first_stage_on_its_clusters(stepless):
 def test_starting_from_data_carries_no_gradient(stepless, many):
     stepless.start_from_data(many.requires_grad_())
     assert stepless.biases.is_leaf and stepless.biases.grad is None
+
+
+# A few options instead of all
+
+
+def test_the_sparse_form_draws_and_judges_the_same(refiner, target):
+    exact, sparse = build(refiner).train()(target), build(refiner, num_aux_options=3).train()(target)
+    assert torch.equal(sparse.codes, exact.codes) and not sparse.errors.requires_grad
+    torch.testing.assert_close((sparse.state, sparse.errors, sparse.chosen), (exact.state, exact.errors, exact.chosen))
+
+
+def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
+    settings = {"aux_coeff": 0.5, "final_coeff": 0.5}
+    exact_draw, sparse_draw = (build(refiner, **settings, revive=False, num_aux_options=num) for num in (0, 4))
+    exact = gradients(exact_draw, exact_draw.loss(exact_draw(target)))
+    draws = [gradients(sparse_draw, sparse_draw.loss(sparse_draw(target))) for _ in range(300)]
+    mean = [torch.stack(each).mean(dim=0) for each in zip(*draws, strict=True)]
+    found, expected = (torch.cat([each.flatten() for each in every]) for every in (mean, exact))
+    one = torch.cat([each.flatten() for each in draws[0]])
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert (one - expected).norm() > 3 * (found - expected).norm(), "each draw is rough, their mean is not"
+
+
+def test_without_a_gradient_all_options_count(refiner, target):
+    draw = build(refiner, num_aux_options=1).eval()
+    drawing = draw(target)
+    torch.testing.assert_close(drawing.aux, drawing.errors.mean(dim=(0, 2)))
+
+
+# Random codes
+
+
+def test_epsilon_takes_other_steps_in_training_alone(refiner, target):
+    draw = build(refiner, epsilon=0.5)
+    many = target.repeat(50, 1, 1, 1)
+    drawing = draw.train()(many)
+    other = (drawing.codes != drawing.errors.argmin(dim=2)).double().mean()
+    assert 0.3 < other < 0.5 * 7 / 8 + 0.1
+    torch.testing.assert_close(drawing.chosen, drawing.errors.amin(dim=2))
+    assert torch.equal(draw.eval()(many).codes, build(refiner).eval()(many).codes)
+
+
+def test_epsilon_leaves_encoding_alone(refiner, target):
+    with torch.no_grad():
+        assert torch.equal(build(refiner, epsilon=1.0).train()(target).codes, build(refiner)(target).codes)
+
+
+# Revival
+
+
+@pytest.fixture
+def dead(stepless, many) -> VQDraw:
+    """A started loop in training, two of whose options lie where no target is."""
+    stepless.start_from_data(many)
+    with torch.no_grad():
+        stepless.biases[0, 3] += 1e3
+        stepless.biases[2, 5] += 1e3
+    return stepless.train()
+
+
+def test_options_out_of_use_come_back_at_any_stage(dead, many):
+    assert 3 not in dead(many).codes[:, 0] and 5 not in dead(many).codes[:, 2]
+    for _ in range(REVIVE_EVERY):
+        dead(many)
+    codes = dead.eval()(many).codes
+    assert 3 in codes[:, 0] and 5 in codes[:, 2]
+
+
+def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
+    before, biases = dead.eval()(many), dead.biases.detach().clone()
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    mask[0, 3] = mask[2, 5] = True
+    dead.revive(many, mask)
+    assert dead(many).chosen[:, -1].mean() < before.chosen[:, -1].mean()
+    assert torch.equal(dead.biases[~mask], biases[~mask]) and (dead.biases[mask] != biases[mask]).any()
+
+
+def test_a_revived_option_meets_a_target_exactly(dead, many):
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    mask[0, 3] = True
+    dead.revive(many, mask)
+    assert dead.eval()(many).errors[:, 0, 3].min() < 1e-12
+
+
+def test_revival_can_be_left_out(dead, many):
+    dead.revive_options = False
+    biases = dead.biases.detach().clone()
+    for _ in range(2 * REVIVE_EVERY):
+        dead(many)
+    assert torch.equal(dead.biases, biases)
+
+
+def test_a_loop_in_use_is_left_alone(stepless, many):
+    stepless.start_from_data(many)
+    biases = stepless.biases.detach().clone()
+    for _ in range(2 * REVIVE_EVERY):
+        stepless.train()(many)
+    assert torch.equal(stepless.biases, biases)

@@ -1,0 +1,81 @@
+"""How far a VQ-DRAW state is from a picture. Targets are normalised pixels, `b c h w`; what a state holds depends on the error."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .options import Options
+
+SURE = 3.0  # logit of a pixel that is black or white: 0.95
+
+
+class SquaredError:
+    """The state is the picture."""
+
+    state_channels = 1
+
+    def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of every proposal against the target, `b k`."""
+        return options.squared_errors(target - state)
+
+    def wanted(self, target: Tensor) -> Tensor:
+        """The target."""
+        return target
+
+    def observed(self, state: Tensor) -> Tensor:
+        """The state."""
+        return state
+
+
+class GaussianError:
+    """The state holds a mean and the logarithm of a standard deviation for each pixel and channel: `b 2c h w`."""
+
+    state_channels = 2
+
+    def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
+        mean, log_std = (state[:, None] + options.all()).chunk(2, dim=2)
+        scaled = (target[:, None] - mean) * torch.exp(-log_std)
+        return (0.5 * scaled.square() + log_std).flatten(2).mean(dim=2) + 0.5 * math.log(2 * math.pi)
+
+    def wanted(self, target: Tensor) -> Tensor:
+        """The target as mean, with a standard deviation of one."""
+        return torch.cat([target, torch.zeros_like(target)], dim=1)
+
+    def observed(self, state: Tensor) -> Tensor:
+        """The mean."""
+        return state.chunk(2, dim=1)[0]
+
+
+class BernoulliError:
+    """The state holds the logit of each pixel, which is black or white.
+
+    Args:
+        pixel_mean, pixel_std: of the normalisation that targets come in.
+    """
+
+    state_channels = 1
+
+    def __init__(self, pixel_mean: float, pixel_std: float):
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+
+    def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
+        logits = state[:, None] + options.all()
+        pixels = self.pixels(target)[:, None].expand_as(logits)
+        errors = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
+        return errors.flatten(2).mean(dim=2)
+
+    def pixels(self, target: Tensor) -> Tensor:
+        """Normalised -> [0, 1]."""
+        return (target * self.pixel_std + self.pixel_mean).clamp(0, 1)
+
+    def wanted(self, target: Tensor) -> Tensor:
+        """Logits that come near the target."""
+        return SURE * (2 * self.pixels(target) - 1)
+
+    def observed(self, state: Tensor) -> Tensor:
+        """Probabilities, normalised."""
+        return (state.sigmoid() - self.pixel_mean) / self.pixel_std

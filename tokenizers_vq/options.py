@@ -1,0 +1,221 @@
+"""The K steps that are open to each example at one stage of VQ-DRAW, in forms that need not hold every step in memory.
+
+All forms answer the same questions; `DenseOptions` is the plain one that every other must equal.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+
+class Options(Protocol):
+    """The K steps that are open to each example at one stage."""
+
+    def all(self) -> Tensor:
+        """Every step, `b k ...`."""
+        ...
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m ...`."""
+        ...
+
+    def select(self, examples: Tensor) -> "Options":
+        """The options of some of the examples, named by their numbers `n`, once or more often."""
+        ...
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """Mean squared distance of every step to what is missing, `b ...` -> `b k`."""
+        ...
+
+    def products(self, biases: Tensor) -> Tensor:
+        """Mean over elements of each step times the bias of its index, `k ...` -> `b k`."""
+        ...
+
+
+@dataclass
+class DenseOptions:
+    """Steps that stand in memory, `b k ...`: the plain form that every other must equal."""
+
+    steps: Tensor
+
+    def all(self) -> Tensor:
+        """Every step, `b k ...`."""
+        return self.steps
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m ...`."""
+        return self.steps[torch.arange(len(codes), device=codes.device)[:, None], codes]
+
+    def select(self, examples: Tensor) -> "DenseOptions":
+        """The options of the examples `n`."""
+        return DenseOptions(self.steps[examples])
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b ...` -> `b k`."""
+        return reduce((self.steps - residual[:, None]).square(), "b k ... -> b k", "mean")
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k ...` -> `b k`."""
+        return reduce(self.steps * biases, "b k ... -> b k", "mean")
+
+
+@dataclass
+class SharedOptions:
+    """Steps `k ...` that are the same for all examples: stage 0, where every state is zero."""
+
+    steps: Tensor
+    batch_size: int
+
+    def all(self) -> Tensor:
+        """Every step, `b k ...`."""
+        return self.steps.expand(self.batch_size, *self.steps.shape)
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m ...`."""
+        return self.steps[codes]
+
+    def select(self, examples: Tensor) -> "SharedOptions":
+        """The options of the examples `n`."""
+        return SharedOptions(self.steps, len(examples))
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b ...` -> `b k`, as |r|^2 - 2 r.d + |d|^2."""
+        r, d = residual.flatten(1), self.steps.flatten(1)
+        return (r.square().sum(1, keepdim=True) - 2 * r @ d.T + d.square().sum(1)) / r.shape[1]
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k ...` -> `b k`."""
+        return (self.steps * biases).flatten(1).mean(1).expand(self.batch_size, -1)
+
+
+@dataclass
+class BiasedOptions:
+    """The steps of `options`, each plus a bias of its own, `k ...`, that is the same for all examples."""
+
+    options: Options
+    biases: Tensor
+
+    def all(self) -> Tensor:
+        """Every step, `b k ...`."""
+        return self.options.all() + self.biases
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m ...`."""
+        return self.options.chosen(codes) + self.biases[codes]
+
+    def select(self, examples: Tensor) -> "BiasedOptions":
+        """The options of the examples `n`."""
+        return BiasedOptions(self.options.select(examples), self.biases)
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b ...` -> `b k`, as |r - d|^2 + 2 d.e - 2 r.e + |e|^2."""
+        r, e = residual.flatten(1), self.biases.flatten(1)
+        of_biases = (e.square().sum(1) - 2 * r @ e.T) / r.shape[1]
+        return self.options.squared_errors(residual) + 2 * self.options.products(self.biases) + of_biases
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k ...` -> `b k`."""
+        return self.options.products(biases) + (self.biases * biases).flatten(1).mean(1)
+
+
+@dataclass
+class LinearOptions:
+    """Steps that are linear in features of the state, d_k = W_k f at every place; their errors need no step in memory.
+
+    With the Gram matrices A = r f' and G = f f' over the places, r.d_k = <W_k, A> and |d_k|^2 = <W_k' W_k, G>.
+
+    Attributes:
+        features: `b f h w`, the last of them constant one.
+        weight: `k o f`, where a place holds `o = c * patch * patch` pixels of `c` channels.
+        patch: side of the square of pixels that a place stands for.
+    """
+
+    features: Tensor
+    weight: Tensor
+    patch: int
+
+    def __post_init__(self) -> None:
+        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
+
+    def all(self) -> Tensor:
+        """Every step, `b k c h w`."""
+        steps = einsum(self.weight, self.features, "k o f, b f h w -> b k o h w")
+        return rearrange(steps, "b k (c p q) h w -> b k c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m c h w`: one matrix product an example."""
+        height = self.features.shape[2]
+        steps = rearrange(self.weight[codes], "b m o f -> b (m o) f") @ self.features.flatten(2)
+        sizes = {"m": codes.shape[1], "h": height, "p": self.patch, "q": self.patch}
+        return rearrange(steps, "b (m c p q) (h w) -> b m c (h p) (w q)", **sizes)
+
+    def select(self, examples: Tensor) -> "LinearOptions":
+        """The options of the examples `n`."""
+        return LinearOptions(self.features[examples], self.weight, self.patch)
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b c h w` -> `b k`."""
+        r = rearrange(residual, "b c (h p) (w q) -> b (c p q) (h w)", p=self.patch, q=self.patch)
+        f = self.features.flatten(2)
+        products = (r @ f.mT).flatten(1) @ self.weight.flatten(1).T
+        norms = (f @ f.mT).flatten(1) @ (self.weight.mT @ self.weight).flatten(1).T
+        return (r.square().sum((1, 2))[:, None] - 2 * products + norms) / residual.shape[1:].numel()
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k c h w` -> `b k`, as <W_k' e_k, f>: one matrix product for the batch."""
+        e = rearrange(biases, "k c (h p) (w q) -> k (c p q) (h w)", p=self.patch, q=self.patch)
+        return self.features.flatten(1) @ (self.weight.mT @ e).flatten(1).T / biases[0].numel()
+
+
+@dataclass
+class ConvolvedOptions:
+    """Steps made by one convolution of the features, as the heads of the published models are.
+
+    Attributes:
+        features: `b f h w`.
+        weight: `k c f p p`, p odd. bias: `k c`.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
+
+    def all(self) -> Tensor:
+        """Every step, `b k c h w`."""
+        weight, padding = self.weight.flatten(0, 1), self.weight.shape[-1] // 2
+        steps = F.conv2d(self.features, weight, self.bias.flatten(), padding=padding)
+        return steps.unflatten(1, self.bias.shape)
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m c h w`.
+
+        A convolution is a matrix product for each of its taps, and the sum of these images shifted. The product is over one example's
+        own rows of the weight, so that steps nobody asked for are never made.
+        """
+        weight = rearrange(self.weight.flip(-1, -2)[codes], "b m c f p q -> b (m c p q) f")
+        width = self.weight.shape[-1]
+        taps = weight @ self.features.flatten(2)
+        steps = F.fold(taps, self.features.shape[2:], kernel_size=width, padding=width // 2)
+        return steps.unflatten(1, (codes.shape[1], -1)) + self.bias[codes][..., None, None]
+
+    def select(self, examples: Tensor) -> "ConvolvedOptions":
+        """The options of the examples `n`."""
+        return ConvolvedOptions(self.features[examples], self.weight, self.bias)
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b c h w` -> `b k`, as |r|^2 - 2 r.d + |d|^2: no proposal is ever made."""
+        steps, r = self.all().flatten(2), residual.flatten(1)
+        products = torch.bmm(steps, r[..., None]).squeeze(2)
+        norms = torch.linalg.vector_norm(steps, dim=2).square()
+        return (r.square().sum(1, keepdim=True) - 2 * products + norms) / r.shape[1]
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k c h w` -> `b k`."""
+        return reduce(self.all() * biases, "b k ... -> b k", "mean")

@@ -1,0 +1,237 @@
+"""The refiners of the models that were published with VQ-DRAW (Nichol 2020), and their weights.
+
+Four stacks of convolutions: down to a quarter or an eighth of the picture, a few layers there, back up, and one convolution that makes
+all options. Channels are scaled by gains that differ from stage to stage; a gain is folded into the convolution before it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .base import first_line
+from .options import ConvolvedOptions, Options
+from .pt_checkpoint import read_pt
+
+
+class StageGain(nn.Module):
+    """One gain for each stage and channel, standing normal at first, of the convolution that comes before it in a `Stack`."""
+
+    def __init__(self, num_stages: int, num_channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(num_stages, num_channels))
+
+    def after(self, layer: nn.Module, x: Tensor, stage: int) -> Tensor:
+        """Convolve `b c h w` with weights that carry the gains: one pass over the pixels less."""
+        convolution: Any = layer
+        gain = self.gain[stage]
+        bias = convolution.bias * gain
+        if isinstance(layer, nn.ConvTranspose2d):
+            weight = convolution.weight * rearrange(gain, "o -> 1 o 1 1")
+            return F.conv_transpose2d(x, weight, bias, stride=convolution.stride, padding=convolution.padding)
+        weight = convolution.weight * rearrange(gain, "o -> o 1 1 1")
+        return F.conv2d(x, weight, bias, stride=convolution.stride, padding=convolution.padding)
+
+
+class Stack(nn.ModuleList):
+    """Layers in a row, some of which look at the stage."""
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """`b c h w` -> `b c h w`."""
+        for layer, following in pairwise([*self, nn.Identity()]):
+            if isinstance(following, StageGain):
+                x = following.after(layer, x, stage)
+            elif isinstance(layer, Stack):
+                x = layer(x, stage)
+            elif not isinstance(layer, StageGain):
+                x = layer(x)
+        return x
+
+
+class ResidualStack(Stack):
+    """A stack whose output is added to its input."""
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """`b c h w` -> `b c h w`."""
+        return x + super().forward(x, stage)
+
+
+Layers = Iterator[nn.Module]
+Gain = Callable[[int], StageGain]
+
+
+def down(inside: int, outside: int, width: int) -> nn.Conv2d:
+    """Half as many rows and columns."""
+    return nn.Conv2d(inside, outside, width, stride=2, padding=width // 2)
+
+
+def up(inside: int, outside: int) -> nn.ConvTranspose2d:
+    """Twice as many rows and columns."""
+    return nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1)
+
+
+def same(inside: int, outside: int, width: int) -> nn.Conv2d:
+    """As many rows and columns."""
+    return nn.Conv2d(inside, outside, width, padding=width // 2)
+
+
+def bottleneck(gain: Gain, width: int) -> ResidualStack:
+    """The residual block of the larger models: a 3x3 convolution, then up to four times the channels and back."""
+    convolutions = {same(width, width, 3): 8, same(width, 4 * width, 1): 8, same(4 * width, width, 1): width // 8}
+    steps: list[nn.Module] = []
+    for convolution, num_groups in convolutions.items():
+        norm = nn.GroupNorm(num_groups, convolution.in_channels)
+        steps += [nn.ReLU(), norm, convolution, gain(convolution.out_channels)]
+    return ResidualStack(steps)
+
+
+def mnist_layers(gain: Gain) -> Layers:
+    """1 x 28 x 28, no normalisation."""
+    convolutions = [
+        *(down(1, 32, 3), down(32, 64, 3), same(64, 128, 3), same(128, 128, 3), same(128, 64, 3)),
+        *(up(64, 64), up(64, 64)),
+    ]
+    for convolution in convolutions:
+        yield from (convolution, gain(convolution.out_channels), nn.ReLU())
+
+
+def svhn_layers(gain: Gain) -> Layers:
+    """3 x 32 x 32, normalised after each activation."""
+    convolutions = [
+        *(down(3, 64, 5), down(64, 128, 5), same(128, 128, 3), same(128, 256, 3), same(256, 128, 3)),
+        *(up(128, 128), up(128, 128)),
+    ]
+    for convolution in convolutions:
+        channels = convolution.out_channels
+        yield from (convolution, gain(channels), nn.ReLU(), nn.GroupNorm(min(8, channels // 16), channels))
+    yield from (same(128, 128, 3), gain(128), nn.ReLU())
+
+
+def cifar10_layers(gain: Gain) -> Layers:
+    """3 x 32 x 32, six residual blocks of 256 channels."""
+    for convolution in (down(3, 64, 5), down(64, 128, 5)):
+        yield from (convolution, nn.ReLU(), nn.GroupNorm(8, convolution.out_channels))
+    yield from (same(128, 256, 3), gain(256))
+    yield from (bottleneck(gain, 256) for _ in range(6))
+    for convolution in (up(256, 128), up(128, 128)):
+        yield from (convolution, gain(128), nn.ReLU(), nn.GroupNorm(8, 128))
+    yield from (same(128, 128, 3), gain(128), nn.ReLU())
+
+
+def celeba_layers(gain: Gain) -> Layers:
+    """3 x 64 x 64, six residual blocks of 128 channels on an eighth of the size."""
+    for convolution, num_groups in ((down(3, 64, 5), 4), (down(64, 128, 5), 8), (down(128, 128, 5), 8)):
+        yield from (convolution, nn.ReLU(), nn.GroupNorm(num_groups, convolution.out_channels))
+    yield from (bottleneck(gain, 128) for _ in range(6))
+    for _ in range(3):
+        yield from (up(128, 128), gain(128), nn.ReLU(), nn.GroupNorm(8, 128))
+
+
+# Layers, width and features of the last convolution, its scale at the start, whether every stage has one of its own, and the settings
+# of the model that was trained: stages, stages of a segment, and pictures.
+MNIST = {"image_size": 28, "num_channels": 1, "num_stages": 10, "pixel_mean": 0.1307, "pixel_std": 0.3081}
+COLOUR = {"image_size": 32, "num_channels": 3, "pixel_mean": 0.5, "pixel_std": 0.5}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mnist": MNIST,
+    "svhn": COLOUR | {"num_stages": 20, "segment_length": 5},
+    "cifar10": COLOUR | {"num_stages": 100, "segment_length": 10, "checkpoint_stages": True},
+    "celeba": COLOUR | {"image_size": 64, "num_stages": 100, "segment_length": 10, "checkpoint_stages": True},
+}
+LAYERS = {"mnist": mnist_layers, "svhn": svhn_layers, "cifar10": cifar10_layers, "celeba": celeba_layers}
+HEAD_WIDTHS = {"mnist": 3, "svhn": 1, "cifar10": 5, "celeba": 5}
+HEAD_FEATURES = {"mnist": 64, "svhn": 128, "cifar10": 128, "celeba": 128}
+FIRST_SCALES = {"mnist": 0.1, "svhn": 0.1, "cifar10": 0.01, "celeba": 0.01}
+
+
+class PublishedRefiner(nn.Module):
+    """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba"."""
+
+    def __init__(self, name: str, *, num_stages: int, codebook_size: int):
+        super().__init__()
+        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages)))
+        num_channels = PRESETS[name]["num_channels"]
+        num_heads = num_stages if name == "svhn" else 1
+        self.heads = nn.ModuleList(
+            same(HEAD_FEATURES[name], codebook_size * num_channels, HEAD_WIDTHS[name]) for _ in range(num_heads)
+        )
+        self.codebook_size = codebook_size
+        self.output_scale = nn.Parameter(torch.tensor(FIRST_SCALES[name]))
+
+    def forward(self, state: Tensor, stage: int) -> Options:
+        """State `b c h w` -> the options of a stage."""
+        head: Any = self.heads[stage if len(self.heads) > 1 else 0]
+        weight = head.weight.unflatten(0, (self.codebook_size, -1)) * self.output_scale
+        bias = head.bias.unflatten(0, (self.codebook_size, -1)) * self.output_scale
+        return ConvolvedOptions(self.layers(state, stage), weight, bias)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: safetensors, or a `.pt` file of tensors alone. ValueError for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return read_pt(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read tensors from {path}: {first_line(error)}") from error
+
+
+def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under the names that `VQDraw` has for its tensors; its two buffers stay out."""
+    layers = [name.partition(".layers.")[2].split(".")[0] for name in tensors if ".layers." in name]
+    head = f".layers.{max(map(int, filter(str.isdecimal, layers)), default=-1)}."
+    renamed = {"biases": tensors["bias"][None]} if "bias" in tensors else {}
+    for name, tensor in tensors.items():
+        if name.startswith("refiner."):
+            name = name.replace(".segments.", ".refiners.").replace(".embeddings", ".gain")
+            renamed[name.replace(f"{head}module_list.", ".heads.").replace(head, ".heads.0.")] = tensor
+    return renamed
+
+
+def segment_sizes(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """How many refiners a published state dict holds, and the stages of each; 0 where it holds none."""
+    segments = {name.split(".")[2] for name in tensors if name.startswith("refiner.segments.")}
+    gains = [tensor for name, tensor in tensors.items() if name.endswith(".embeddings")]
+    return max(1, len(segments)), len(gains[0]) if gains else 0
+
+
+def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of `VQDrawImageConfig` for a published state dict, read off its tensors.
+
+    Raises:
+        ValueError: for tensors that no published architecture has.
+    """
+    bias = tensors.get("bias", torch.zeros(0))
+    num_refiners, length = segment_sizes(tensors)
+    ours = {name: tensor.shape for name, tensor in our_names(tensors).items() if name != "biases"}
+    if bias.ndim == 4 and length:
+        for name, preset in PRESETS.items():
+            if bias.shape[1] == preset["num_channels"] and ours == shapes_of(name, len(bias), length, num_refiners):
+                return preset | {
+                    "refiner": name,
+                    "image_size": bias.shape[-1],
+                    "codebook_size": len(bias),
+                    "num_stages": num_refiners * length,
+                    "active_stages": int(tensors.get("_stages", torch.tensor(0))),
+                    "segment_length": length if num_refiners > 1 else 0,
+                    "grad_decay": float(tensors.get("_grad_decay", torch.tensor(0.0))),
+                }
+    raise ValueError(
+        f"no published architecture ({', '.join(PRESETS)}) has these {len(tensors)} tensors; "
+        f"bias is {tuple(bias.shape)}, {num_refiners} refiners of {length} stages"
+    )
+
+
+def shapes_of(name: str, codebook_size: int, num_stages: int, num_refiners: int) -> dict[str, torch.Size]:
+    """Shapes of the tensors of all refiners of an architecture, by their names in `VQDraw`."""
+    with torch.device("meta"):
+        refiner = PublishedRefiner(name, num_stages=num_stages, codebook_size=codebook_size)
+    prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]
+    return {prefix + key: tensor.shape for prefix in prefixes for key, tensor in refiner.state_dict().items()}
