@@ -76,16 +76,20 @@ def tokenize(
     image_column: ImageColumn = "",
     caption_column: CaptionColumn = "",
     max_rows: MaxRows = 0,
+    beam_size: Annotated[
+        int, typer.Option(help="Search so wide for VQ-DRAW codes; 0: as the tokenizer's config says.")
+    ] = 0,
     num_proc: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
     from .data import load_captioned_images
     from .processing import load_image_tokenizer
-    from .runs import build_processor
+    from .runs import build_processor, set_beam
     from .tokenized import save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
+    set_beam(image_tokenizer, beam_size)
     rows = load_captioned_images(
         data,
         split=split,
@@ -105,10 +109,11 @@ def tokenize(
 
 @app.command()
 def generate(
-    captions: Annotated[list[str], typer.Argument(help="One caption or more.")],
     model: Annotated[str, typer.Option(help="Folder of a trained model.")],
     out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
+    captions: Annotated[list[str] | None, typer.Argument(help="One caption or more.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
+    random_codes: Annotated[bool, typer.Option(help="Decode codes drawn at random: no prior, no caption.")] = False,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly to follow the caption; the model's own by default.")
@@ -126,9 +131,15 @@ def generate(
     from .processing import to_device
 
     check_suffix(out)
+    if bool(captions) == random_codes:
+        raise ValueError("give either captions or --random-codes")
+    if random_codes:
+        draw_random_codes(model, out, num_images=num_images, seed=seed)
+        return
+    prompts = captions or []
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
     images: Any = pipeline(
-        captions,
+        prompts,
         num_images_per_prompt=num_images,
         guidance_scale=guidance_scale,
         temperature=temperature,
@@ -137,8 +148,23 @@ def generate(
         seed=seed,
         progress=True,
     ).images
-    labels = [caption for caption in captions for _ in range(num_images)]
+    labels = [caption for caption in prompts for _ in range(num_images)]
     save_image(images[0] if len(images) == 1 else captioned_sheet(images, labels, columns=min(8, len(images))), out)
+    print(out)
+
+
+def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None) -> None:
+    """A sheet of pictures of random codes, by the image tokenizer of a trained model or one of its own folder."""
+    from tokenizers_vq.images import images_from_pixels
+
+    from .plots import image_grid, save_image
+    from .processing import IMAGE_TOKENIZER_FOLDER, load_image_tokenizer
+    from .runs import random_codes
+
+    inner = Path(model, IMAGE_TOKENIZER_FOLDER)
+    image_tokenizer = load_image_tokenizer(inner if inner.is_dir() else model)
+    images = images_from_pixels(image_tokenizer.decode(random_codes(image_tokenizer, num_images, seed=seed)))
+    save_image(image_grid(images, min(8, len(images))), out)
     print(out)
 
 
@@ -148,19 +174,27 @@ def reconstruct(
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
     out: Annotated[str, typer.Option(help="Picture file to write.")],
     num_images: Annotated[int, typer.Option(help="Pictures of a data set.")] = 16,
+    stages: Annotated[
+        bool, typer.Option(help="Show each picture after its first codes, and after more of them.")
+    ] = False,
     split: Split = "train",
 ) -> None:
     """Show pictures above what is left of them after encoding and decoding."""
     quiet()
     from .plots import check_suffix, save_image
-    from .processing import load_image_tokenizer, to_device
-    from .runs import draw_reconstructions, pictures_of
+    from .processing import load_image_tokenizer, load_pixels, to_device
+    from .runs import draw_reconstructions, draw_stages, pictures_of
 
     check_suffix(out)
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
-    save_image(draw_reconstructions(image_tokenizer, pictures_of(sources, split=split, num_images=num_images)), out)
+    pictures = pictures_of(sources, split=split, num_images=num_images)
+    if stages:
+        codes = image_tokenizer.encode(load_pixels(pictures, image_tokenizer).to(image_tokenizer.device))
+        save_image(draw_stages(image_tokenizer, codes), out)
+    else:
+        save_image(draw_reconstructions(image_tokenizer, pictures), out)
     print(out)
 
 

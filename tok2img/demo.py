@@ -16,16 +16,15 @@ from tokenizers_vq.images import images_from_pixels
 from .cli import quiet
 from .evaluation import caption_accuracy, evaluate_tokenizer, repeated_share
 from .pipeline import TextToImagePipeline
-from .plots import captioned_sheet, save_image, stage_sheet, write_atomically
+from .plots import captioned_sheet, save_image, write_atomically
 from .processing import load_image_tokenizer, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe
 from .reports import codes_of, report_on_losses
-from .runs import draw_reconstructions, train_prior, train_tokenizer
+from .runs import draw_reconstructions, draw_stages, train_prior, train_tokenizer
 from .shapes import shapes_dataset
 from .shapes_judge import judge
 
 SPLITS = {"seen": "train", "held_out": "held_out", "unseen_pairs": "unseen_pairs"}
-STAGES_SHOWN = (1, 2, 4, 8, 12, 16, 20)
 SHAPES: dict[str, Any] = {"data": "shapes", "max_rows": 20_000, "sample_every": 0}
 
 # Sizes that two CPU cores train in minutes.
@@ -140,10 +139,7 @@ def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokeni
     save_image(captioned_sheet(images, captions), out / "samples.png")
     pictures = shapes_dataset("validation", 16)["image"][:]
     save_image(draw_reconstructions(pipeline.processor.image_tokenizer, pictures), out / "reconstructions.png")
-    codes = vqdraw.encode(load_pixels(pictures[:8], vqdraw))
-    shown = [count for count in STAGES_SHOWN if count <= vqdraw.num_codes]
-    by_stage = [images_from_pixels(vqdraw.decode(codes[:, :count])) for count in shown]
-    save_image(stage_sheet(list(zip(*by_stage, strict=True)), num_codes=shown), out / "stages.png")
+    save_image(draw_stages(vqdraw, vqdraw.encode(load_pixels(pictures[:8], vqdraw))), out / "stages.png")
 
 
 def print_summary(out: Path, metrics: dict[str, Any], seconds: float) -> None:

@@ -35,7 +35,8 @@ def evaluate_tokenizer(
         bits_per_picture: `num_codes * log2(codebook_size)`
         code_usage: share of the codes used at least once
         perplexity: exp of the entropy of the codes; like the usage a mean over positions that do not share codes
-        entropy_per_position: nats; only when positions do not share codes
+        entropy_per_position: nats; used_per_position: codes used at least once; only when positions do not share codes
+        mse_per_stage, psnr_per_stage: after each code; only where a picture sharpens code by code
     """
     if image_tokenizer.training:
         raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
@@ -49,9 +50,12 @@ def evaluate_tokenizer(
     if not sizes:
         raise ValueError("got no batch of pictures to evaluate")
     means = {name: _weighted_mean([fidelity[name] for fidelity in fidelities], sizes) for name in fidelities[0]}
-    psnr = -10 * math.log10(means["mse"]) if means["mse"] > 0 else math.inf
+    errors = means.pop("mse_per_stage")
+    psnrs = [-10 * math.log10(error) if error > 0 else math.inf for error in errors]
     bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
-    return {**means, "psnr": psnr, "bits_per_picture": bits, **_usage(histogram, shared)}
+    report = {"mse": errors[-1], **{name: mean[0] for name, mean in means.items()}, "psnr": psnrs[-1]}
+    stages = {"mse_per_stage": errors, "psnr_per_stage": psnrs} if len(errors) > 1 else {}
+    return {**report, "bits_per_picture": bits, **_usage(histogram, shared), **stages}
 
 
 def code_histogram(codes: Tensor, *, codebook_size: int, shared: bool) -> Tensor:
@@ -134,26 +138,31 @@ def _usage(histogram: Tensor, shared: bool) -> dict[str, float | list[float]]:
     usage: dict[str, float | list[float]] = {"code_usage": used, "perplexity": entropies.exp().mean().item()}
     if not shared:
         usage["entropy_per_position"] = entropies.tolist()
+        usage["used_per_position"] = (histogram > 0).sum(dim=1).double().tolist()
     return usage
 
 
 def _fidelity(image_tokenizer: "DiscreteTokenizer", pixel_values: Tensor, histogram: Tensor) -> dict[str, Tensor]:
     """Measure one batch `b c h w` and add its codes to `histogram`."""
     codes = image_tokenizer.encode(pixel_values)
-    reconstruction = image_tokenizer.decode(codes).clamp(0, 1)
+    reconstruction, errors = pixel_values, []
+    for stage in image_tokenizer.decode_stages(codes):
+        reconstruction = stage.clamp(0, 1)
+        errors.append(F.mse_loss(reconstruction, pixel_values))
     _count(histogram, codes)
-    fidelity = {"mse": F.mse_loss(reconstruction, pixel_values)}
+    fidelity = {"mse_per_stage": torch.stack(errors)}
     if importlib.util.find_spec("torchmetrics") is not None:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         similarity = structural_similarity_index_measure(reconstruction, pixel_values, data_range=1.0)
         assert isinstance(similarity, Tensor)
-        fidelity["ssim"] = similarity
+        fidelity["ssim"] = similarity[None]
     return fidelity
 
 
-def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:
-    return torch.stack(values).cpu().double().dot(torch.tensor(weights).double()).item() / sum(weights)
+def _weighted_mean(values: list[Tensor], weights: list[int]) -> list[float]:
+    """Mean over batches of their values `s`, each by the size of its batch."""
+    return (torch.tensor(weights).double() @ torch.stack(values).cpu().double() / sum(weights)).tolist()
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,7 @@ class PriorRecipe(RunSettings):
     Attributes:
         tokens: folder that `tok2img tokenize` wrote; or give `data` and `image_tokenizer`, and the run tokenizes first.
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
+        beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
         architecture, depth, dropout: see `build_prior`.
         caption_dropout, image_weight: see `PriorWithLoss`.
@@ -92,6 +93,7 @@ class PriorRecipe(RunSettings):
 
     tokens: str = ""
     image_tokenizer: str = ""
+    beam_size: int = 0
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0

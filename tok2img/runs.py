@@ -16,7 +16,7 @@ from tokenizers_vq.images import images_from_pixels
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
 from .pipeline import TextToImagePipeline
-from .plots import captioned_sheet, reconstruction_sheet
+from .plots import captioned_sheet, reconstruction_sheet, stage_sheet
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
@@ -28,6 +28,7 @@ MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImage
 HELD_OUT_SHARE = 0.05
 NUM_SAMPLES = 16
 PICTURES_LOOKED_AT = 512
+STAGES_SHOWN = 8
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
@@ -99,9 +100,11 @@ def tokenize_for(recipe: PriorRecipe) -> None:
     """Tokenize the recipe's data into `out/tokens`."""
     require(recipe, "data", "image_tokenizer")
     data = open_data(recipe)
+    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
+    set_beam(image_tokenizer, recipe.beam_size)
     processor = build_processor(
         data["caption"],
-        load_image_tokenizer(recipe.image_tokenizer),
+        image_tokenizer,
         text_tokenizer=recipe.text_tokenizer,
         vocab_size=recipe.vocab_size,
         text_length=recipe.text_length,
@@ -221,6 +224,37 @@ def draw_reconstructions(image_tokenizer: DiscreteTokenizer, images: Sequence[An
     pixel_values = load_pixels(images, image_tokenizer).to(image_tokenizer.device)
     reconstructions = image_tokenizer.decode(image_tokenizer.encode(pixel_values))
     return reconstruction_sheet(images_from_pixels(pixel_values.cpu()), images_from_pixels(reconstructions.cpu()))
+
+
+def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Image.Image:
+    """A sheet of what codes `b n` show after the first of them, the second and so on, `STAGES_SHOWN` columns at most."""
+    stages = [
+        images_from_pixels(stage.cpu()) for stage in image_tokenizer.decode_stages(codes.to(image_tokenizer.device))
+    ]
+    columns = min(STAGES_SHOWN, len(stages))
+    shown = sorted({round(len(stages) ** (column / max(1, columns - 1))) for column in range(columns)})
+    return stage_sheet(list(zip(*(stages[count - 1] for count in shown), strict=True)), num_codes=shown)
+
+
+def random_codes(image_tokenizer: DiscreteTokenizer, num_images: int, *, seed: int | None = None) -> torch.Tensor:
+    """Codes `b n` drawn evenly: what a tokenizer's pictures look like before any prior."""
+    generator = torch.Generator()
+    _ = generator.seed() if seed is None else generator.manual_seed(seed)
+    return torch.randint(image_tokenizer.codebook_size, (num_images, image_tokenizer.num_codes), generator=generator)
+
+
+def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
+    """How wide to search when a data set is tokenized; 0 leaves what the tokenizer's config says.
+
+    Raises:
+        ValueError: for a tokenizer that does not search, and a beam below 0.
+    """
+    if beam_size and not hasattr(image_tokenizer.config, "beam_size"):
+        raise ValueError(f"a {type(image_tokenizer).__name__} has no beam to search with, got beam_size {beam_size}")
+    if beam_size < 0:
+        raise ValueError(f"beam_size must be at least 1, or 0 for the tokenizer's own, got {beam_size}")
+    if beam_size:
+        image_tokenizer.config.update({"beam_size": beam_size})
 
 
 def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:

@@ -1,6 +1,7 @@
 """What every discrete tokenizer promises: pixels or text in, codes out, and back."""
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -125,6 +126,10 @@ class DiscreteTokenizer(PreTrainedModel):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `b n` -> `b c h w` floats in [0, 1]. ValueError for codes of another shape, type or range."""
         raise NotImplementedError
+
+    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        """The picture `b c h w` after each of the codes `b n` that changes it: here all at once, in one stage."""
+        yield self.decode(codes)
 
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Place what is placed by looking at data, from `b c h w` of the training set, before the first step."""

@@ -6,7 +6,8 @@ taken, and its index is the stage's code. Codes go from coarse to fine, so any p
 This module knows no modality: what the steps are is the refiner's business, how near they come is the error's.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -176,12 +177,16 @@ class VQDraw(nn.Module):
         options = self.refiner(state, stage)
         return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes `b n` (or their first few) -> state `b ...`; only the steps that the codes name are made."""
+    def states(self, codes: Tensor) -> Iterator[Tensor]:
+        """The state `b ...` after each of the codes `b n` (or their first few); only the steps that the codes name are made."""
         state = self.first_state(len(codes))
         for stage in range(codes.shape[1]):
             state = state + self.options(state, stage).chosen(codes[:, stage, None]).squeeze(1)
-        return state
+            yield state
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `b n` (or their first few) -> the last state `b ...`."""
+        return deque(self.states(codes), maxlen=1).pop()
 
     def loss(self, drawing: Drawing) -> Tensor:
         """Mean over stages of the chosen error + `aux_coeff` x the mean of all + `final_coeff` x the last chosen."""

@@ -1,5 +1,6 @@
 """VQ-DRAW for pictures: codes from coarse to fine."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -181,14 +182,12 @@ class VQDrawForImages(DiscreteTokenizer):
             return self._pixels(self.draw.decode(codes.long()))
 
     @torch.no_grad()
-    def stage_errors(self, codes: Tensor, pixel_values: Tensor) -> Tensor:
-        """Mean squared error in units of pixels after each code, `b n` of pictures `b c h w`: `b n`."""
+    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        """The picture `b c h w` after each of the codes `b n`, one after another."""
         self.check_codes(codes, prefix=True)
-        state, errors = self.draw.first_state(len(codes)), []
-        for stage, code in enumerate(codes.long().T):
-            state = state + self.draw.options(state, stage).chosen(code[:, None]).squeeze(1)
-            errors.append((self._pixels(state) - pixel_values).square().flatten(1).mean(dim=1))
-        return torch.stack(errors, dim=1)
+        with torch.autocast(codes.device.type, enabled=False):
+            for state in self.draw.states(codes.long()):
+                yield self._pixels(state)
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""

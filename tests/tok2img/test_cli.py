@@ -404,3 +404,60 @@ def test_a_command_that_is_not_whole_is_refused_in_one_line(refused, words, mess
 
 def test_no_command_shows_the_help(tok2img):
     assert "train-prior" in str(tok2img())
+
+
+@pytest.fixture
+def sharpening(tiny_vqdraw, tmp_path) -> str:
+    """A saved VQ-DRAW tokenizer."""
+    tiny_vqdraw.save_pretrained(tmp_path / "vqdraw")
+    return str(tmp_path / "vqdraw")
+
+
+def test_random_codes_are_drawn_without_a_prior(tok2img, sharpening, model, tmp_path):
+    for folder in (sharpening, model):
+        for name in ("a.png", "b.png"):
+            _, complaint, code = tok2img(
+                "generate",
+                "--random-codes",
+                "--model",
+                folder,
+                "--out",
+                tmp_path / name,
+                "--num-images",
+                5,
+                "--seed",
+                3,
+            )
+            assert code == 0, complaint
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_captions_and_random_codes_exclude_each_other(refused, model):
+    refused("generate", "--model", model, "--out", "o.png", names="give either captions or --random-codes")
+    refused("generate", "a", "--random-codes", "--model", model, "--out", "o.png", names="either captions")
+
+
+def test_pictures_are_shown_stage_by_stage(tok2img, sharpening, data, tmp_path):
+    from PIL import Image
+
+    _, complaint, code = tok2img(
+        "reconstruct", data, "--tokenizer", sharpening, "--out", tmp_path / "s.png", "--stages"
+    )
+    assert code == 0, complaint
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 4 * 90
+
+
+def test_a_data_set_is_tokenized_with_the_beam_that_is_asked_for(tok2img, data, sharpening, tmp_path):
+    fingerprints = []
+    for beam in (1, 2, 2):
+        out = tmp_path / f"tokens-{len(fingerprints)}"
+        _, complaint, code = tok2img("tokenize", data, "--tokenizer", sharpening, "--out", out, "--beam-size", beam)
+        assert code == 0, complaint
+        fingerprints.append(json.loads((out / "manifest.json").read_text())["fingerprint"])
+    assert fingerprints[0] != fingerprints[1] == fingerprints[2]
+
+
+def test_a_beam_for_a_tokenizer_without_one_is_refused(refused, data, tokenizer):
+    refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", 2, names="a VQVAE has no beam")
+    refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", -1, names="no beam")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ class BrightnessTokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         grays = rearrange(codes / (self.codebook_size - 1) + self.overshoot, "b (p q) -> b 1 p q", p=2)
         return grays.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        yield self.decode(codes)
 
 
 @pytest.fixture
@@ -177,3 +181,12 @@ def test_caption_accuracy_is_the_share_the_judge_agrees_with() -> None:
 def test_caption_accuracy_refuses_captions_that_do_not_pair_up() -> None:
     with pytest.raises(ValueError, match="1 pictures and 2 captions"):
         caption_accuracy(["red"], ["red", "blue"], lambda image, caption: True)
+
+
+def test_a_picture_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images):
+    report = evaluate_tokenizer(tiny_vqdraw, images.split(4))
+    codes = tiny_vqdraw.encode(images)
+    expected = [(tiny_vqdraw.decode(codes[:, :count]) - images).square().mean().item() for count in (1, 2, 3, 4)]
+    assert report["mse_per_stage"] == pytest.approx(expected, rel=1e-4) and report["mse"] == report["mse_per_stage"][-1]
+    assert report["psnr_per_stage"] == pytest.approx([-10 * math.log10(error) for error in expected], rel=1e-4)
+    assert report["used_per_position"] == [len(stage.unique()) for stage in codes.T]

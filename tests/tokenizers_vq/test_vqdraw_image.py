@@ -31,6 +31,19 @@ def test_any_prefix_of_the_codes_decodes(tiny_vqdraw, images):
     assert not torch.equal(pictures[0], pictures[3])
 
 
+def test_the_stages_of_a_picture_are_what_its_prefixes_decode_to(tiny_vqdraw, images):
+    codes = tiny_vqdraw.encode(images)
+    stages = list(tiny_vqdraw.decode_stages(codes))
+    assert len(stages) == 4
+    assert all(torch.equal(stage, tiny_vqdraw.decode(codes[:, :length])) for length, stage in enumerate(stages, 1))
+
+
+def test_only_active_stages_have_codes(images):
+    model = build(active_stages=2).eval()
+    perturb(model)
+    assert model.num_codes == 2 and model.encode(images).shape == (6, 2)
+
+
 def test_more_codes_than_stages_are_refused(tiny_vqdraw):
     with pytest.raises(ValueError, match="codes must be `b 4` or a prefix, got shape `1 5`"):
         tiny_vqdraw.decode(torch.zeros(1, 5, dtype=torch.long))

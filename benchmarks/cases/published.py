@@ -1,0 +1,111 @@
+"""The published VQ-DRAW models: our forms of them, exact ones and sparse gradients, and unixpickle/vq-draw with the same weights."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
+
+from ..harness import Case, Comparison, import_peer
+from .vqdraw import training_step
+
+# Stages and batch that a few seconds suffice for; the published ones differ in the number of stages alone.
+SIZES = {"mnist": (10, 32), "svhn": (5, 8), "cifar10": (3, 4), "celeba": (3, 2)}
+PEER_REFINERS = {"mnist": "MNISTRefiner", "svhn": "SVHNRefiner", "cifar10": "CIFARRefiner", "celeba": "CelebARefiner"}
+NUM_AUX_OPTIONS = 4
+AUX_COEFF = 0.01
+
+
+def comparisons(*, tiny: bool) -> Iterator[Comparison]:
+    """Decoding, encoding and a training step of each model; without the peer, against our own plain forms."""
+    peer = import_peer("vq_draw")
+    for name, (num_stages, batch_size) in {"mnist": (2, 2)}.items() if tiny else SIZES.items():
+        settings = {"num_stages": num_stages, "segment_length": 0, "checkpoint_stages": False}
+        config = VQDrawImageConfig.preset(name, **settings)
+        original = None if peer is None else build_original(peer, name, config)
+        ours = VQDrawForImages(config).eval() if original is None else same_weights(original)
+        pixel_values = torch.rand(batch_size, config.num_channels, config.image_size, config.image_size)
+        title = f"{name}, batch {batch_size}, {num_stages} stages, K={config.codebook_size}"
+        yield from compare(title, ours, original, pixel_values)
+
+
+def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tensor) -> Iterator[Comparison]:
+    """The three kinds of work for one model."""
+    target, codes = ours.normalize(pixel_values), ours.encode(pixel_values)
+    sparse = deepcopy(ours).train()
+    sparse.draw.num_aux_options = NUM_AUX_OPTIONS
+    exact = deepcopy(ours).train()
+    work: dict[str, dict[str, Callable[[], object]]] = {
+        "decode": {"ours": partial(ours.decode, codes)},
+        "encode": {
+            "ours": partial(ours.encode, pixel_values),
+            "bfloat16": partial(in_bfloat16, ours, target),
+            **{f"beam {beam}": partial(ours.encode, pixel_values, beam_size=beam) for beam in (2, 4)},
+        },
+        "training step": {
+            "exact": partial(training_step, exact, pixel_values),
+            f"{NUM_AUX_OPTIONS} options": partial(training_step, sparse, pixel_values),
+        },
+    }
+    if original is not None:
+        work["decode"]["vq-draw"] = partial(without_gradient, original.decode, codes)
+        work["encode"]["vq-draw"] = partial(without_gradient, original, target)
+        work["training step"]["vq-draw"] = partial(original_step, original, target)
+    for kind, cases in work.items():
+        baseline = "vq-draw" if original is not None else next(iter(cases))
+        models = [exact, sparse, *([] if original is None else [original])]
+        setup = partial(clear_gradients, models)
+        yield Comparison(f"{kind}, {title}", [Case(case, run, setup) for case, run in cases.items()], baseline)
+
+
+def build_original(peer: ModuleType, name: str, config: VQDrawImageConfig) -> Any:
+    """The peer's model, its weights as it starts them."""
+    torch.manual_seed(0)
+    refiner = getattr(peer, PEER_REFINERS[name])(config.codebook_size, config.num_stages)
+    shape = (config.num_channels, config.image_size, config.image_size)
+    model = peer.Encoder(shape, config.codebook_size, refiner, peer.MSELoss(), num_stages=config.num_stages)
+    nn.init.normal_(model.bias, std=0.3)
+    return model
+
+
+def same_weights(original: Any) -> VQDrawForImages:
+    """The peer's model, loaded as a user loads one from its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in original.state_dict().items()}, path)
+        return VQDrawForImages.from_vq_draw_checkpoint(path)
+
+
+def original_step(model: Any, target: Tensor) -> Tensor:
+    """The peer's loss as its trainer weighs it, and back."""
+    losses = model(target)[-1]
+    loss = losses.amin(dim=-1).mean() + AUX_COEFF * losses.mean()
+    loss.backward()
+    return loss
+
+
+@torch.no_grad()
+def in_bfloat16(model: VQDrawForImages, target: Tensor) -> Tensor:
+    """Codes by a network that computes in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.draw(target).codes
+
+
+@torch.no_grad()
+def without_gradient(run: Callable[[Tensor], object], argument: Tensor) -> object:
+    """Call with no graph."""
+    return run(argument)
+
+
+def clear_gradients(models: list[nn.Module]) -> None:
+    """Of every model, so that none adds to those of its last run."""
+    for model in models:
+        model.zero_grad()
