@@ -18,7 +18,7 @@ from ..harness import Case, Comparison, import_peer
 from .vqdraw import training_step
 
 # Stages and batch that a few seconds suffice for; the published ones differ in the number of stages alone.
-SIZES = {"mnist": (10, 32), "svhn": (5, 8), "cifar10": (3, 4), "celeba": (3, 2)}
+SIZES = {"mnist": (10, 32), "svhn": (5, 8), "cifar10": (4, 8), "celeba": (6, 2)}
 PEER_REFINERS = {"mnist": "MNISTRefiner", "svhn": "SVHNRefiner", "cifar10": "CIFARRefiner", "celeba": "CelebARefiner"}
 NUM_AUX_OPTIONS = 4
 AUX_COEFF = 0.01
