@@ -229,6 +229,7 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
             if bias.shape[1] == preset["num_channels"] and ours == shapes_of(name, len(bias), length, num_refiners):
                 return preset | {
                     "refiner": name,
+                    "checkpoint_stages": False,
                     "image_size": bias.shape[-1],
                     "codebook_size": len(bias),
                     "num_stages": num_refiners * length,
