@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .prior import PriorWithLoss, build_prior
     from .processing import Tok2ImgProcessor
     from .shapes import shapes_dataset
-    from .text import TextTokenizer
+    from .text import SubwordTokenizer, TextTokenizer
+    from .text_codes import VQDrawTextTokenizer, load_text_tokenizer
     from .trainer import Trainer
 
 # Large pages for large tensors, which torch reads when it first allocates one: a training step of a small prior on a CPU took 1.0 s
@@ -27,13 +28,16 @@ HOME = {
     "PriorWithLoss": "prior",
     "Sampling": "generation",
     "SequenceLayout": "layout",
+    "SubwordTokenizer": "text",
     "TextToImagePipeline": "pipeline",
     "TextTokenizer": "text",
     "Tok2ImgProcessor": "processing",
     "TokenizeBatch": "dataset",
     "Trainer": "trainer",
+    "VQDrawTextTokenizer": "text_codes",
     "build_prior": "prior",
     "generate": "generation",
+    "load_text_tokenizer": "text_codes",
     "shapes_dataset": "shapes",
     "tokenize_dataset": "dataset",
 }
@@ -43,13 +47,16 @@ __all__ = [
     "PriorWithLoss",
     "Sampling",
     "SequenceLayout",
+    "SubwordTokenizer",
     "TextToImagePipeline",
     "TextTokenizer",
     "Tok2ImgProcessor",
     "TokenizeBatch",
     "Trainer",
+    "VQDrawTextTokenizer",
     "build_prior",
     "generate",
+    "load_text_tokenizer",
     "shapes_dataset",
     "tokenize_dataset",
 ]

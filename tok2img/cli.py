@@ -170,24 +170,30 @@ def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None
 
 @app.command()
 def reconstruct(
-    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
-    out: Annotated[str, typer.Option(help="Picture file to write.")],
-    num_images: Annotated[int, typer.Option(help="Pictures of a data set.")] = 16,
+    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files; texts for a text VQ-DRAW.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")],
+    out: Annotated[str, typer.Option(help="Picture file to write; a .txt file for texts.")],
+    num_images: Annotated[int, typer.Option(help="Pictures, or texts, of a data set.")] = 16,
     stages: Annotated[
         bool, typer.Option(help="Show each picture after its first codes, and after more of them.")
     ] = False,
     split: Split = "train",
 ) -> None:
-    """Show pictures above what is left of them after encoding and decoding."""
+    """Show pictures above what is left of them after encoding and decoding; texts stage by stage, and texts of random codes."""
+    if num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
     from .plots import check_suffix, save_image
     from .processing import load_image_tokenizer, load_pixels, to_device
     from .runs import draw_reconstructions, draw_stages, pictures_of
+    from .text_codes import is_text_model
+    from .text_reports import write_text_sheet
 
+    if is_text_model(tokenizer):
+        write_text_sheet(tokenizer, sources, out, split=split, num_texts=num_images)
+        print(out)
+        return
     check_suffix(out)
-    if num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {num_images}")
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
     pictures = pictures_of(sources, split=split, num_images=num_images)
     if stages:
@@ -203,7 +209,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Data set to measure on.")],
     out: Annotated[str, typer.Option(help="JSON file to write.")],
     model: Annotated[str, typer.Option(help="Folder of a trained model.")] = "",
-    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")] = "",
     tokens: Annotated[
         str, typer.Option(help="Folder of the training tokens: counts pictures that repeat one of them.")
     ] = "",
@@ -225,13 +231,16 @@ def evaluate(
     quiet()
     from .plots import write_atomically
     from .reports import open_unseen, report_on_model, report_on_tokenizer
+    from .text_codes import is_text_model
 
+    of_text = bool(tokenizer) and is_text_model(tokenizer)
     rows = open_unseen(
         data,
         split=split,
         image_column=image_column or None,
         caption_column=caption_column or None,
-        with_captions=bool(model),
+        with_captions=bool(model) or of_text,
+        with_images=not of_text,
         max_rows=max_rows or None,
     )
     if tokenizer:

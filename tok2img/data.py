@@ -6,14 +6,10 @@ undecoded, so that `load_image` alone decides what a file shows and a broken one
 
 import csv
 import difflib
-import glob
 import json
 import os
 import re
-import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +17,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from tokenizers_vq.base import first_line
+from .packed_files import SPLITS, from_packed_files, of_split, packed_files, quiet_datasets, root_line
 
-SPLITS = ("train", "validation", "test")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILT_IN_ROWS = 20_000
 
-_SPLIT_NAME = re.compile("|".join(SPLITS))
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".parquet", ".csv", ".json", ".jsonl", ".tar", ".txt")
 _CAPTION_NAMES = ("caption", "text")
@@ -46,20 +39,21 @@ def load_captioned_images(
     image_column: str | None = None,
     caption_column: str | None = None,
     with_captions: bool = True,
+    with_images: bool = True,
     max_rows: int | None = None,
 ) -> Dataset:
-    """Open captioned pictures of any kind.
+    """Open captioned pictures of any kind, or text alone.
 
     Args:
         source: "shapes" (the built-in set, whatever lies here), else a path if it exists, else a hub name
         split: which split; a single file is "train" and what its name begins with
         image_column: by default "image" or the only one with pictures; in a folder's metadata "file_name"
         caption_column: by default "caption", "text" or the only one with strings
-        with_captions: whether there must be captions
+        with_captions, with_images: whether there must be captions, and pictures
         max_rows: at most so many rows, the first
 
     Returns:
-        Columns `image` (undecoded: "bytes" and "path"), `caption` (string, with captions), and `label` if there is one.
+        Columns `image` (undecoded: "bytes" and "path"; with images), `caption` (string; with captions), and `label` if there is one.
 
     Raises:
         ValueError: one line that names the file, column, row or split
@@ -70,7 +64,7 @@ def load_captioned_images(
     if len(rows) == 0:
         raise ValueError(f"{source}: no rows in split {split!r}")
     rows = rows.select(range(min(len(rows), max_rows or len(rows))))
-    columns = {_picture_column(rows.features, image_column, source): "image"}
+    columns = {_picture_column(rows.features, image_column, source): "image"} if with_images else {}
     if with_captions:
         columns[_caption_column(rows.features, caption_column, source)] = "caption"
     rows = _renamed(rows, columns)
@@ -107,8 +101,8 @@ def _open(
     if not os.path.exists(source):
         return _from_hub(source, split)
     path = Path(os.path.abspath(source))
-    if packed := _packed_files(path, split):
-        return _from_packed_files(packed)
+    if packed := packed_files(path, split):
+        return from_packed_files(packed)
     captions = () if not with_captions else (caption,) if caption else _CAPTION_NAMES
     return _from_picture_folder(path, split, file_key=image or "file_name", captions=captions)
 
@@ -117,84 +111,15 @@ def _from_hub(name: str, split: str) -> Dataset:
     if not _HUB_NAME.fullmatch(name) or name.lower().endswith(_FILE_SUFFIXES):
         raise ValueError(f"{name}: no such file or folder")
     try:
-        with _quiet_datasets():
+        with quiet_datasets():
             return datasets.load_dataset(name, split=split)
     except Exception as error:  # network, permission, format, split: each has its own type
-        raise ValueError(f"{name}: no such file or folder, and not from the hub: {_line(error)}") from error
-
-
-def _packed_files(path: Path, split: str) -> list[Path]:
-    """The Parquet files or else the tars of a split; none if it is a folder without either."""
-    if path.is_file():
-        if path.suffix not in (".parquet", ".tar"):
-            raise ValueError(f"{path}: expected a folder, a .parquet or a .tar file")
-        named = _SPLIT_NAME.match(path.name)
-        return _of_split({"train": [path]} | ({named[0]: [path]} if named else {}), split, path)
-    found = sorted(file for file in path.rglob("*.parquet") if file.name != "metadata.parquet")
-    found = found or sorted(path.rglob("*.tar"))
-    by_split: dict[str, list[Path]] = {}
-    for file in found:
-        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    if not by_split.keys() & set(SPLITS):
-        by_split = {"train": found}
-    return _of_split(by_split, split, path) if found else []
-
-
-def _split_of(file: Path) -> str:
-    """What the name of the file, or of its folder, begins with; an unknown beginning is a split of its own."""
-    known = (_SPLIT_NAME.match(part) for part in reversed(file.parts))
-    return next((match[0] for match in known if match), file.stem.split("-")[0])
-
-
-def _of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
-    if split not in by_split:
-        raise ValueError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
-    return by_split[split]
-
-
-def _from_packed_files(files: Sequence[Path]) -> Dataset:
-    filled = [file for file in files if _num_entries(file) > 0]
-    if not filled:
-        raise ValueError(f"{files[0]}: no rows")
-    is_parquet = filled[0].suffix == ".parquet"
-    kind, patterns = "parquet" if is_parquet else "webdataset", [glob.escape(str(file)) for file in filled]
-    try:
-        with _quiet_datasets():
-            rows = datasets.load_dataset(kind, data_files={"train": patterns}, split="train")
-    except Exception as error:  # as above
-        culprit = next((file for file in filled if is_parquet and not _is_whole_parquet(file)), filled[0])
-        raise ValueError(f"{culprit}: cannot be read: {_line(error)}") from error
-    return rows if is_parquet else _without_json_prefix(rows)
-
-
-def _num_entries(file: Path) -> int:
-    try:
-        if file.suffix == ".parquet":
-            return pq.read_metadata(file).num_rows
-        with tarfile.open(file) as tar:
-            return sum(member.isfile() for member in tar)
-    except (pa.ArrowException, tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {_line(error)}") from error
-
-
-def _is_whole_parquet(file: Path) -> bool:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            return sum(len(batch) for batch in parquet.iter_batches(batch_size=64)) == parquet.metadata.num_rows
-    except (pa.ArrowException, OSError):
-        return False
-
-
-def _without_json_prefix(rows: Dataset) -> Dataset:
-    """Webdataset JSON comes as one column of records: its keys become columns, unless a file has that extension."""
-    rows = rows.flatten()
-    names = {name: name.removeprefix("json.") for name in rows.column_names if name.startswith("json.")}
-    return rows.rename_columns({old: new for old, new in names.items() if new not in rows.column_names})
+        raise ValueError(f"{name}: no such file or folder, and not from the hub: {root_line(error)}") from error
 
 
 def _from_picture_folder(folder: Path, split: str, *, file_key: str, captions: Sequence[str]) -> Dataset:
     splits = {name: [folder / name] for name in SPLITS if (folder / name).is_dir()} or {"train": [folder]}
-    root = _of_split(splits, split, folder)[0]
+    root = of_split(splits, split, folder)[0]
     pictures = _pictures_below(root)
     if not pictures:
         raise ValueError(f"{root}: no pictures ({', '.join(PICTURE_SUFFIXES)}), Parquet files or tars in it")
@@ -313,7 +238,8 @@ def _no_column(name: str, there: Iterable[str]) -> str:
 def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     kept = ["label"] if "label" in rows.column_names and "label" not in columns else []
     changed = {old: new for old, new in columns.items() if old != new}
-    return rows.select_columns([*columns, *kept]).rename_columns(changed).cast_column("image", _UNDECODED)
+    rows = rows.select_columns([*columns, *kept]).rename_columns(changed)
+    return rows.cast_column("image", _UNDECODED) if "image" in rows.column_names else rows
 
 
 def _with_text_checked(rows: Dataset, source: str) -> Dataset:
@@ -326,25 +252,3 @@ def _with_text_checked(rows: Dataset, source: str) -> Dataset:
         return rows
     texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write all pictures to disk once more
     return rows.remove_columns("caption").add_column("caption", texts, feature=Value("string"))
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No log lines, since errors come as ValueError, and progress bars only where somebody looks at them."""
-    verbosity, had_bars = datasets.logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _line(error: BaseException) -> str:
-    """The first line of what caused an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from safetensors.torch import load, save
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 
 from tokenizers_vq.base import own_fields
 
@@ -46,14 +45,19 @@ class TokenizeBatch:
             {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tokenizer.state_dict().items())}
         )
         settings = {name: getattr(tokenizer.config, name) for name in sorted(own_fields(type(tokenizer.config)))}
-        text = self.processor.text_tokenizer.state()
+        text = self.processor.text_tokenizer
         columns = {"image_column": self.image_column, "caption_column": self.caption_column}
         model_type = tokenizer.config.model_type
         return rebuild, (model_type, settings, weights, text, self.processor.layout.text_length, columns)
 
 
 def rebuild(
-    model_type: str, settings: dict[str, Any], weights: bytes, text: str, text_length: int, columns: dict[str, str]
+    model_type: str,
+    settings: dict[str, Any],
+    weights: bytes,
+    text: TextTokenizer,
+    text_length: int,
+    columns: dict[str, str],
 ) -> TokenizeBatch:
     """Make a `TokenizeBatch` again from its pickle."""
     if os.getpid() != MAIN_PROCESS:
@@ -61,9 +65,7 @@ def rebuild(
         torch.set_num_threads(1)
     image_tokenizer = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
     image_tokenizer.load_state_dict(load(weights))
-    backend = Tokenizer.from_str(text)
-    text_tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
-    return TokenizeBatch(Tok2ImgProcessor.build(image_tokenizer, text_tokenizer, text_length=text_length), **columns)
+    return TokenizeBatch(Tok2ImgProcessor.build(image_tokenizer, text, text_length=text_length), **columns)
 
 
 def token_features(layout: SequenceLayout) -> Features:

@@ -18,6 +18,7 @@ from tokenizers_vq.images import images_from_pixels, pixels_from_images
 
 from .layout import SequenceLayout
 from .text import TextTokenizer
+from .text_codes import load_text_tokenizer
 
 Movable = TypeVar("Movable", bound=Any)
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
@@ -101,7 +102,7 @@ class Tok2ImgProcessor:
             key: value for key, value in self.image_tokenizer.config.to_dict().items() if key not in UNRELATED_TO_CODES
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        digest.update(self.text_tokenizer.state().encode())
+        digest.update(self.text_tokenizer.state())
         digest.update(repr(self.layout).encode())
         return digest.hexdigest()
 
@@ -117,7 +118,7 @@ class Tok2ImgProcessor:
         """Load what `save_pretrained` wrote; ValueError for a folder that does not hold it."""
         layout = SequenceLayout.from_pretrained(folder)
         image_tokenizer = load_image_tokenizer(Path(folder, IMAGE_TOKENIZER_FOLDER))
-        return cls(image_tokenizer, TextTokenizer.from_pretrained(Path(folder, TEXT_TOKENIZER_FOLDER)), layout)
+        return cls(image_tokenizer, load_text_tokenizer(Path(folder, TEXT_TOKENIZER_FOLDER)), layout)
 
 
 def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
@@ -127,7 +128,7 @@ def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
         model = AutoModel.from_pretrained(str(folder))
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"cannot load an image tokenizer from {folder}: {first_line(error)}") from error
-    if not isinstance(model, DiscreteTokenizer):
+    if not isinstance(model, DiscreteTokenizer) or model.main_input_name != "pixel_values":
         raise ValueError(f"{folder} holds a {type(model).__name__}, not an image tokenizer")
     return model.eval()
 

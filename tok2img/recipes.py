@@ -66,9 +66,10 @@ class TokenizerRecipe(RunSettings):
     """A run of `tok2img train-tokenizer`.
 
     Attributes:
-        tokenizer: "vqvae", "vqdraw", or "bpe" for a text tokenizer.
-        model: settings of the tokenizer, see `VQVAEConfig` and `VQDrawImageConfig`; image_size and num_channels are those of the first
-            pictures where they are left out, and pixel_mean and pixel_std are measured.
+        tokenizer: "vqvae" or "vqdraw" for pictures, "vqdraw_text" or "bpe" for captions.
+        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig` and `VQDrawTextConfig`. Where they are left out, image_size
+            and num_channels are those of the first pictures, pixel_mean and pixel_std are measured, max_length is that of the longest
+            caption (96 bytes at most), and the alphabet is the bytes that captions hold.
         vocab_size: of a BPE.
     """
 

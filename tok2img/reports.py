@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_vq import DiscreteTokenizer, load_image
+from tokenizers_vq import DiscreteTokenizer, VQDrawForText, load_image
 from tokenizers_vq.images import pixels_from_images
 
 from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier
@@ -23,6 +23,8 @@ from .prior import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes
+from .text_codes import is_text_model
+from .text_reports import evaluate_text_tokenizer
 from .tokenized import load_tokens
 
 BATCH_SIZE = 250
@@ -50,7 +52,12 @@ def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
 
 
 def report_on_tokenizer(folder: str | Path, rows: Dataset) -> Report:
-    """Errors and code usage of a saved tokenizer on the pictures of some rows; see `evaluate_tokenizer`."""
+    """Errors and code usage of a saved tokenizer on the pictures, or the captions, of some rows.
+
+    See `evaluate_tokenizer` and `evaluate_text_tokenizer`.
+    """
+    if is_text_model(folder):
+        return evaluate_text_tokenizer(to_device(VQDrawForText.from_pretrained(folder)).eval(), rows["caption"][:])
     image_tokenizer = to_device(load_image_tokenizer(folder))
     pixel_batches = (
         load_pixels(images, image_tokenizer).to(image_tokenizer.device) for images in batches(rows["image"])

@@ -1,5 +1,6 @@
 """Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,17 @@ from datasets import Dataset
 from PIL import Image
 from transformers import TrainingArguments
 
-from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+from tokenizers_vq import (
+    VQVAE,
+    DiscreteTokenizer,
+    VQDrawForImages,
+    VQDrawForText,
+    VQDrawImageConfig,
+    VQDrawTextConfig,
+    VQVAEConfig,
+)
 from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.vqdraw_text import UNKNOWN
 
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
@@ -20,11 +30,15 @@ from .plots import captioned_sheet, reconstruction_sheet, stage_sheet
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
-from .text import TextTokenizer
+from .text import SubwordTokenizer, TextTokenizer
+from .text_codes import load_text_tokenizer
+from .text_reports import text_sheet
 from .tokenized import fit_text, load_tokens, save_tokens
-from .trainer import PictureRows, Trainer
+from .trainer import PictureRows, TextRows, Trainer
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
+TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
+MAX_TEXT_BYTES = 96
 HELD_OUT_SHARE = 0.05
 NUM_SAMPLES = 16
 PICTURES_LOOKED_AT = 512
@@ -32,29 +46,39 @@ STAGES_SHOWN = 8
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
-    """Train an image tokenizer on the pictures of a data set, or BPE on its captions, and save it to `recipe.out`."""
+    """Train a tokenizer on the pictures of a data set, or on its captions, and save it to `recipe.out`."""
     require(recipe, "data", "out")
+    of_text = recipe.tokenizer in TEXT_TOKENIZERS
+    rows = open_data(recipe, with_captions=of_text, with_images=not of_text)
     if recipe.tokenizer == "bpe":
-        captions = open_data(recipe)["caption"]
-        text_tokenizer = TextTokenizer.train_bpe(captions, vocab_size=recipe.vocab_size)
+        text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=recipe.vocab_size)
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
-    rows = open_data(recipe, with_captions=False)
-    image_tokenizer = build_tokenizer(recipe, rows)
+    tokenizer = build_text_model(recipe, rows) if of_text else build_tokenizer(recipe, rows)
     training_rows, held_out = split(rows, recipe)
-    training_pictures = PictureRows(training_rows, image_tokenizer)
-    held_out_pictures = PictureRows(held_out, image_tokenizer)
     trainer = Trainer(
-        image_tokenizer,
+        tokenizer,
         arguments(recipe),
-        train_dataset=training_pictures,
-        eval_dataset=held_out_pictures,
-        draw=lambda: draw_reconstructions(image_tokenizer, held_out["image"][:NUM_SAMPLES]),
+        train_dataset=rows_for(tokenizer, training_rows),
+        eval_dataset=rows_for(tokenizer, held_out),
+        draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
     )
     finish(trainer, recipe.out)
-    image_tokenizer.eval().save_pretrained(recipe.out)
-    return image_tokenizer
+    tokenizer.eval().save_pretrained(recipe.out)
+    return tokenizer
+
+
+def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
+    """Rows as a tokenizer trains on them."""
+    return TextRows(rows, tokenizer) if isinstance(tokenizer, VQDrawForText) else PictureRows(rows, tokenizer)
+
+
+def draw_held_out(tokenizer: DiscreteTokenizer, held_out: Dataset) -> Image.Image | str:
+    """What becomes of a few held-out pictures, or captions."""
+    if isinstance(tokenizer, VQDrawForText):
+        return text_sheet(tokenizer, held_out["caption"][:NUM_SAMPLES])
+    return draw_reconstructions(tokenizer, held_out["image"][:NUM_SAMPLES])
 
 
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
@@ -121,18 +145,19 @@ def build_processor(
     text_length: int = 0,
 ) -> Tok2ImgProcessor:
     """A processor for these captions: a saved text tokenizer, or BPE learned from them; on a GPU where there is one."""
-    given = TextTokenizer.from_pretrained(text_tokenizer) if text_tokenizer else None
+    given = load_text_tokenizer(text_tokenizer) if text_tokenizer else None
     text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
     return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length)
 
 
-def open_data(recipe: RunSettings, *, with_captions: bool = True) -> Dataset:
+def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: bool = True) -> Dataset:
     """The training rows that a recipe names."""
     return load_captioned_images(
         recipe.data,
         image_column=recipe.image_column or None,
         caption_column=recipe.caption_column or None,
         with_captions=with_captions,
+        with_images=with_images,
         max_rows=recipe.max_rows or None,
     )
 
@@ -140,7 +165,7 @@ def open_data(recipe: RunSettings, *, with_captions: bool = True) -> Dataset:
 def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer:
     """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the pictures."""
     if recipe.tokenizer not in MODELS:
-        raise ValueError(f"tokenizer must be one of {', '.join([*MODELS, 'bpe'])}, got {recipe.tokenizer!r}")
+        raise ValueError(f"tokenizer must be one of {', '.join([*MODELS, *TEXT_TOKENIZERS])}, got {recipe.tokenizer!r}")
     model_class, config_class = MODELS[recipe.tokenizer]
     settings = shape_of(rows) | recipe.model
     with torch.random.fork_rng():
@@ -151,6 +176,18 @@ def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer
             draft.config.pixel_mean = round(pixels.mean().item(), 4)
             draft.config.pixel_std = round(max(pixels.std().item(), 1e-3), 4)
     return draft
+
+
+def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> VQDrawForText:
+    """A text VQ-DRAW of the recipe's settings; its alphabet and length, where they are not set, read from the captions."""
+    texts = [caption.encode() for caption in rows["caption"]]
+    settings: dict[str, Any] = {"alphabet": sorted({UNKNOWN}.union(*texts))} | recipe.model
+    span = settings.get("span_length", VQDrawTextConfig.span_length)
+    if "max_length" not in settings:
+        settings["max_length"] = math.ceil(min(MAX_TEXT_BYTES, max(map(len, texts))) / span) * span
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return VQDrawForText(VQDrawTextConfig(**settings))
 
 
 def shape_of(rows: Dataset) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Captions -> text tokens: byte-level BPE trained on the captions themselves, or any tokenizer that Hugging Face has saved.
+"""Captions -> text tokens: what a text tokenizer is, and byte-level BPE or any tokenizer that Hugging Face has saved as one.
 
 A text tokenizer here owns text and nothing else: marks like [SEP] and image codes are integers that the layout places, so whatever a
 caption says, it is only text.
@@ -6,7 +6,7 @@ caption says, it is only text.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -16,8 +16,39 @@ from tokenizers_vq.base import first_line
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
 
 
-class TextTokenizer:
-    """Text to ids and back, through a fast tokenizer of transformers."""
+class TextTokenizer(Protocol):
+    """Text to ids and back. It pickles to what the ids depend on and nothing else, so that caches are found again."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number."""
+        ...
+
+    def encode(
+        self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Ids of each caption, none of them reserved; where only `max_length` of them are wanted, few more are computed.
+
+        Raises:
+            ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
+        """
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that the ids stand for."""
+        ...
+
+    def state(self) -> bytes:
+        """Everything that the ids depend on."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer into a folder."""
+        ...
+
+
+class SubwordTokenizer:
+    """A fast tokenizer of transformers as a `TextTokenizer`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
@@ -65,8 +96,7 @@ class TextTokenizer:
         Raises:
             ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
         """
-        for row, caption in zip(rows or range(len(captions)), captions, strict=True):
-            check_text(caption, row)
+        check_texts(captions, rows)
         if not captions:
             return []
         limit = None if max_length is None else (max_length + 1) * MAX_CHARACTERS_PER_TOKEN
@@ -77,9 +107,24 @@ class TextTokenizer:
         """The text that the ids stand for."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    def state(self) -> str:
-        """Everything that the ids depend on, as text."""
-        return self.tokenizer.backend_tokenizer.to_str()
+    def state(self) -> bytes:
+        """Everything that the ids depend on: the tokenizer as JSON."""
+        return self.tokenizer.backend_tokenizer.to_str().encode()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return subword_tokenizer, (self.state(),)
+
+
+def subword_tokenizer(state: bytes) -> SubwordTokenizer:
+    """Make a `SubwordTokenizer` again from its `state`."""
+    backend = Tokenizer.from_str(state.decode())
+    return SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
+
+
+def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -> None:
+    """`check_text` for each, with its number in `rows`, or its place."""
+    for row, caption in zip(rows or range(len(captions)), captions, strict=True):
+        check_text(caption, row)
 
 
 def check_text(caption: object, row: int) -> None:

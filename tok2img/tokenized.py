@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from .dataset import tokenize_dataset
 from .processing import Tok2ImgProcessor
-from .text import TextTokenizer
+from .text import SubwordTokenizer, TextTokenizer
 
 MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 100_000
@@ -31,7 +31,7 @@ def fit_text(
     Args:
         text_length: 0 means as many tokens as the longest caption has, 64 at most.
     """
-    text_tokenizer = text_tokenizer or TextTokenizer.train_bpe(captions, vocab_size=vocab_size)
+    text_tokenizer = text_tokenizer or SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size)
     if text_length:
         return text_tokenizer, text_length
     ids = text_tokenizer.encode(sorted(set(captions)), max_length=MAX_TEXT_LENGTH)

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer
+from tokenizers_vq import DiscreteTokenizer, VQDrawForText
 
-from .plots import save_image
+from .plots import save_image, write_atomically
 from .prior import PriorWithLoss
 from .processing import load_pixels
 
@@ -30,12 +30,12 @@ VALUES_TO_START_FROM = 2**25
 
 
 class Trainer(transformers.Trainer):
-    """Trains a `DiscreteTokenizer` on `pixel_values`, or a `PriorWithLoss` on `text_ids` and `image_codes`.
+    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, or a `PriorWithLoss` on `text_ids` and `image_codes`.
 
     Args:
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
         args: plain arguments of transformers.
-        draw: makes a picture of what the model can do; drawn every `draw_every` steps into `samples/` of the output folder.
+        draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Trainer(transformers.Trainer):
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
-        draw: Callable[[], Image.Image] | None = None,
+        draw: Callable[[], Image.Image | str] | None = None,
         draw_every: int = 0,
     ):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -72,15 +72,16 @@ class Trainer(transformers.Trainer):
             self.start_from_data(self.model)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def start_from_data(self, image_tokenizer: DiscreteTokenizer) -> None:
+    def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:
         """Show a tokenizer the first rows of a fixed shuffle of its training data."""
         rows: Any = self.train_dataset
+        column = tokenizer.main_input_name
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        num_rows = min(ROWS_TO_START_FROM, max(1, VALUES_TO_START_FROM // rows[0]["pixel_values"].numel()))
-        chosen = [rows[int(row)]["pixel_values"] for row in order[:num_rows]]
+        num_rows = min(ROWS_TO_START_FROM, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
+        chosen = [rows[int(row)][column] for row in order[:num_rows]]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
-            image_tokenizer.start_from_data(torch.stack(chosen).to(self.args.device))
+            tokenizer.start_from_data(torch.stack(chosen).to(self.args.device))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -174,9 +175,9 @@ class EvaluateLast(TrainerCallback):
 
 
 class DrawSamples(TrainerCallback):
-    """Saves a picture of what the model can do every so many steps."""
+    """Saves a picture, or a text, of what the model can do every so many steps."""
 
-    def __init__(self, draw: Callable[[], Image.Image], every: int):
+    def __init__(self, draw: Callable[[], Image.Image | str], every: int):
         self.draw, self.every = draw, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -188,7 +189,11 @@ class DrawSamples(TrainerCallback):
         with torch.random.fork_rng(), torch.no_grad():
             sheet = self.draw()
         model.train()
-        save_image(sheet, Path(str(args.output_dir)).parent / "samples" / f"step-{state.global_step:06d}.png")
+        path = Path(str(args.output_dir)).parent / "samples" / f"step-{state.global_step:06d}"
+        if isinstance(sheet, str):
+            write_atomically(path.with_suffix(".txt"), sheet.encode())
+        else:
+            save_image(sheet, path.with_suffix(".png"))
 
 
 class PictureRows(Dataset[dict[str, Tensor]]):
@@ -223,3 +228,16 @@ class PictureRows(Dataset[dict[str, Tensor]]):
                 decoded.append(self._load(rows).mul(255).round().byte())
                 bar.update(len(rows))
         return torch.cat(decoded)
+
+
+class TextRows(Dataset[dict[str, Tensor]]):
+    """Captions of a data set as `symbols` `t` for a text tokenizer, read once."""
+
+    def __init__(self, dataset: Any, text_model: VQDrawForText, caption_column: str = "caption"):
+        self.symbols = text_model.symbols(dataset[caption_column][:]).short()
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"symbols": self.symbols[row].long()}

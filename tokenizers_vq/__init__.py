@@ -1,4 +1,4 @@
-"""Discrete tokenizers: pixels <-> codes. Importing this package registers them with transformers' `AutoModel`."""
+"""Discrete tokenizers: pixels or text <-> codes. Importing this package registers them with transformers' `AutoModel`."""
 
 from transformers import AutoConfig, AutoModel
 
@@ -6,6 +6,7 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .images import ImageError, load_image
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
+from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE, VQVAEConfig
 
 __all__ = [
@@ -16,12 +17,18 @@ __all__ = [
     "QuantizerOutput",
     "TokenizerOutput",
     "VQDrawForImages",
+    "VQDrawForText",
     "VQDrawImageConfig",
+    "VQDrawTextConfig",
     "VQVAEConfig",
     "VectorQuantizer",
     "load_image",
 ]
 
-for config_class, model_class in ((VQVAEConfig, VQVAE), (VQDrawImageConfig, VQDrawForImages)):
+for config_class, model_class in (
+    (VQVAEConfig, VQVAE),
+    (VQDrawImageConfig, VQDrawForImages),
+    (VQDrawTextConfig, VQDrawForText),
+):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)

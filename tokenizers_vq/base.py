@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ class DiscreteTokenizerConfig(PreTrainedConfig):
     """
 
     base_config_key = "tokenizer_config"
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # counts whose default is above zero
 
     def __post_init__(self, **other: Any) -> None:
         known = {field.name for field in fields(type(self))}
@@ -40,7 +41,8 @@ class DiscreteTokenizerConfig(PreTrainedConfig):
             hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(own_fields(type(self)))}"
             raise ValueError(f"{type(self).__name__} has no setting {name!r}{hint}")
         for name in own_fields(type(self)):
-            check_number(type(self).__name__, name, getattr(self, name), getattr(type(self), name, None))
+            default = 0 if name in self.may_be_zero else getattr(type(self), name, None)
+            check_number(type(self).__name__, name, getattr(self, name), default)
         super().__post_init__(**other)
 
 
@@ -115,7 +117,7 @@ class DiscreteTokenizer(PreTrainedModel):
         """Whether code 5 means the same at every position (cells of a grid) or not (stages)."""
         raise NotImplementedError
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Any, /) -> Tensor:
         """`b c h w` floats in [0, 1] -> codes `b n` int64, in float32 and without gradient."""
         raise NotImplementedError
 
@@ -131,8 +133,8 @@ class DiscreteTokenizer(PreTrainedModel):
         """The picture `b c h w` after each of the codes `b n` that changes it: here all at once, in one stage."""
         yield self.decode(codes)
 
-    def start_from_data(self, pixel_values: Tensor) -> None:
-        """Place what is placed by looking at data, from `b c h w` of the training set, before the first step."""
+    def start_from_data(self, pixel_values: Tensor, /) -> None:
+        """Place what is placed by looking at data, from a batch of the training set, before the first step."""
 
     def check_codes(self, codes: Tensor, *, prefix: bool = False) -> None:
         """Refuse what is not `b n` integers in range (a negative index would silently pick the last code)."""

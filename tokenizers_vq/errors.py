@@ -1,4 +1,7 @@
-"""How far a VQ-DRAW state is from a picture. Targets are normalised pixels, `b c h w`; what a state holds depends on the error."""
+"""How far a VQ-DRAW state is from what it should be.
+
+Targets are normalised pixels, `b c h w`, or symbols of a text, `b t`; what a state holds depends on the error.
+"""
 
 import math
 
@@ -9,6 +12,9 @@ from torch import Tensor
 from .options import Options
 
 SURE = 3.0  # logit of a pixel that is black or white: 0.95
+SURE_OF_SYMBOL = 8.0  # logit of the right one among some hundred
+IGNORED = -100  # the symbol at a position that does not matter, as in torch's cross entropy
+EXAMPLES_AT_ONCE = 8  # whose proposed logits are held together: what about fits a cache
 
 
 class SquaredError:
@@ -79,3 +85,37 @@ class BernoulliError:
     def observed(self, state: Tensor) -> Tensor:
         """Probabilities, normalised."""
         return (state.sigmoid() - self.pixel_mean) / self.pixel_std
+
+
+class CrossEntropyError:
+    """The state holds a logit for every symbol at each position, `b t v`; targets are symbols `b t`, or `IGNORED`."""
+
+    def __init__(self, num_symbols: int):
+        self.num_symbols = num_symbols
+
+    def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy of the target under every proposal, nats, summed over positions and divided by their number, `b k`.
+
+        Where no gradient is wanted, a few examples at a time: the proposals of a batch, `b k t v`, need never stand in memory at once.
+        """
+        if torch.is_grad_enabled():
+            return self._errors(options, state, target)
+        groups = torch.arange(len(target), device=target.device).split(EXAMPLES_AT_ONCE)
+        return torch.cat([self._errors(options.select(group), state[group], target[group]) for group in groups])
+
+    def _errors(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
+        """All at once."""
+        logits = state[:, None] + options.all()
+        live = target != IGNORED
+        symbols = target.where(live, 0)[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        errors = logits.logsumexp(dim=3) - logits.gather(3, symbols).squeeze(3)
+        return (errors * live[:, None]).sum(dim=2) / target.shape[1]
+
+    def wanted(self, target: Tensor) -> Tensor:
+        """Logits that are sure of the target, and zero where it does not matter."""
+        symbols = F.one_hot(target.clamp(min=0), self.num_symbols)
+        return SURE_OF_SYMBOL * symbols * (target != IGNORED)[..., None]
+
+    def observed(self, state: Tensor) -> Tensor:
+        """The likeliest symbols, `b t`."""
+        return state.argmax(dim=2)

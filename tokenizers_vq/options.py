@@ -219,3 +219,43 @@ class ConvolvedOptions:
     def products(self, biases: Tensor) -> Tensor:
         """`k c h w` -> `b k`."""
         return reduce(self.all() * biases, "b k ... -> b k", "mean")
+
+
+@dataclass
+class EmbeddedOptions:
+    """Steps in the logits of symbols, made in a space of a few dimensions that all steps share: d_k = E W_k f at every position.
+
+    Attributes:
+        features: `b t f`.
+        weight: `k e f`.
+        embedding: E, `v e`.
+    """
+
+    features: Tensor
+    weight: Tensor
+    embedding: Tensor
+
+    def __post_init__(self) -> None:
+        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
+
+    def all(self) -> Tensor:
+        """Every step, `b k t v`."""
+        return einsum(self.features, self.weight, "b t f, k e f -> b k t e") @ self.embedding.T
+
+    def chosen(self, codes: Tensor) -> Tensor:
+        """The steps that the codes `b m` name, `b m t v`: one matrix product an example."""
+        weight = rearrange(self.weight[codes], "b m e f -> b (m e) f")
+        steps = rearrange(self.features @ weight.mT, "b t (m e) -> b m t e", m=codes.shape[1])
+        return steps @ self.embedding.T
+
+    def select(self, examples: Tensor) -> "EmbeddedOptions":
+        """The options of the examples `n`."""
+        return EmbeddedOptions(self.features[examples], self.weight, self.embedding)
+
+    def squared_errors(self, residual: Tensor) -> Tensor:
+        """`b t v` -> `b k`."""
+        return DenseOptions(self.all()).squared_errors(residual)
+
+    def products(self, biases: Tensor) -> Tensor:
+        """`k t v` -> `b k`."""
+        return DenseOptions(self.all()).products(biases)

@@ -1,4 +1,6 @@
-"""Refiners: networks that look at a state and propose the next steps, knowing the stage they are at."""
+"""Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for pictures, and for text."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .convolution import group_norm
-from .options import LinearOptions, Options
+from .options import EmbeddedOptions, LinearOptions, Options
 
 PATCH = 2  # options are made on a grid half as fine as the pixels, four pixels of each channel at a place
 
@@ -84,6 +86,86 @@ class ConvRefiner(nn.Module):
         features = F.relu(self.scale_out(self.norm(features), stage))
         constant = torch.ones_like(features[:, :1])
         return LinearOptions(torch.cat([features, constant], dim=1), self.head[stage], PATCH)
+
+
+class StageNorm(nn.Module):
+    """Layer normalisation over channels, `b t c`, with gains and biases that differ from stage to stage."""
+
+    def __init__(self, num_stages: int, num_channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(num_stages, num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_stages, num_channels))
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """`b t c` -> `b t c`."""
+        return F.layer_norm(x, x.shape[-1:], self.gain[stage], self.bias[stage])
+
+
+class DilatedBlock(nn.Module):
+    """A residual block that looks `dilation` positions back and ahead: `b t c` -> `b t c`.
+
+    With channels last, a convolution of width 3 is one matrix product of three shifted copies.
+    """
+
+    def __init__(self, num_stages: int, num_channels: int, dilation: int):
+        super().__init__()
+        self.dilation = dilation
+        self.norm = StageNorm(num_stages, num_channels)
+        self.spread = nn.Linear(3 * num_channels, 2 * num_channels)
+        self.merge = nn.Linear(2 * num_channels, num_channels)
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """`b t c` -> `b t c`."""
+        padded = F.pad(self.norm(x, stage), (0, 0, self.dilation, self.dilation))
+        length, ahead = x.shape[1], 2 * self.dilation
+        near = [padded[:, start : start + length] for start in (0, self.dilation, ahead)]
+        return x + self.merge(F.relu(self.spread(torch.cat(near, dim=2))))
+
+
+class DilatedConvRefiner(nn.Module):
+    """Proposes steps for text, seen from both sides: dilated convolutions over what each position is believed to hold.
+
+    A code may cover the whole text or a span of it. Spans of one text lie side by side in the batch, `(b s) t ...`; the convolutions run
+    over the text as a whole, so each span knows what its neighbours say so far.
+
+    Args:
+        num_symbols: logits at each position. num_spans: of one text; span_length: positions of one.
+        hidden_channels, dilations: of the blocks. feature_channels: into the head. embedding_dim: of the space that steps are made in.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_stages: int,
+        codebook_size: int,
+        num_symbols: int,
+        num_spans: int,
+        span_length: int,
+        hidden_channels: int,
+        feature_channels: int,
+        embedding_dim: int,
+        dilations: Sequence[int],
+    ):
+        super().__init__()
+        self.num_spans = num_spans
+        self.read = nn.Linear(num_symbols, hidden_channels)
+        self.positions = nn.Parameter(0.02 * torch.randn(num_spans * span_length, hidden_channels))
+        self.blocks = nn.ModuleList(DilatedBlock(num_stages, hidden_channels, dilation) for dilation in dilations)
+        self.norm = StageNorm(num_stages, hidden_channels)
+        self.features = nn.Linear(hidden_channels, feature_channels)
+        # Zero: at first every step is its bias, or nothing.
+        self.head = nn.Parameter(torch.zeros(num_stages, codebook_size, embedding_dim, feature_channels))
+        self.embedding = nn.Parameter(torch.randn(num_symbols, embedding_dim) * embedding_dim**-0.5)
+
+    def forward(self, state: Tensor, stage: int) -> Options:
+        """State `(b s) t v` -> the options of a stage."""
+        belief = rearrange(state, "(b s) t v -> b (s t) v", s=self.num_spans).softmax(dim=2)
+        hidden = self.read(belief * belief.shape[2] ** 0.5) + self.positions
+        for block in self.blocks:
+            hidden = block(hidden, stage)
+        features = self.features(F.relu(self.norm(hidden, stage)))
+        features = rearrange(features, "b (s t) f -> (b s) t f", s=self.num_spans)
+        return EmbeddedOptions(features, self.head[stage], self.embedding)
 
 
 class SegmentedRefiner(nn.Module):

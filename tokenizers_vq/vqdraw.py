@@ -80,6 +80,7 @@ class VQDraw(nn.Module):
         checkpoint_stages: compute each stage again on the way back, so that memory holds one stage.
         num_biased_stages: the first so many stages add a learned bias to each option; the original has 1. With a bias at every stage the
             model can start as a residual quantizer (`start_from_data`) and learn to do better.
+        num_joint: examples that lie side by side in the batch and that the refiner looks at together, as the spans of one text.
         revive: put biased options that fall out of use back to work, every `REVIVE_EVERY` training batches.
     """
 
@@ -100,6 +101,7 @@ class VQDraw(nn.Module):
         epsilon: float = 0.0,
         checkpoint_stages: bool = False,
         num_biased_stages: int = 1,
+        num_joint: int = 1,
         revive: bool = True,
     ):
         super().__init__()
@@ -107,7 +109,7 @@ class VQDraw(nn.Module):
         self.num_stages, self.codebook_size = num_stages, codebook_size
         self.aux_coeff, self.num_aux_options, self.final_coeff = aux_coeff, num_aux_options, final_coeff
         self.grad_decay, self.epsilon = grad_decay, epsilon
-        self.checkpoint_stages, self.revive_options = checkpoint_stages, revive
+        self.checkpoint_stages, self.num_joint, self.revive_options = checkpoint_stages, num_joint, revive
         self.biases = nn.Parameter(torch.zeros(num_biased_stages, codebook_size, *state_shape))
         self.register_buffer("counts", torch.zeros(num_stages, codebook_size), persistent=False)
         self.batches_counted = 0
@@ -172,10 +174,14 @@ class VQDraw(nn.Module):
 
     def options(self, state: Tensor, stage: int) -> Options:
         """What is open at a stage. At stage 0 all states are zero: one look of the refiner serves all."""
-        if stage == 0:
-            return SharedOptions(self.refiner(self.first_state(1), 0).all()[0] + self.biases[0], len(state))
-        options = self.refiner(state, stage)
-        return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
+        if stage:
+            options = self.refiner(state, stage)
+            return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
+        first = self.refiner(self.first_state(self.num_joint), 0)
+        if self.num_joint == 1:
+            return SharedOptions(first.all()[0] + self.biases[0], len(state))
+        examples = torch.arange(len(state), device=state.device) % self.num_joint
+        return BiasedOptions(first.select(examples), self.biases[0])
 
     def states(self, codes: Tensor) -> Iterator[Tensor]:
         """The state `b ...` after each of the codes `b n` (or their first few); only the steps that the codes name are made."""
@@ -227,7 +233,7 @@ class VQDraw(nn.Module):
             lost = dead[stage].nonzero().squeeze(1)
             examples = draw_by_error(output.errors.amin(dim=1), len(lost))
             if len(lost):
-                step = self.options(state[examples], stage).chosen(lost[:, None]).squeeze(1)
+                step = self.options(state, stage).select(examples).chosen(lost[:, None]).squeeze(1)
                 bias[lost] += wanted[examples] - state[examples] - step
             state = output.state
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -8,7 +8,7 @@ from torch import Tensor
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior
 from tok2img.processing import Tok2ImgProcessor
-from tok2img.text import TextTokenizer
+from tok2img.text import SubwordTokenizer, TextTokenizer
 from tokenizers_vq.images import images_from_pixels
 
 CAPTIONS = ["a red square", "a blue disc", "two green cats", "a red disc", "", "a dog"]
@@ -21,7 +21,7 @@ def captions() -> list[str]:
 
 @pytest.fixture(scope="session")
 def text_tokenizer() -> TextTokenizer:
-    return TextTokenizer.train_bpe(CAPTIONS, vocab_size=270)
+    return SubwordTokenizer.train_bpe(CAPTIONS, vocab_size=270)
 
 
 @pytest.fixture

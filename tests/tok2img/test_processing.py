@@ -4,7 +4,7 @@ import torch
 
 from tok2img.layout import SequenceLayout
 from tok2img.processing import IGNORED_LABEL, Tok2ImgProcessor, load_image_tokenizer
-from tok2img.text import TextTokenizer
+from tok2img.text import SubwordTokenizer
 
 
 @pytest.fixture(params=["processor", "stage_processor"])
@@ -101,7 +101,7 @@ def test_the_type_of_the_weights_changes_the_fingerprint(processor):
 
 
 def test_the_text_tokenizer_and_the_text_length_change_the_fingerprint(processor, tiny_vqvae, text_tokenizer):
-    other_text = TextTokenizer.train_bpe(["quite different words"], vocab_size=text_tokenizer.vocab_size)
+    other_text = SubwordTokenizer.train_bpe(["quite different words"], vocab_size=text_tokenizer.vocab_size)
     others = [
         Tok2ImgProcessor.build(tiny_vqvae, other_text, text_length=6),
         Tok2ImgProcessor.build(tiny_vqvae, text_tokenizer, text_length=7),

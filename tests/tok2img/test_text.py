@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tok2img.layout import SequenceLayout
-from tok2img.text import MAX_CHARACTERS_PER_TOKEN, TextTokenizer
+from tok2img.text import MAX_CHARACTERS_PER_TOKEN, SubwordTokenizer, TextTokenizer
 
 HOSTILE = Path(__file__).parents[3] / "shared" / "hostile" / "make_bad_captions.py"
 HOSTILE_ROWS = list(runpy.run_path(str(HOSTILE))["rows"]()) if HOSTILE.is_file() else []
@@ -29,7 +29,7 @@ def with_special_tokens(text_tokenizer, tmp_path_factory) -> TextTokenizer:
         additional_special_tokens=["[SEP]", "<|image|>"],
     )
     special.save_pretrained(str(folder))
-    return TextTokenizer.from_pretrained(folder)
+    return SubwordTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(params=["trained", "special"])
@@ -92,7 +92,7 @@ def test_ids_up_to_the_limit_are_those_without_a_limit(text_tokenizer):
 
 
 def test_no_token_is_longer_than_the_characters_kept_for_it():
-    tokenizer = TextTokenizer.train_bpe(["x" * 200] * 4, vocab_size=600)
+    tokenizer = SubwordTokenizer.train_bpe(["x" * 200] * 4, vocab_size=600)
     assert max(map(len, tokenizer.tokenizer.get_vocab())) <= MAX_CHARACTERS_PER_TOKEN
     assert len(tokenizer.encode(["x" * 2000], max_length=4)[0]) > 4
 
@@ -119,7 +119,7 @@ def test_no_captions_have_no_ids(text_tokenizer):
 
 def test_a_tokenizer_survives_saving_and_loading(any_tokenizer, captions, tmp_path):
     any_tokenizer.save_pretrained(tmp_path)
-    again = TextTokenizer.from_pretrained(tmp_path)
+    again = SubwordTokenizer.from_pretrained(tmp_path)
     assert again.state() == any_tokenizer.state() and again.vocab_size == any_tokenizer.vocab_size
     assert again.encode(captions) == any_tokenizer.encode(captions)
 
@@ -129,7 +129,7 @@ def test_a_folder_that_holds_no_tokenizer_is_refused_by_name(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=f"cannot load a text tokenizer from {tmp_path}"):
-        TextTokenizer.from_pretrained(tmp_path)
+        SubwordTokenizer.from_pretrained(tmp_path)
 
 
 @needs_hostile

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from tok2img.processing import Tok2ImgProcessor
-from tok2img.text import TextTokenizer
+from tok2img.text import SubwordTokenizer
 from tok2img.tokenized import MAX_TEXT_LENGTH, fit_text, load_tokens, save_tokens, whole_folder
 
 
@@ -72,7 +72,7 @@ def test_another_image_tokenizer_in_the_folder_is_refused(folder, tiny_vqvae):
 
 
 def test_another_text_tokenizer_in_the_folder_is_refused(folder, text_tokenizer):
-    other = TextTokenizer.train_bpe(["quite different words"], vocab_size=text_tokenizer.vocab_size)
+    other = SubwordTokenizer.train_bpe(["quite different words"], vocab_size=text_tokenizer.vocab_size)
     other.save_pretrained(folder / "text_tokenizer")
     with pytest.raises(ValueError, match="not those that made the tokens"):
         load_tokens(folder)

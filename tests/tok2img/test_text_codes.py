@@ -1,0 +1,162 @@
+"""A text VQ-DRAW wherever a text tokenizer goes."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tok2img.cli import app
+from tok2img.dataset import tokenize_dataset
+from tok2img.processing import Tok2ImgProcessor, load_image_tokenizer
+from tok2img.recipes import TokenizerRecipe
+from tok2img.runs import train_tokenizer
+from tok2img.text import SubwordTokenizer
+from tok2img.text_codes import VQDrawTextTokenizer, load_text_tokenizer
+from tok2img.text_reports import evaluate_text_tokenizer
+from tokenizers_vq import VQDrawForText, VQDrawTextConfig
+
+MODEL = {
+    "span_length": 4,
+    "num_stages": 3,
+    "codebook_size": 8,
+    "hidden_channels": 16,
+    "feature_channels": 8,
+    "embedding_dim": 8,
+    "dilations": [1, 2],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> VQDrawForText:
+    torch.manual_seed(0)
+    model = VQDrawForText(VQDrawTextConfig(**MODEL, max_length=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def text_codes(model) -> VQDrawTextTokenizer:
+    return VQDrawTextTokenizer(model)
+
+
+@pytest.fixture
+def recipe(rows, tmp_path) -> TokenizerRecipe:
+    return TokenizerRecipe(
+        tokenizer="vqdraw_text",
+        data=str(tmp_path / "rows.parquet"),
+        out=str(tmp_path / "text"),
+        model=MODEL,
+        max_steps=4,
+        batch_size=2,
+        sample_every=2,
+        eval_every=2,
+    )
+
+
+def test_ids_are_stage_by_stage_for_each_span_up_to_the_end(text_codes, model):
+    codes = model.encode(["a red", ""]).view(2, 3, 4)
+    long, empty = text_codes.encode(["a red", ""])
+    assert long == [8 * stage + int(codes[0, stage, span]) for span in (0, 1) for stage in range(3)]
+    assert empty == [8 * stage + int(codes[1, stage, 0]) for stage in range(3)]
+    assert text_codes.vocab_size == 24
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=20))
+def test_ids_decode_to_what_the_codes_say(text_codes, model, text):
+    ids = text_codes.encode([text])[0]
+    assert all(0 <= each < text_codes.vocab_size for each in ids)
+    assert text_codes.decode(ids) == model.decode(model.encode([text]))[0]
+
+
+def test_a_limit_cuts_the_ids_and_the_rest_decodes(text_codes):
+    ids = text_codes.encode(["a red square"], max_length=4)[0]
+    assert len(ids) == 4 and ids == text_codes.encode(["a red square"])[0][:4]
+    assert isinstance(text_codes.decode(ids), str)
+
+
+def test_captions_that_are_no_text_are_refused_with_their_row(text_codes):
+    with pytest.raises(ValueError, match="row 7: the caption is not text"):
+        text_codes.encode(["fine", None], rows=[6, 7])
+
+
+@pytest.mark.parametrize("ids", [[8], [0] * 13, [-1]])
+def test_ids_that_do_not_belong_are_refused(text_codes, ids):
+    with pytest.raises(ValueError, match=r"codes must lie|got 13 ids, expected 12"):
+        text_codes.decode(ids)
+
+
+def test_saves_loads_and_pickles(text_codes, captions, tmp_path):
+    text_codes.save_pretrained(tmp_path)
+    for again in (load_text_tokenizer(tmp_path), pickle.loads(pickle.dumps(text_codes))):
+        assert isinstance(again, VQDrawTextTokenizer) and again.state() == text_codes.state()
+        assert again.encode(captions) == text_codes.encode(captions)
+
+
+def test_other_folders_hold_subwords(text_tokenizer, tmp_path):
+    text_tokenizer.save_pretrained(tmp_path)
+    assert isinstance(load_text_tokenizer(tmp_path), SubwordTokenizer)
+
+
+def test_is_no_image_tokenizer(text_codes, tmp_path):
+    text_codes.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a VQDrawForText, not an image tokenizer"):
+        load_image_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_tokenizes_a_data_set_and_comes_back_with_the_processor(tiny_vqvae, text_codes, rows, tmp_path, num_proc):
+    processor = Tok2ImgProcessor.build(tiny_vqvae, text_codes, text_length=9)
+    tokens = tokenize_dataset(rows, processor, num_proc=num_proc).with_format("torch")
+    assert torch.equal(tokens["text_ids"][:], processor.encode_text(rows["caption"][:]))
+    processor.save_pretrained(tmp_path / "processor")
+    again = Tok2ImgProcessor.from_pretrained(tmp_path / "processor")
+    assert again.fingerprint() == processor.fingerprint()
+
+
+def test_a_recipe_trains_one_on_captions_alone(recipe, tmp_path):
+    model = train_tokenizer(recipe)
+    assert isinstance(model, VQDrawForText) and model.config.max_length == 16
+    assert bytes(model.alphabet) == bytes(sorted({*b"?a red square blue disc two green cats dog"}))
+    assert "text  '" in (tmp_path / "text" / "samples" / "step-000002.txt").read_text()
+
+
+def test_the_command_line_shows_and_measures_texts(model, rows, tmp_path):
+    model.save_pretrained(tmp_path / "text")
+    folder, data = str(tmp_path / "text"), str(tmp_path / "rows.parquet")
+    for sources in ([data, "--num-images", "2"], ["a red square", "a blue disc", "--num-images", "2"]):
+        out = tmp_path / "sheet.txt"
+        answer = CliRunner().invoke(app, ["reconstruct", *sources, "--tokenizer", folder, "--out", str(out)])
+        assert answer.exit_code == 0
+        sheet, _, random = out.read_text().partition("random codes\n")
+        assert sheet.count("text  '") == 2 and sheet.count("\n   3  '") == 2 and len(random.splitlines()) == 2
+    out = tmp_path / "metrics.json"
+    arguments = ["--tokenizer", folder, "--data", data, "--split", "train", "--out", str(out)]
+    answer = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert answer.exit_code == 0 and len(json.loads(out.read_text())["byte_accuracy"]) == 3
+
+
+class TestReport:
+    def test_counts_what_is_right_and_what_it_costs(self, model):
+        texts = ["a red square", "", "x", "twelve bytes and more"]
+        report = evaluate_text_tokenizer(model, texts)
+        codes, symbols = model.encode(texts), model.symbols(texts)
+        lengths = [12, 0, 1, 16]
+        for stage, seen in enumerate(model.decode_stages(codes)):
+            pairs = zip(seen, [text.encode()[:16] for text in texts], strict=True)
+            assert report["exact_match"][stage] == pytest.approx(sum(a.encode() == b for a, b in pairs) / 4)
+        right = (model.decode_symbols(codes) == symbols)[symbols != model.end].sum().item()
+        assert report["byte_accuracy"][-1] == pytest.approx(right / sum(lengths))
+        assert report["bits_per_byte"][-1] == pytest.approx(3 * 3 * (4 + 1 + 1 + 4) / sum(lengths))
+        assert report["texts_cut"] == 1 and report["bytes_per_text"] == sum(lengths) / 4
+        assert all(1 <= used <= 8 for used in report["used_per_stage"])
+
+    def test_needs_texts(self, model):
+        with pytest.raises(ValueError, match="no texts"):
+            evaluate_text_tokenizer(model, [])

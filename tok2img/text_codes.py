@@ -1,0 +1,103 @@
+"""A text VQ-DRAW as a text tokenizer like any other: captions -> ids, as many as the caption is long.
+
+id = stage x codebook_size + code, all stages of the first span, then all of the second, up to the span in which the text ends
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import load, save
+
+from tokenizers_vq import VQDrawForText, VQDrawTextConfig
+from tokenizers_vq.base import own_fields
+
+from .text import SubwordTokenizer, TextTokenizer, check_texts
+
+BATCH_SIZE = 64
+
+
+class VQDrawTextTokenizer:
+    """A `VQDrawForText` as a `TextTokenizer`."""
+
+    def __init__(self, model: VQDrawForText):
+        self.model = model.eval()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number: a range for each stage."""
+        return self.model.code_shape[0] * self.model.codebook_size
+
+    def encode(
+        self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Ids of each caption, at most `max_length` where it is given; ValueError for a caption that is not text, with its number."""
+        check_texts(captions, rows)
+        ids = []
+        for first in range(0, len(captions), BATCH_SIZE):
+            texts = captions[first : first + BATCH_SIZE]
+            codes = self.model.encode(texts).cpu() + self._offsets()
+            by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
+            ids += [row[: self._num_ids(text)] for row, text in zip(by_span.tolist(), texts, strict=True)]
+        return [row[:max_length] for row in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that the ids stand for; ValueError for ids that are none, or not where they belong."""
+        num_stages, num_spans = self.model.code_shape
+        if len(ids) > self.model.num_codes:
+            raise ValueError(f"got {len(ids)} ids, expected {self.model.num_codes} at most")
+        filled = torch.tensor([*ids, *(0 for _ in range(self.model.num_codes - len(ids)))])
+        codes = rearrange(filled, "(s n) -> 1 (n s)", s=num_spans, n=num_stages) - self._offsets()
+        is_given = rearrange(torch.arange(self.model.num_codes) < len(ids), "(s n) -> 1 (n s)", s=num_spans)
+        return self.model.decode(codes.where(is_given, 0).to(self.model.device))[0]
+
+    def state(self) -> bytes:
+        """Everything that the ids depend on: settings and weights."""
+        config = self.model.config
+        settings = {name: getattr(config, name) for name in sorted(own_fields(type(config)))}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.model.state_dict().items())}
+        return json.dumps(settings).encode() + b"\0" + save(weights)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer into a folder."""
+        self.model.save_pretrained(str(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return text_tokenizer_of, (self.state(),)
+
+    def _offsets(self) -> torch.Tensor:
+        """Id of code 0 at each place of `b (n s)`."""
+        num_stages, num_spans = self.model.code_shape
+        return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
+
+    def _num_ids(self, text: str) -> int:
+        """Ids up to the end of a text."""
+        num_stages, num_spans = self.model.code_shape
+        return num_stages * min(num_spans, len(text.encode()) // self.model.span_length + 1)
+
+
+def text_tokenizer_of(state: bytes) -> VQDrawTextTokenizer:
+    """Make a `VQDrawTextTokenizer` again from its `state`."""
+    settings, _, weights = state.partition(b"\0")
+    model = VQDrawForText(VQDrawTextConfig(**json.loads(settings)))
+    model.load_state_dict(load(weights))
+    return VQDrawTextTokenizer(model)
+
+
+def load_text_tokenizer(name: str | Path) -> TextTokenizer:
+    """Load any saved text tokenizer from a folder or the hub; ValueError where there is none."""
+    if is_text_model(name):
+        return VQDrawTextTokenizer(VQDrawForText.from_pretrained(name))
+    return SubwordTokenizer.from_pretrained(name)
+
+
+def is_text_model(folder: str | Path) -> bool:
+    """Whether a folder holds a text VQ-DRAW."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == VQDrawTextConfig.model_type

@@ -1,0 +1,263 @@
+"""VQ-DRAW for text: bytes as codes from coarse to fine, seen from both sides."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .errors import IGNORED, CrossEntropyError
+from .refiners import DilatedConvRefiner, SegmentedRefiner
+from .vqdraw import VQDraw
+
+logger = logging.getLogger(__name__)
+VALUES_TO_START_FROM = 2**24
+UNKNOWN = ord("?")  # stands for every byte outside the alphabet
+
+
+class VQDrawTextConfig(DiscreteTokenizerConfig):
+    """Settings of a `VQDrawForText`; a text takes `num_stages` codes of `codebook_size` options for each of its spans.
+
+    Attributes:
+        max_length: bytes of a text; longer ones are cut.
+        span_length: bytes that one code covers, a divisor of `max_length`; `max_length` itself is the whole text, as in the original.
+            Short spans search far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
+        alphabet: the byte values that the model tells apart, in order; none given: all 256. Others are read as "?".
+        hidden_channels, feature_channels, embedding_dim, dilations: size of the refiner, see `DilatedConvRefiner`.
+        segment_length: stages that share a refiner; 0: all of them.
+        active_stages: go through the first so many stages only; 0: all.
+        num_biased_stages: stages with a learned bias for each option; 0: all.
+        aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
+    """
+
+    model_type = "tok2img_vqdraw_text"
+    may_be_zero = frozenset({"num_aux_options"})
+
+    max_length: int = 96
+    span_length: int = 6
+    alphabet: list[int] | None = None
+    num_stages: int = 4
+    codebook_size: int = 64
+    hidden_channels: int = 128
+    feature_channels: int = 64
+    embedding_dim: int = 32
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 1, 2, 4, 8)
+    segment_length: int = 0
+    active_stages: int = 0
+    num_biased_stages: int = 0
+    aux_coeff: float = 0.01
+    num_aux_options: int = 4
+    final_coeff: float = 0.0
+    grad_decay: float = 0.0
+    epsilon: float = 0.0
+    checkpoint_stages: bool = False
+    revive: bool = True
+
+    def __post_init__(self, **other: object) -> None:
+        super().__post_init__(**other)
+        if self.max_length % self.span_length:
+            raise ValueError(f"max_length {self.max_length} is no multiple of span_length {self.span_length}")
+        alphabet = self.alphabet
+        if alphabet is not None and (sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256))):
+            raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
+        if alphabet is not None and UNKNOWN not in alphabet:
+            raise ValueError(f"alphabet must hold {UNKNOWN}, the question mark that stands for all other bytes")
+        if not self.dilations or min(self.dilations) < 1:
+            raise ValueError(f"dilations must be whole numbers of at least 1, got {self.dilations}")
+        if self.segment_length and self.num_stages % self.segment_length:
+            raise ValueError(f"num_stages {self.num_stages} is no multiple of segment_length {self.segment_length}")
+        for name in ("active_stages", "num_biased_stages"):
+            if getattr(self, name) > self.num_stages:
+                raise ValueError(f"{name} {getattr(self, name)} is more than num_stages {self.num_stages}")
+
+
+class VQDrawForText(DiscreteTokenizer):
+    """Codes that spell a text out more and more exactly; any prefix of them decodes.
+
+    Codes are `b (n s)`: all spans at the first stage, then all at the second. A span past the end of its text has code 0 at every stage.
+    """
+
+    config_class = VQDrawTextConfig
+    config: VQDrawTextConfig
+    main_input_name = "symbols"
+    symbol_of_byte: Tensor
+
+    def __init__(self, config: VQDrawTextConfig):
+        super().__init__(config)
+        self.alphabet = list(range(256)) if config.alphabet is None else list(config.alphabet)
+        self.span_length, self.num_spans = config.span_length, config.max_length // config.span_length
+        self.error = CrossEntropyError(self.num_symbols)
+        self.draw = VQDraw(
+            build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans),
+            self.error,
+            state_shape=(self.span_length, self.num_symbols),
+            num_stages=config.active_stages or config.num_stages,
+            codebook_size=config.codebook_size,
+            aux_coeff=config.aux_coeff,
+            num_aux_options=config.num_aux_options,
+            final_coeff=config.final_coeff,
+            grad_decay=config.grad_decay,
+            epsilon=config.epsilon,
+            checkpoint_stages=config.checkpoint_stages,
+            num_biased_stages=config.num_biased_stages or config.num_stages,
+            num_joint=self.num_spans,
+            revive=config.revive,
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parts initialise themselves; loading leaves what is not saved for us to set."""
+        if isinstance(module, VQDraw):
+            module.counts.zero_()
+
+    @property
+    def num_symbols(self) -> int:
+        """Bytes of the alphabet, and the end of a text."""
+        return len(self.alphabet) + 1
+
+    @property
+    def end(self) -> int:
+        """The symbol that fills a text up."""
+        return len(self.alphabet)
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Active stages and spans."""
+        return (self.draw.num_stages, self.num_spans)
+
+    @property
+    def codebook_size(self) -> int:
+        """Options at each stage."""
+        return self.config.codebook_size
+
+    @property
+    def positions_share_codes(self) -> bool:
+        """Code 5 of one stage has nothing to do with code 5 of another."""
+        return False
+
+    def symbols(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> symbols `b t`, cut or filled with `end`.
+
+        Raises:
+            ValueError: for a text that has no bytes: what is no string, or holds half a character.
+        """
+        table = [self.alphabet.index(byte if byte in self.alphabet else UNKNOWN) for byte in range(256)]
+        rows = []
+        for number, text in enumerate(texts):
+            try:
+                rows.append([table[byte] for byte in whole_bytes(text, self.config.max_length)])
+            except (TypeError, UnicodeEncodeError) as error:
+                raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
+        num_cut = sum(len(text.encode()) > self.config.max_length for text in texts)
+        if num_cut:
+            logger.warning(
+                "%d of %d texts are longer than %d bytes and were cut", num_cut, len(texts), self.config.max_length
+            )
+        filled = [row + [self.end] * (self.config.max_length - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
+
+    def texts(self, symbols: Tensor) -> list[str]:
+        """Symbols `b t` -> texts, each up to its first `end`; bytes that are no UTF-8 show as replacement characters."""
+        rows = [row[: row.index(self.end)] if self.end in row else row for row in symbols.tolist()]
+        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in rows]
+
+    def target(self, symbols: Tensor) -> Tensor:
+        """Symbols `b t` -> what the spans shall hold, `(b s) t`: whatever comes after the first `end` is free."""
+        if symbols.ndim != 2 or symbols.shape[1] != self.config.max_length or symbols.is_floating_point():
+            raise ValueError(
+                f"symbols must be `b {self.config.max_length}` integers, got {tuple(symbols.shape)} {symbols.dtype}"
+            )
+        if symbols.numel() and not (symbols.min() >= 0 and symbols.max() <= self.end):
+            raise ValueError(f"symbols must lie in 0..{self.end}, got {int(symbols.min())}..{int(symbols.max())}")
+        ended = (symbols == self.end).cumsum(dim=1) > 1
+        return rearrange(symbols.masked_fill(ended, IGNORED), "b (s t) -> (b s) t", s=self.num_spans)
+
+    @torch.no_grad()
+    def encode(self, texts: Any) -> Tensor:
+        """Texts, or symbols `b t`, -> codes `b (n s)`."""
+        symbols = texts if isinstance(texts, Tensor) else self.symbols(texts)
+        with torch.autocast(symbols.device.type, enabled=False):
+            return self._by_stage(self.draw(self.target(symbols)).codes)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Any:
+        """Codes `b (n s)`, or the first few of each text's, -> texts."""
+        return self.texts(self.decode_symbols(codes))
+
+    @torch.no_grad()
+    def decode_symbols(self, codes: Tensor) -> Tensor:
+        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
+        *_, last = self.symbols_after_stages(codes)
+        return last
+
+    @torch.no_grad()
+    def decode_stages(self, codes: Tensor) -> Iterator[Any]:
+        """The texts after each stage of the codes `b (n s)`, one after another."""
+        for symbols in self.symbols_after_stages(codes):
+            yield self.texts(symbols)
+
+    @torch.no_grad()
+    def symbols_after_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
+        self.check_codes(codes, prefix=True)
+        num_given = codes.shape[1]
+        whole = F.pad(codes.long(), (0, -num_given % self.num_spans))
+        by_span = rearrange(whole, "b (n s) -> (b s) n", s=self.num_spans)
+        before = self.draw.first_state(len(by_span))
+        with torch.autocast(codes.device.type, enabled=False):
+            for stage, state in enumerate(self.draw.states(by_span)):
+                is_given = stage * self.num_spans + torch.arange(self.num_spans, device=codes.device) < num_given
+                before = torch.where(is_given.repeat(len(codes))[:, None, None], state, before)
+                yield rearrange(self.error.observed(before), "(b s) t -> b (s t)", s=self.num_spans)
+
+    def forward(self, symbols: Tensor) -> TokenizerOutput:
+        """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
+        target = self.target(symbols)
+        drawing = self.draw(target)
+        observed = self.error.observed(drawing.state.detach())
+        live = (target != IGNORED).sum()
+        metrics = {
+            "byte_accuracy": (observed == target).sum() / live,
+            "nats_per_byte": drawing.chosen[:, -1].detach().sum() * self.span_length / live,
+        }
+        reconstruction = rearrange(observed, "(b s) t -> b (s t)", s=self.num_spans)
+        return TokenizerOutput(self.draw.loss(drawing), reconstruction, self._by_stage(drawing.codes), metrics)
+
+    def _by_stage(self, codes: Tensor) -> Tensor:
+        """Codes of spans `(b s) n` -> codes of texts `b (n s)`."""
+        return rearrange(codes, "(b s) n -> b (n s)", s=self.num_spans)
+
+    def start_from_data(self, symbols: Tensor) -> None:
+        """Start as a residual quantizer of `b t`; see `VQDraw.start_from_data`."""
+        spans = self.target(symbols)
+        spans = spans[(spans != IGNORED).any(dim=1)]
+        self.draw.start_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
+
+
+def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:
+    """One refiner for all stages, or one a segment."""
+    length = config.segment_length or config.num_stages
+    refiners: list[nn.Module] = [
+        DilatedConvRefiner(
+            num_stages=length,
+            codebook_size=config.codebook_size,
+            num_symbols=num_symbols,
+            num_spans=num_spans,
+            span_length=config.max_length // num_spans,
+            hidden_channels=config.hidden_channels,
+            feature_channels=config.feature_channels,
+            embedding_dim=config.embedding_dim,
+            dilations=config.dilations,
+        )
+        for _ in range(config.num_stages // length)
+    ]
+    return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)
+
+
+def whole_bytes(text: str, max_length: int) -> bytes:
+    """The UTF-8 of a text, cut between characters."""
+    return text[:max_length].encode()[:max_length].decode(errors="ignore").encode()
