@@ -66,14 +66,16 @@ class TokenizerRecipe(RunSettings):
     """A run of `tok2img train-tokenizer`.
 
     Attributes:
-        tokenizer: "vqvae" or "vqdraw" for pictures, "vqdraw_text" or "bpe" for captions.
-        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig` and `VQDrawTextConfig`. Where they are left out, image_size
-            and num_channels are those of the first pictures, pixel_mean and pixel_std are measured, max_length is that of the longest
-            caption (96 bytes at most), and the alphabet is the bytes that captions hold.
+        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for pictures, "vqdraw_text" or "bpe" for captions.
+        teacher: folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original's.
+        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig` and `VQDrawTextConfig`. Where they
+            are left out, image_size and num_channels are those of the first pictures, pixel_mean and pixel_std are measured, max_length is
+            that of the longest caption (96 bytes at most), and the alphabet is the bytes that captions hold.
         vocab_size: of a BPE.
     """
 
     tokenizer: str = "vqvae"
+    teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 4096
 

@@ -14,9 +14,12 @@ from transformers import TrainingArguments
 from tokenizers_vq import (
     VQVAE,
     DiscreteTokenizer,
+    Distillation,
     VQDrawForImages,
     VQDrawForText,
     VQDrawImageConfig,
+    VQDrawStudent,
+    VQDrawStudentConfig,
     VQDrawTextConfig,
     VQVAEConfig,
 )
@@ -54,10 +57,11 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=recipe.vocab_size)
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
-    tokenizer = build_text_model(recipe, rows) if of_text else build_tokenizer(recipe, rows)
+    model = build_model(recipe, rows)
+    tokenizer = model.student if isinstance(model, Distillation) else model
     training_rows, held_out = split(rows, recipe)
     trainer = Trainer(
-        tokenizer,
+        model,
         arguments(recipe),
         train_dataset=rows_for(tokenizer, training_rows),
         eval_dataset=rows_for(tokenizer, held_out),
@@ -67,6 +71,29 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
     finish(trainer, recipe.out)
     tokenizer.eval().save_pretrained(recipe.out)
     return tokenizer
+
+
+def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | Distillation:
+    """What is to be trained on the rows; a student with its teacher beside it."""
+    if recipe.tokenizer in TEXT_TOKENIZERS:
+        return build_text_model(recipe, rows)
+    if recipe.tokenizer != "vqdraw_student":
+        return build_tokenizer(recipe, rows)
+    require(recipe, "teacher")
+    teacher = load_teacher(recipe.teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(teacher, **recipe.model)), teacher)
+
+
+def load_teacher(path: str) -> VQDrawForImages:
+    """A saved VQ-DRAW model, or a checkpoint of the original; ValueError for anything else."""
+    if Path(path).is_file():
+        return VQDrawForImages.from_vq_draw_checkpoint(path)
+    teacher = load_image_tokenizer(path)
+    if not isinstance(teacher, VQDrawForImages):
+        raise ValueError(f"{path} holds a {type(teacher).__name__}, not a VQ-DRAW model to learn from")
+    return teacher
 
 
 def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
@@ -165,7 +192,9 @@ def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: b
 def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer:
     """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the pictures."""
     if recipe.tokenizer not in MODELS:
-        raise ValueError(f"tokenizer must be one of {', '.join([*MODELS, *TEXT_TOKENIZERS])}, got {recipe.tokenizer!r}")
+        raise ValueError(
+            f"tokenizer must be one of {', '.join([*MODELS, 'vqdraw_student', *TEXT_TOKENIZERS])}, got {recipe.tokenizer!r}"
+        )
     model_class, config_class = MODELS[recipe.tokenizer]
     settings = shape_of(rows) | recipe.model
     with torch.random.fork_rng():

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, Distillation, VQDrawForText
 
 from .plots import save_image, write_atomically
 from .prior import PriorWithLoss
@@ -30,7 +30,8 @@ VALUES_TO_START_FROM = 2**25
 
 
 class Trainer(transformers.Trainer):
-    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, or a `PriorWithLoss` on `text_ids` and `image_codes`.
+    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` on pictures,
+    or a `PriorWithLoss` on `text_ids` and `image_codes`.
 
     Args:
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
@@ -142,6 +143,7 @@ class Trainer(transformers.Trainer):
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:
     """Put the weights of a checkpoint folder into a model that is already built."""
     inner = model.prior if isinstance(model, PriorWithLoss) else model
+    inner = inner.student if isinstance(inner, Distillation) else inner
     safetensors.torch.load_model(inner, Path(str(folder), "model.safetensors"))
 
 

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .images import ImageError, load_image
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
@@ -13,12 +14,15 @@ __all__ = [
     "VQVAE",
     "DiscreteTokenizer",
     "DiscreteTokenizerConfig",
+    "Distillation",
     "ImageError",
     "QuantizerOutput",
     "TokenizerOutput",
     "VQDrawForImages",
     "VQDrawForText",
     "VQDrawImageConfig",
+    "VQDrawStudent",
+    "VQDrawStudentConfig",
     "VQDrawTextConfig",
     "VQVAEConfig",
     "VectorQuantizer",
@@ -29,6 +33,7 @@ for config_class, model_class in (
     (VQVAEConfig, VQVAE),
     (VQDrawImageConfig, VQDrawForImages),
     (VQDrawTextConfig, VQDrawForText),
+    (VQDrawStudentConfig, VQDrawStudent),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)

@@ -9,10 +9,11 @@ from transformers import TrainingArguments
 
 from tok2img.layout import SequenceLayout
 from tok2img.prior import PriorWithLoss, build_prior
-from tok2img.recipes import PriorRecipe, RunSettings
-from tok2img.runs import arguments
+from tok2img.processing import load_image_tokenizer
+from tok2img.recipes import PriorRecipe, RunSettings, TokenizerRecipe
+from tok2img.runs import arguments, train_tokenizer
 from tok2img.trainer import PictureRows, Trainer
-from tokenizers_vq import VQVAE
+from tokenizers_vq import VQVAE, VQDrawStudent
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
 QUIET = {"warmup_steps": 0, "sample_every": 0, "eval_every": 0, "log_every": 1, "batch_size": 8}
@@ -217,3 +218,31 @@ def test_the_last_weights_are_evaluated_whatever_the_rhythm(tiny_vqvae, images, 
     trainer = Trainer(tiny_vqvae, arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [2, 3]
+
+
+def test_a_recipe_distils_a_teacher_into_a_student(tiny_vqdraw, rows, tmp_path):
+    tiny_vqdraw.save_pretrained(tmp_path / "teacher")
+    recipe = TokenizerRecipe(
+        tokenizer="vqdraw_student",
+        teacher=str(tmp_path / "teacher"),
+        data=str(tmp_path / "rows.parquet"),
+        out=str(tmp_path / "student"),
+        model={"hidden_channels": 16, "vector_dim": 32},
+        max_steps=4,
+        batch_size=2,
+        eval_every=2,
+        sample_every=2,
+    )
+    train_tokenizer(recipe)
+    student = load_image_tokenizer(tmp_path / "student")
+    assert isinstance(student, VQDrawStudent) and student.num_codes == 4
+    assert (tmp_path / "student" / "samples" / "step-000004.png").is_file()
+
+
+def test_a_teacher_must_be_a_vqdraw_model(tiny_vqvae, rows, tmp_path):
+    tiny_vqvae.save_pretrained(tmp_path / "teacher")
+    recipe = TokenizerRecipe(
+        tokenizer="vqdraw_student", teacher=str(tmp_path / "teacher"), data=str(tmp_path / "rows.parquet"), out="x"
+    )
+    with pytest.raises(ValueError, match="holds a VQVAE, not a VQ-DRAW model"):
+        train_tokenizer(recipe)
