@@ -228,25 +228,27 @@ class EmbeddedOptions:
     Attributes:
         features: `b t f`.
         weight: `k e f`.
-        embedding: E, `v e`.
+        embedding: E, `v e`; without it, W_k makes logits itself.
     """
 
     features: Tensor
     weight: Tensor
-    embedding: Tensor
+    embedding: Tensor | None
 
     def __post_init__(self) -> None:
         self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
 
     def all(self) -> Tensor:
         """Every step, `b k t v`."""
-        return einsum(self.features, self.weight, "b t f, k e f -> b k t e") @ self.embedding.T
+        return self._logits(einsum(self.features, self.weight, "b t f, k e f -> b k t e"))
 
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m t v`: one matrix product an example."""
         weight = rearrange(self.weight[codes], "b m e f -> b (m e) f")
-        steps = rearrange(self.features @ weight.mT, "b t (m e) -> b m t e", m=codes.shape[1])
-        return steps @ self.embedding.T
+        return self._logits(rearrange(self.features @ weight.mT, "b t (m e) -> b m t e", m=codes.shape[1]))
+
+    def _logits(self, steps: Tensor) -> Tensor:
+        return steps if self.embedding is None else steps @ self.embedding.T
 
     def select(self, examples: Tensor) -> "EmbeddedOptions":
         """The options of the examples `n`."""
