@@ -113,6 +113,7 @@ def generate(
     out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
     captions: Annotated[list[str] | None, typer.Argument(help="One caption or more.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
+    stages: Annotated[bool, typer.Option(help="Show each picture after its first codes, and after more.")] = False,
     random_codes: Annotated[bool, typer.Option(help="Decode codes drawn at random: no prior, no caption.")] = False,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
     guidance_scale: Annotated[
@@ -129,6 +130,7 @@ def generate(
     from .pipeline import TextToImagePipeline
     from .plots import captioned_sheet, check_suffix, save_image
     from .processing import to_device
+    from .runs import draw_stages
 
     check_suffix(out)
     if bool(captions) == random_codes:
@@ -138,7 +140,7 @@ def generate(
         return
     prompts = captions or []
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
-    images: Any = pipeline(
+    output = pipeline(
         prompts,
         num_images_per_prompt=num_images,
         guidance_scale=guidance_scale,
@@ -147,7 +149,12 @@ def generate(
         top_p=top_p,
         seed=seed,
         progress=True,
-    ).images
+    )
+    if stages:
+        save_image(draw_stages(pipeline.processor.image_tokenizer, output.codes), out)
+        print(out)
+        return
+    images: Any = output.images
     labels = [caption for caption in prompts for _ in range(num_images)]
     save_image(images[0] if len(images) == 1 else captioned_sheet(images, labels, columns=min(8, len(images))), out)
     print(out)

@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,9 @@ from .processing import Tok2ImgProcessor
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
 # that takes the last token for the prompt.
 GUIDANCE_KEY = "image_guidance_scale"
+
+# Pictures as they are after so many codes, and which of all pictures they are.
+Preview = Callable[[list[Image.Image], int, range], None]
 
 
 @dataclass
@@ -86,6 +90,8 @@ class TextToImagePipeline:
         output_type: str = "pil",
         batch_size: int = 64,
         progress: bool = False,
+        preview_after: Collection[int] = (),
+        on_preview: Preview | None = None,
     ) -> TextToImageOutput:
         """Draw pictures of captions.
 
@@ -95,21 +101,25 @@ class TextToImagePipeline:
             seed: picture i of a seed is the same in any batch; None draws a new seed.
             output_type: "pil", or "np" for `b h w c` floats in [0, 1].
             batch_size: pictures drawn at once, which bounds memory.
+            preview_after: numbers of codes after which `on_preview` gets the pictures so far, and which of all pictures they are; only
+                for codes that go from coarse to fine.
 
         Raises:
-            ValueError: for no prompt, one that is not text, or a setting out of range.
+            ValueError: for no prompt, one that is not text, a setting out of range, or previews of codes that give none.
         """
         sampling = self._sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         captions = repeated(prompt, num_images_per_prompt)
         if output_type not in ("pil", "np"):
             raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._check_previews(preview_after, on_preview)
         text_ids = self.processor.encode_text(captions)
         negative = self._negative(negative_prompt, sampling)
         images, codes = [], []
         with tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress) as bar:
             for rows in batches(len(captions), batch_size):
-                codes.append(self._draw(text_ids[rows.start : rows.stop], sampling, seed, rows, negative))
+                on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
+                codes.append(self._draw(text_ids[rows.start : rows.stop], sampling, seed, rows, negative, on_code))
                 images.extend(self.processor.decode_images(codes[-1]))
                 bar.update(len(rows))
         pictures = images if output_type == "pil" else np.stack([as_array(image) for image in images])
@@ -122,7 +132,31 @@ class TextToImagePipeline:
             warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
         return self.processor.encode_text([negative_prompt])
 
-    def _draw(self, text_ids: Tensor, sampling: Sampling, seed: int, rows: range, negative: Tensor | None) -> Tensor:
+    def _check_previews(self, preview_after: Collection[int], on_preview: Preview | None) -> None:
+        tokenizer = self.processor.image_tokenizer
+        if bool(preview_after) != (on_preview is not None):
+            raise ValueError("preview_after and on_preview go together, got one of them")
+        if preview_after and not tokenizer.prefixes_decode:
+            raise ValueError(f"the first codes of a {type(tokenizer).__name__} give no picture to preview")
+        if preview_after and not set(preview_after) <= set(range(1, tokenizer.num_codes + 1)):
+            raise ValueError(f"preview_after must lie in 1..{tokenizer.num_codes}, got {sorted(preview_after)}")
+
+    def _preview(
+        self, rows: range, preview_after: Collection[int], on_preview: Preview, position: int, codes: Tensor
+    ) -> None:
+        """Hand out the pictures so far, where they are wanted."""
+        if position + 1 in preview_after:
+            on_preview(self.processor.decode_images(codes[:, : position + 1]), position + 1, rows)
+
+    def _draw(
+        self,
+        text_ids: Tensor,
+        sampling: Sampling,
+        seed: int,
+        rows: range,
+        negative: Tensor | None,
+        on_code: Callable[[int, Tensor], None] | None,
+    ) -> Tensor:
         return generate(
             self.prior,
             self.processor.layout,
@@ -131,6 +165,7 @@ class TextToImagePipeline:
             seed=seed,
             indices=rows,
             negative_text_ids=None if negative is None else negative.expand(len(rows), -1),
+            on_code=on_code,
         ).cpu()
 
     def _sampling(self, **chosen: Any) -> Sampling:

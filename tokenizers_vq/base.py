@@ -117,6 +117,11 @@ class DiscreteTokenizer(PreTrainedModel):
         """Whether code 5 means the same at every position (cells of a grid) or not (stages)."""
         raise NotImplementedError
 
+    @property
+    def prefixes_decode(self) -> bool:
+        """Whether the first few codes of an example decode too, to what it is so far."""
+        return False
+
     def encode(self, pixel_values: Any, /) -> Tensor:
         """`b c h w` floats in [0, 1] -> codes `b n` int64, in float32 and without gradient."""
         raise NotImplementedError

@@ -154,6 +154,11 @@ class VQDrawForImages(DiscreteTokenizer):
         """Code 5 of stage 0 has nothing to do with code 5 of stage 3."""
         return False
 
+    @property
+    def prefixes_decode(self) -> bool:
+        """They do: codes go from coarse to fine."""
+        return True
+
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""
         self.draw.start_from_data(self.normalize(pixel_values))

@@ -139,6 +139,11 @@ class VQDrawForText(DiscreteTokenizer):
         """Code 5 of one stage has nothing to do with code 5 of another."""
         return False
 
+    @property
+    def prefixes_decode(self) -> bool:
+        """They do: codes go from coarse to fine."""
+        return True
+
     def symbols(self, texts: Sequence[str]) -> Tensor:
         """Texts -> symbols `b t`, cut or filled with `end`.
 

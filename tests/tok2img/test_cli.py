@@ -95,6 +95,7 @@ def test_every_command_does_its_part_of_the_whole_job(tok2img, data, tmp_path):
         ["train-prior", "--tokens", tokens, "--out", model, "--depth", "1", *SHORT],
         ["generate", "a picture upside down", "--model", model, "--out", tmp_path / "one.png", "--seed", 1],
         ["generate", "a", "b", "--num-images", 3, "--model", model, "--out", tmp_path / "sheet.png", "--top-k", 4],
+        ["generate", "a", "b", "--stages", "--model", model, "--out", tmp_path / "stages.png"],
         ["reconstruct", data, "--tokenizer", tokenizer, "--out", tmp_path / "both.png", "--num-images", 4],
         [
             "evaluate",

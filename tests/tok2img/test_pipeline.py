@@ -182,3 +182,36 @@ def test_batches_cover_every_picture_once_and_are_nearly_equal(num, size):
 def test_a_pipeline_leaves_its_models_in_eval_mode(pipeline):
     assert not pipeline.prior.training and not pipeline.processor.image_tokenizer.training
     assert torch.is_grad_enabled()
+
+
+def test_previews_are_the_pictures_of_the_codes_so_far(stage_processor):
+    pipeline = TextToImagePipeline(build_prior(stage_processor.layout, depth=1), stage_processor)
+    seen = []
+    output = pipeline(
+        ["a dog", "a cat", "a disc"],
+        seed=0,
+        batch_size=2,
+        preview_after={1, 3},
+        on_preview=lambda *what: seen.append(what),
+    )
+    assert [(count, list(rows)) for _, count, rows in seen] == [(1, [0, 1]), (3, [0, 1]), (1, [2]), (3, [2])]
+    for pictures, count, rows in seen:
+        expected = stage_processor.decode_images(output.codes[list(rows), :count])
+        assert [each.tobytes() for each in pictures] == [each.tobytes() for each in expected]
+    assert output.codes.equal(pipeline(["a dog", "a cat", "a disc"], seed=0).codes)
+
+
+@pytest.mark.parametrize(
+    ("preview_after", "message"),
+    [({0}, r"must lie in 1\.\.4, got \[0\]"), ({2, 5}, r"must lie in 1\.\.4"), ((), "together")],
+)
+def test_previews_that_cannot_be_are_refused(stage_processor, preview_after, message):
+    pipeline = TextToImagePipeline(build_prior(stage_processor.layout, depth=1), stage_processor)
+    with pytest.raises(ValueError, match=message):
+        pipeline("a dog", preview_after=preview_after, on_preview=print)
+
+
+def test_codes_of_a_grid_give_no_previews(processor):
+    pipeline = TextToImagePipeline(build_prior(processor.layout, depth=1), processor)
+    with pytest.raises(ValueError, match="first codes of a VQVAE give no picture"):
+        pipeline("a dog", preview_after={1}, on_preview=print)
