@@ -14,7 +14,9 @@ from .options import Options
 SURE = 3.0  # logit of a pixel that is black or white: 0.95
 SURE_OF_SYMBOL = 8.0  # logit of the right one among some hundred
 IGNORED = -100  # the symbol at a position that does not matter, as in torch's cross entropy
-EXAMPLES_AT_ONCE = 8  # whose proposed logits are held together: what about fits a cache
+LOGITS_AT_ONCE = (
+    2**12
+)  # of one option, for which the search proposes together: what about fits a cache with all options
 
 
 class SquaredError:
@@ -96,20 +98,19 @@ class CrossEntropyError:
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
         """Cross entropy of the target under every proposal, nats, summed over positions and divided by their number, `b k`.
 
-        Where no gradient is wanted, a few examples at a time: the proposals of a batch, `b k t v`, need never stand in memory at once.
+        Where no gradient is wanted, a few examples at a time and in place: the proposals of a batch, `b k t v`, need never stand in
+        memory at once.
         """
         if torch.is_grad_enabled():
-            return self._errors(options, state, target)
-        groups = torch.arange(len(target), device=target.device).split(EXAMPLES_AT_ONCE)
-        return torch.cat([self._errors(options.select(group), state[group], target[group]) for group in groups])
-
-    def _errors(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """All at once."""
-        logits = state[:, None] + options.all()
-        live = target != IGNORED
-        symbols = target.where(live, 0)[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
-        errors = logits.logsumexp(dim=3) - logits.gather(3, symbols).squeeze(3)
-        return (errors * live[:, None]).sum(dim=2) / target.shape[1]
+            return cross_entropies(state[:, None] + options.all(), target)
+        groups = torch.arange(len(target), device=target.device).split(
+            max(1, LOGITS_AT_ONCE // state.shape[1:].numel())
+        )
+        proposals = (state[group, None] + options.select(group).all() for group in groups)
+        errors = [
+            cross_entropies_in_place(logits, target[group]) for logits, group in zip(proposals, groups, strict=True)
+        ]
+        return torch.cat(errors)
 
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that are sure of the target, and zero where it does not matter."""
@@ -119,3 +120,26 @@ class CrossEntropyError:
     def observed(self, state: Tensor) -> Tensor:
         """The likeliest symbols, `b t`."""
         return state.argmax(dim=2)
+
+
+def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
+    """Logits `b k t v` of what the symbols `b t` should be -> nats, a mean over positions, `b k`."""
+    return mean_over_live(logits.logsumexp(dim=3) - logits_of(logits, target), target)
+
+
+def cross_entropies_in_place(logits: Tensor, target: Tensor) -> Tensor:
+    """`cross_entropies` without gradient; a third off the time, for logits that are used up by it."""
+    right, largest = logits_of(logits, target), logits.amax(dim=3, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(dim=3).log_()
+    return mean_over_live(sums + largest.squeeze(3) - right, target)
+
+
+def logits_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Of logits `b k t v` those of the symbols `b t`: `b k t`."""
+    symbols = target.clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+    return logits.gather(3, symbols).squeeze(3)
+
+
+def mean_over_live(errors: Tensor, target: Tensor) -> Tensor:
+    """Errors `b k t` -> `b k`, zero counted for positions that do not matter."""
+    return (errors * (target != IGNORED)[:, None]).sum(dim=2) / target.shape[1]

@@ -26,7 +26,7 @@ CODEBOOK_SIZE = 64
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """Decoding, encoding and a training step; without the peer, our sparse form against our exact one."""
     peer = import_peer("vq_draw")
-    num_symbols, length, num_stages, batch_size = (20, 16, 2, 2) if tiny else (283, 128, 3, 4)
+    num_symbols, length, num_stages, batch_size = (20, 16, 2, 2) if tiny else (283, 128, 3, 16)
     torch.manual_seed(0)
     original = None if peer is None else build_original(peer, num_stages, length, num_symbols)
     ours = build_ours(num_stages, length, num_symbols, None if original is None else original.state_dict())
