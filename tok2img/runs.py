@@ -1,6 +1,5 @@
 """Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
 
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,11 +210,12 @@ def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> VQDrawForText:
     """A text VQ-DRAW of the recipe's settings; its alphabet and length, where they are not set, read from the captions."""
     texts = [caption.encode() for caption in rows["caption"]]
     settings: dict[str, Any] = {"alphabet": sorted({UNKNOWN}.union(*texts))} | recipe.model
-    span = settings.get("span_length", VQDrawTextConfig.span_length)
-    if "max_length" not in settings:
-        settings["max_length"] = math.ceil(min(MAX_TEXT_BYTES, max(map(len, texts))) / span) * span
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
+        if "max_length" not in settings:
+            span = settings.get("span_length", VQDrawTextConfig.span_length)
+            smallest = VQDrawForText(VQDrawTextConfig(**settings | {"max_length": span}))
+            settings["max_length"] = span * max(len(smallest.pieces(text[:MAX_TEXT_BYTES])) for text in texts)
         return VQDrawForText(VQDrawTextConfig(**settings))
 
 

@@ -39,9 +39,11 @@ class VQDrawTextTokenizer:
         ids = []
         for first in range(0, len(captions), BATCH_SIZE):
             texts = captions[first : first + BATCH_SIZE]
-            codes = self.model.encode(texts).cpu() + self._offsets()
+            symbols = self.model.symbols(texts)
+            codes = self.model.encode(symbols).cpu() + self._offsets()
             by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
-            ids += [row[: self._num_ids(text)] for row, text in zip(by_span.tolist(), texts, strict=True)]
+            lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
+            ids += [row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True)]
         return [row[:max_length] for row in ids]
 
     def decode(self, ids: list[int]) -> str:
@@ -72,11 +74,6 @@ class VQDrawTextTokenizer:
         """Id of code 0 at each place of `b (n s)`."""
         num_stages, num_spans = self.model.code_shape
         return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
-
-    def _num_ids(self, text: str) -> int:
-        """Ids up to the end of a text."""
-        num_stages, num_spans = self.model.code_shape
-        return num_stages * min(num_spans, len(text.encode()) // self.model.span_length + 1)
 
 
 def text_tokenizer_of(state: bytes) -> VQDrawTextTokenizer:

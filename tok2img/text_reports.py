@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from tokenizers_vq import VQDrawForText
 
@@ -38,11 +37,11 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
     for first in range(0, len(texts), BATCH_SIZE):
         symbols = model.symbols(texts[first : first + BATCH_SIZE])
         codes = model.encode(symbols)
-        live = live_spans(model, symbols)
+        live = model.live_spans(symbols)
         for stage, seen in enumerate(model.symbols_after_stages(codes)):
             is_text = symbols != model.end
             right[stage] += ((seen == symbols) & is_text).sum().cpu()
-            exact[stage] += ((seen == symbols) | ended(model, symbols)).all(dim=1).sum().cpu()
+            exact[stage] += ((seen == symbols) | ~model.live(symbols)).all(dim=1).sum().cpu()
         by_stage = rearrange(codes, "b (n s) -> n b s", s=num_spans)[:, live].cpu()
         histogram.scatter_add_(1, by_stage, torch.ones_like(by_stage))
         num_bytes, num_live = num_bytes + int((symbols != model.end).sum()), num_live + int(live.sum())
@@ -56,18 +55,8 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
         "used_per_stage": (histogram > 0).sum(dim=1).tolist(),
         "texts": len(texts),
         "bytes_per_text": num_bytes / len(texts),
-        "texts_cut": sum(len(text.encode()) > model.config.max_length for text in texts),
+        "texts_cut": sum(len(model.pieces(text.encode())) > num_spans for text in texts),
     }
-
-
-def ended(model: VQDrawForText, symbols: Tensor) -> Tensor:
-    """Where symbols `b t` come after the first end of their text, and do not matter."""
-    return (symbols == model.end).cumsum(dim=1) > 1
-
-
-def live_spans(model: VQDrawForText, symbols: Tensor) -> Tensor:
-    """Which spans of symbols `b t` hold any of the text or its end, `b s`."""
-    return (~rearrange(ended(model, symbols), "b (s t) -> b s t", s=model.num_spans)).any(dim=2)
 
 
 def text_sheet(model: VQDrawForText, texts: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """VQ-DRAW for text: bytes as codes from coarse to fine, seen from both sides."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .vqdraw import VQDraw
 
 logger = logging.getLogger(__name__)
 VALUES_TO_START_FROM = 2**24
+WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 UNKNOWN = ord("?")  # stands for every byte outside the alphabet
 
 
@@ -23,9 +25,10 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
     """Settings of a `VQDrawForText`; a text takes `num_stages` codes of `codebook_size` options for each of its spans.
 
     Attributes:
-        max_length: bytes of a text; longer ones are cut.
+        max_length: bytes that all spans together have room for; longer texts are cut.
         span_length: bytes that one code covers, a divisor of `max_length`; `max_length` itself is the whole text, as in the original.
             Short spans search far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
+        word_spans: start a span at every word, which then has the same codes wherever it stands; else spans are filled one after another.
         alphabet: the byte values that the model tells apart, in order; none given: all 256. Others are read as "?".
         hidden_channels, feature_channels, embedding_dim, dilations: size of the refiner, see `DilatedConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them.
@@ -39,6 +42,7 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
 
     max_length: int = 96
     span_length: int = 6
+    word_spans: bool = False
     alphabet: list[int] | None = None
     num_stages: int = 4
     codebook_size: int = 64
@@ -145,41 +149,63 @@ class VQDrawForText(DiscreteTokenizer):
         return True
 
     def symbols(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> symbols `b t`, cut or filled with `end`.
+        """Texts -> symbols `b t`, cut or filled up with `end`.
 
         Raises:
             ValueError: for a text that has no bytes: what is no string, or holds half a character.
         """
         table = [self.alphabet.index(byte if byte in self.alphabet else UNKNOWN) for byte in range(256)]
-        rows = []
+        symbols = torch.full((len(texts), self.num_spans, self.span_length), self.end)
+        num_cut = 0
         for number, text in enumerate(texts):
             try:
-                rows.append([table[byte] for byte in whole_bytes(text, self.config.max_length)])
-            except (TypeError, UnicodeEncodeError) as error:
+                content = text.encode()
+            except (AttributeError, UnicodeEncodeError) as error:
                 raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
-        num_cut = sum(len(text.encode()) > self.config.max_length for text in texts)
+            pieces = self.pieces(content)
+            if len(pieces) > self.num_spans:
+                num_cut += 1
+                pieces = self.pieces(whole_characters(b"".join(pieces[: self.num_spans])))
+            for span, piece in enumerate(pieces):
+                symbols[number, span, : len(piece)] = torch.tensor([table[byte] for byte in piece])
         if num_cut:
-            logger.warning(
-                "%d of %d texts are longer than %d bytes and were cut", num_cut, len(texts), self.config.max_length
-            )
-        filled = [row + [self.end] * (self.config.max_length - len(row)) for row in rows]
-        return torch.tensor(filled, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
+            logger.warning("%d of %d texts are longer than %d spans and were cut", num_cut, len(texts), self.num_spans)
+        return symbols.flatten(1).to(self.device)
+
+    def pieces(self, content: bytes) -> list[bytes]:
+        """Bytes as what the spans of a text hold."""
+        words = WORD.findall(content) if self.config.word_spans else [content]
+        starts = ((word, first) for word in words for first in range(0, len(word), self.span_length))
+        return [word[first : first + self.span_length] for word, first in starts]
 
     def texts(self, symbols: Tensor) -> list[str]:
-        """Symbols `b t` -> texts, each up to its first `end`; bytes that are no UTF-8 show as replacement characters."""
-        rows = [row[: row.index(self.end)] if self.end in row else row for row in symbols.tolist()]
-        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in rows]
+        """Symbols `b t` -> texts, each up to its end; bytes that are no UTF-8 show as replacement characters."""
+        rows = zip(symbols.tolist(), self.live(symbols).tolist(), strict=True)
+        kept = (
+            [one for one, is_live in zip(row, live, strict=True) if is_live and one != self.end] for row, live in rows
+        )
+        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in kept]
+
+    def live(self, symbols: Tensor) -> Tensor:
+        """Where symbols `b t` are a text or its end, and not merely what fills up; `b t` booleans."""
+        if not self.config.word_spans:
+            return up_to_first(symbols == self.end)
+        ends = rearrange(symbols == self.end, "b (s t) -> b s t", t=self.span_length)
+        return (up_to_first(ends) & up_to_first(ends[:, :, 0])[..., None]).flatten(1)
+
+    def live_spans(self, symbols: Tensor) -> Tensor:
+        """Which spans of symbols `b t` hold any of the text or its end, `b s`."""
+        return rearrange(self.live(symbols), "b (s t) -> b s t", t=self.span_length).any(dim=2)
 
     def target(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> what the spans shall hold, `(b s) t`: whatever comes after the first `end` is free."""
+        """Symbols `b t` -> what the spans shall hold, `(b s) t`: what merely fills up is free."""
         if symbols.ndim != 2 or symbols.shape[1] != self.config.max_length or symbols.is_floating_point():
             raise ValueError(
                 f"symbols must be `b {self.config.max_length}` integers, got {tuple(symbols.shape)} {symbols.dtype}"
             )
         if symbols.numel() and not (symbols.min() >= 0 and symbols.max() <= self.end):
             raise ValueError(f"symbols must lie in 0..{self.end}, got {int(symbols.min())}..{int(symbols.max())}")
-        ended = (symbols == self.end).cumsum(dim=1) > 1
-        return rearrange(symbols.masked_fill(ended, IGNORED), "b (s t) -> (b s) t", s=self.num_spans)
+        return rearrange(symbols.where(self.live(symbols), IGNORED), "b (s t) -> (b s) t", s=self.num_spans)
 
     @torch.no_grad()
     def encode(self, texts: Any) -> Tensor:
@@ -263,6 +289,11 @@ def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int)
     return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)
 
 
-def whole_bytes(text: str, max_length: int) -> bytes:
-    """The UTF-8 of a text, cut between characters."""
-    return text[:max_length].encode()[:max_length].decode(errors="ignore").encode()
+def whole_characters(content: bytes) -> bytes:
+    """UTF-8 without the half of a character at its end."""
+    return content.decode(errors="ignore").encode()
+
+
+def up_to_first(is_end: Tensor) -> Tensor:
+    """Booleans `... t` -> where none before is true."""
+    return is_end.cumsum(dim=-1) - is_end.long() == 0

@@ -22,7 +22,7 @@ from tok2img.data import load_captioned_images
 from tok2img.recipes import TokenizerRecipe
 from tok2img.reports import open_unseen
 from tok2img.runs import build_text_model
-from tok2img.text_reports import ended, evaluate_text_tokenizer
+from tok2img.text_reports import evaluate_text_tokenizer
 from tokenizers_vq import VectorQuantizer, VQDrawForText
 from tokenizers_vq.refiners import DilatedBlock
 
@@ -128,7 +128,7 @@ def main(data: str, seconds: float, *, max_texts: int = 1000) -> dict[str, Any]:
     report = evaluate_text_tokenizer(draw.eval(), texts)
     curves = {"bits_per_byte": report["bits_per_byte"], "vqdraw": report["byte_accuracy"], "vqdraw_steps": steps}
     vae = TextVQVAE(draw, 2 * SETTINGS["hidden_channels"])
-    steps = train(vae, lambda batch: vae(batch, ~ended(draw, batch)), symbols, name="vqvae", seconds=seconds)
+    steps = train(vae, lambda batch: vae(batch, draw.live(batch)), symbols, name="vqvae", seconds=seconds)
     curves |= {"vqvae": vae.eval().byte_accuracy(unseen, unseen != draw.end), "vqvae_steps": steps}
     print(json.dumps(curves, indent=2))
     return curves

@@ -12,7 +12,7 @@ from transformers import AutoModel
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
 from tokenizers_vq.errors import IGNORED, CrossEntropyError
 from tokenizers_vq.options import BiasedOptions, DenseOptions, EmbeddedOptions
-from tokenizers_vq.vqdraw_text import whole_bytes
+from tokenizers_vq.vqdraw_text import whole_characters
 
 TEXTS = ["a red square", "a blue disc", "", "x", "two green cats sat"]
 TINY = {
@@ -55,6 +55,11 @@ def trained() -> VQDrawForText:
         model(symbols).loss.backward()
         optimizer.step()
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def words() -> VQDrawForText:
+    return tiny(word_spans=True, max_length=36)
 
 
 def random(*shape: int) -> Tensor:
@@ -104,7 +109,7 @@ class TestText:
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.text(max_size=30), max_size=3))
     def test_symbols_give_back_what_fits(self, model, texts):
-        expected = [whole_bytes(text, 18).decode() for text in texts]
+        expected = [whole_characters(text.encode()[:18]).decode() for text in texts]
         assert model.texts(model.symbols(texts)) == expected
 
     @settings(max_examples=30, deadline=None)
@@ -118,10 +123,30 @@ class TestText:
     def test_cut_texts_are_reported_and_end_between_characters(self, model, caplog):
         with caplog.at_level(logging.WARNING, logger="tokenizers_vq"):
             assert model.texts(model.symbols(["a" * 17 + "é", "short"])) == ["a" * 17, "short"]
-        assert "1 of 2 texts are longer than 18 bytes and were cut" in caplog.text
+        assert "1 of 2 texts are longer than 3 spans and were cut" in caplog.text
 
     def test_no_texts_are_no_codes(self, model):
         assert model.encode([]).shape == (0, 9)
+
+
+class TestWordSpans:
+    def test_every_word_starts_a_span(self, words):
+        assert words.pieces(b"a yellow dog, 42  more") == [b"a", b" yello", b"w", b" dog", b",", b" 42", b"  ", b"more"]
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text(max_size=30))
+    def test_symbols_give_back_what_fits(self, words, text):
+        fitting = whole_characters(b"".join(words.pieces(text.encode())[:6])).decode()
+        assert words.texts(words.symbols([text])) == [fitting]
+
+    def test_what_fills_up_is_free(self, words):
+        target = words.target(words.symbols(["a dog"])).view(6, 6)
+        assert (target != IGNORED).sum(dim=1).tolist() == [2, 5, 1, 0, 0, 0]
+        assert not words.encode(["a dog"]).view(3, 6)[:, 3:].any()
+
+    def test_codes_decode_to_the_reconstruction(self, words):
+        symbols = words.symbols(TEXTS)
+        assert torch.equal(words.decode_symbols(words.encode(TEXTS)), words(symbols).reconstruction)
 
 
 class TestCodes:
