@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .vqdraw import VQDraw
 
 logger = logging.getLogger(__name__)
 VALUES_TO_START_FROM = 2**24
+SPAN_UNITS = ("bytes", "words", "word")
 WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 UNKNOWN = ord("?")  # stands for every byte outside the alphabet
 
@@ -28,7 +29,8 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
         max_length: bytes that all spans together have room for; longer texts are cut.
         span_length: bytes that one code covers, a divisor of `max_length`; `max_length` itself is the whole text, as in the original.
             Short spans search far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
-        word_spans: start a span at every word, which then has the same codes wherever it stands; else spans are filled one after another.
+        span_unit: what a span is filled with: "bytes", whatever they are; "words", as many whole ones as fit, which is the shortest for
+            running text; "word", a single one, which then has the same codes wherever it stands.
         alphabet: the byte values that the model tells apart, in order; none given: all 256. Others are read as "?".
         hidden_channels, feature_channels, embedding_dim, dilations: size of the refiner, see `DilatedConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them.
@@ -42,7 +44,7 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
 
     max_length: int = 96
     span_length: int = 6
-    word_spans: bool = False
+    span_unit: str = "bytes"
     alphabet: list[int] | None = None
     num_stages: int = 4
     codebook_size: int = 64
@@ -65,6 +67,8 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
         super().__post_init__(**other)
         if self.max_length % self.span_length:
             raise ValueError(f"max_length {self.max_length} is no multiple of span_length {self.span_length}")
+        if self.span_unit not in SPAN_UNITS:
+            raise ValueError(f"span_unit must be one of {', '.join(SPAN_UNITS)}, got {self.span_unit!r}")
         alphabet = self.alphabet
         if alphabet is not None and (sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256))):
             raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
@@ -174,7 +178,10 @@ class VQDrawForText(DiscreteTokenizer):
 
     def pieces(self, content: bytes) -> list[bytes]:
         """Bytes as what the spans of a text hold."""
-        words = WORD.findall(content) if self.config.word_spans else [content]
+        unit = self.config.span_unit
+        words = [content] if unit == "bytes" else WORD.findall(content)
+        if unit == "words":
+            words = list(joined(words, self.span_length))
         starts = ((word, first) for word in words for first in range(0, len(word), self.span_length))
         return [word[first : first + self.span_length] for word, first in starts]
 
@@ -188,7 +195,7 @@ class VQDrawForText(DiscreteTokenizer):
 
     def live(self, symbols: Tensor) -> Tensor:
         """Where symbols `b t` are a text or its end, and not merely what fills up; `b t` booleans."""
-        if not self.config.word_spans:
+        if self.config.span_unit == "bytes":
             return up_to_first(symbols == self.end)
         ends = rearrange(symbols == self.end, "b (s t) -> b s t", t=self.span_length)
         return (up_to_first(ends) & up_to_first(ends[:, :, 0])[..., None]).flatten(1)
@@ -292,6 +299,18 @@ def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int)
 def whole_characters(content: bytes) -> bytes:
     """UTF-8 without the half of a character at its end."""
     return content.decode(errors="ignore").encode()
+
+
+def joined(words: Iterable[bytes], length: int) -> Iterator[bytes]:
+    """Neighbouring words as one where they have at most `length` bytes together."""
+    together = b""
+    for word in words:
+        if together and len(together) + len(word) > length:
+            yield together
+            together = b""
+        together += word
+    if together:
+        yield together
 
 
 def up_to_first(is_end: Tensor) -> Tensor:

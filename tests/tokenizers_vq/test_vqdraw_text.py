@@ -57,9 +57,9 @@ def trained() -> VQDrawForText:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def words() -> VQDrawForText:
-    return tiny(word_spans=True, max_length=36)
+@pytest.fixture(scope="module", params=["words", "word"])
+def words(request) -> VQDrawForText:
+    return tiny(span_unit=request.param, max_length=36)
 
 
 def random(*shape: int) -> Tensor:
@@ -130,8 +130,12 @@ class TestText:
 
 
 class TestWordSpans:
-    def test_every_word_starts_a_span(self, words):
-        assert words.pieces(b"a yellow dog, 42  more") == [b"a", b" yello", b"w", b" dog", b",", b" 42", b"  ", b"more"]
+    def test_every_span_starts_a_word(self, words):
+        expected = {
+            "word": [b"a", b" yello", b"w", b" dog", b",", b" 42", b"  ", b"more"],
+            "words": [b"a", b" yello", b"w", b" dog,", b" 42  ", b"more"],
+        }
+        assert words.pieces(b"a yellow dog, 42  more") == expected[words.config.span_unit]
 
     @settings(max_examples=100, deadline=None)
     @given(st.text(max_size=30))
@@ -140,8 +144,8 @@ class TestWordSpans:
         assert words.texts(words.symbols([text])) == [fitting]
 
     def test_what_fills_up_is_free(self, words):
-        target = words.target(words.symbols(["a dog"])).view(6, 6)
-        assert (target != IGNORED).sum(dim=1).tolist() == [2, 5, 1, 0, 0, 0]
+        target = words.target(words.symbols(["a tiger"])).view(6, 6)
+        assert (target != IGNORED).sum(dim=1).tolist() == [2, 6, 1, 0, 0, 0]
         assert not words.encode(["a dog"]).view(3, 6)[:, 3:].any()
 
     def test_codes_decode_to_the_reconstruction(self, words):
@@ -245,6 +249,7 @@ class TestFolder:
             ({"alphabet": [1, 63, 2]}, "alphabet must be different byte values in order"),
             ({"alphabet": [1, 2]}, "alphabet must hold 63"),
             ({"alphabet": [63, 256]}, "alphabet must be different byte values"),
+            ({"span_unit": "line"}, "span_unit must be one of bytes, words, word, got 'line'"),
             ({"dilations": []}, "dilations must be"),
             ({"active_stages": 4}, "active_stages 4 is more than num_stages 3"),
             ({"segment_length": 2}, "num_stages 3 is no multiple of segment_length 2"),
