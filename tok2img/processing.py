@@ -80,8 +80,8 @@ class Tok2ImgProcessor:
 
     def num_cut(self, captions: list[str]) -> int:
         """How many of the captions are longer than the layout has room for."""
-        ids = self.text_tokenizer.encode(captions, max_length=self.layout.text_length)
-        return sum(len(row) > self.layout.text_length for row in ids)
+        lengths = self.text_tokenizer.lengths(captions, max_length=self.layout.text_length)
+        return sum(length > self.layout.text_length for length in lengths)
 
     def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
         """Pictures (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""

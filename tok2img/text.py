@@ -34,6 +34,10 @@ class TextTokenizer(Protocol):
         """
         ...
 
+    def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
+        """How many ids each caption takes; above `max_length` any number above it will do."""
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """The text that the ids stand for."""
         ...
@@ -102,6 +106,10 @@ class SubwordTokenizer:
         limit = None if max_length is None else (max_length + 1) * MAX_CHARACTERS_PER_TOKEN
         texts = [caption[:limit] for caption in captions]
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
+        """How many ids each caption takes; above `max_length` any number above it will do."""
+        return [len(ids) for ids in self.encode(captions, max_length=max_length)]
 
     def decode(self, ids: list[int]) -> str:
         """The text that the ids stand for."""

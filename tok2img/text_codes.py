@@ -46,6 +46,11 @@ class VQDrawTextTokenizer:
             ids += [row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True)]
         return [row[:max_length] for row in ids]
 
+    def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
+        """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""
+        del max_length
+        return [self.model.code_shape[0] * self.model.spans_of(caption) for caption in captions]
+
     def decode(self, ids: list[int]) -> str:
         """The text that the ids stand for; ValueError for ids that are none, or not where they belong."""
         num_stages, num_spans = self.model.code_shape

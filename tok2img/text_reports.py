@@ -55,7 +55,7 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
         "used_per_stage": (histogram > 0).sum(dim=1).tolist(),
         "texts": len(texts),
         "bytes_per_text": num_bytes / len(texts),
-        "texts_cut": sum(len(model.pieces(text.encode())) > num_spans for text in texts),
+        "texts_cut": sum(model.spans_of(text) > model.num_spans for text in texts),
     }
 
 

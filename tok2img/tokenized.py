@@ -34,8 +34,8 @@ def fit_text(
     text_tokenizer = text_tokenizer or SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size)
     if text_length:
         return text_tokenizer, text_length
-    ids = text_tokenizer.encode(sorted(set(captions)), max_length=MAX_TEXT_LENGTH)
-    return text_tokenizer, min(MAX_TEXT_LENGTH, max(1, *(len(row) for row in ids)))
+    lengths = text_tokenizer.lengths(sorted(set(captions)), max_length=MAX_TEXT_LENGTH)
+    return text_tokenizer, min(MAX_TEXT_LENGTH, max(1, *lengths))
 
 
 def save_tokens(

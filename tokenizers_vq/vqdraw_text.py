@@ -185,6 +185,13 @@ class VQDrawForText(DiscreteTokenizer):
         starts = ((word, first) for word in words for first in range(0, len(word), self.span_length))
         return [word[first : first + self.span_length] for word, first in starts]
 
+    def spans_of(self, text: str) -> int:
+        """Spans that hold a text and its end; more than `num_spans` where it will be cut."""
+        pieces = self.pieces(text.encode())
+        fits_exactly = len(pieces) == self.num_spans
+        holds_end = self.config.span_unit == "bytes" and bool(pieces) and len(pieces[-1]) < self.span_length
+        return len(pieces) + (not fits_exactly and not holds_end)
+
     def texts(self, symbols: Tensor) -> list[str]:
         """Symbols `b t` -> texts, each up to its end; bytes that are no UTF-8 show as replacement characters."""
         rows = zip(symbols.tolist(), self.live(symbols).tolist(), strict=True)

@@ -81,6 +81,20 @@ def test_a_limit_cuts_the_ids_and_the_rest_decodes(text_codes):
     assert isinstance(text_codes.decode(ids), str)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=20))
+def test_lengths_are_known_without_encoding(text_codes, text):
+    (length,) = text_codes.lengths([text], max_length=64)
+    assert min(length, text_codes.model.num_codes) == len(text_codes.encode([text])[0])
+
+
+def test_captions_without_room_are_counted(text_codes, tiny_vqvae):
+    processor = Tok2ImgProcessor.build(tiny_vqvae, text_codes, text_length=12)
+    assert processor.num_cut(["a red square", "a" * 16, "a" * 17]) == 1
+    shorter = Tok2ImgProcessor.build(tiny_vqvae, text_codes, text_length=9)
+    assert shorter.num_cut(["a red", "a red square"]) == 1
+
+
 def test_captions_that_are_no_text_are_refused_with_their_row(text_codes):
     with pytest.raises(ValueError, match="row 7: the caption is not text"):
         text_codes.encode(["fine", None], rows=[6, 7])

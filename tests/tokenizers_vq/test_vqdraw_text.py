@@ -117,6 +117,13 @@ class TestText:
     def test_every_text_comes_back_as_some_text(self, model, text):
         assert isinstance(model.decode(model.encode([text]))[0], str)
 
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(max_size=24))
+    def test_spans_are_counted_without_encoding(self, model, text):
+        live = model.live_spans(model.symbols([text])).sum()
+        assert min(model.spans_of(text), model.num_spans) == live
+        assert (model.spans_of(text) > model.num_spans) == (len(text.encode()) > 18)
+
     def test_bytes_outside_the_alphabet_are_question_marks(self, trained):
         assert trained.texts(trained.symbols(["a Zebra é"])) == ["a ?ebra ??"]
 
@@ -142,6 +149,12 @@ class TestWordSpans:
     def test_symbols_give_back_what_fits(self, words, text):
         fitting = whole_characters(b"".join(words.pieces(text.encode())[:6])).decode()
         assert words.texts(words.symbols([text])) == [fitting]
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(max_size=24))
+    def test_spans_are_counted_without_encoding(self, words, text):
+        live = words.live_spans(words.symbols([text])).sum()
+        assert min(words.spans_of(text), words.num_spans) == live
 
     def test_what_fills_up_is_free(self, words):
         target = words.target(words.symbols(["a tiger"])).view(6, 6)
