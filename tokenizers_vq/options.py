@@ -129,7 +129,7 @@ class LinearOptions:
     With the Gram matrices A = r f' and G = f f' over the places, r.d_k = <W_k, A> and |d_k|^2 = <W_k' W_k, G>.
 
     Attributes:
-        features: `b f h w`, the last of them constant one.
+        features: `b h w f`, the last of them constant one.
         weight: `k o f`, where a place holds `o = c * patch * patch` pixels of `c` channels.
         patch: side of the square of pixels that a place stands for.
     """
@@ -143,15 +143,15 @@ class LinearOptions:
 
     def all(self) -> Tensor:
         """Every step, `b k c h w`."""
-        steps = einsum(self.weight, self.features, "k o f, b f h w -> b k o h w")
-        return rearrange(steps, "b k (c p q) h w -> b k c (h p) (w q)", p=self.patch, q=self.patch)
+        steps = einsum(self.weight, self.features, "k o f, b h w f -> b k h w o")
+        return rearrange(steps, "b k h w (c p q) -> b k c (h p) (w q)", p=self.patch, q=self.patch)
 
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m c h w`: one matrix product an example."""
-        height = self.features.shape[2]
-        steps = rearrange(self.weight[codes], "b m o f -> b (m o) f") @ self.features.flatten(2)
+        height = self.features.shape[1]
+        steps = self.features.flatten(1, 2) @ rearrange(self.weight[codes], "b m o f -> b f (m o)")
         sizes = {"m": codes.shape[1], "h": height, "p": self.patch, "q": self.patch}
-        return rearrange(steps, "b (m c p q) (h w) -> b m c (h p) (w q)", **sizes)
+        return rearrange(steps, "b (h w) (m c p q) -> b m c (h p) (w q)", **sizes)
 
     def select(self, examples: Tensor) -> "LinearOptions":
         """The options of the examples `n`."""
@@ -160,15 +160,15 @@ class LinearOptions:
     def squared_errors(self, residual: Tensor) -> Tensor:
         """`b c h w` -> `b k`."""
         r = rearrange(residual, "b c (h p) (w q) -> b (c p q) (h w)", p=self.patch, q=self.patch)
-        f = self.features.flatten(2)
-        products = (r @ f.mT).flatten(1) @ self.weight.flatten(1).T
-        norms = (f @ f.mT).flatten(1) @ (self.weight.mT @ self.weight).flatten(1).T
+        f = self.features.flatten(1, 2)
+        products = (r @ f).flatten(1) @ self.weight.flatten(1).T
+        norms = (f.mT @ f).flatten(1) @ (self.weight.mT @ self.weight).flatten(1).T
         return (r.square().sum((1, 2))[:, None] - 2 * products + norms) / residual.shape[1:].numel()
 
     def products(self, biases: Tensor) -> Tensor:
         """`k c h w` -> `b k`, as <W_k' e_k, f>: one matrix product for the batch."""
-        e = rearrange(biases, "k c (h p) (w q) -> k (c p q) (h w)", p=self.patch, q=self.patch)
-        return self.features.flatten(1) @ (self.weight.mT @ e).flatten(1).T / biases[0].numel()
+        e = rearrange(biases, "k c (h p) (w q) -> k (h w) (c p q)", p=self.patch, q=self.patch)
+        return self.features.flatten(1) @ (e @ self.weight).flatten(1).T / biases[0].numel()
 
 
 @dataclass

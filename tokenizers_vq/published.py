@@ -11,36 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .base import first_line
+from .convolution import StageGain, channels_last
 from .options import ConvolvedOptions, Options
 from .pt_checkpoint import read_pt
-
-
-class StageGain(nn.Module):
-    """One gain for each stage and channel, standing normal at first, of the convolution that comes before it in a `Stack`."""
-
-    def __init__(self, num_stages: int, num_channels: int):
-        super().__init__()
-        self.gain = nn.Parameter(torch.randn(num_stages, num_channels))
-
-    def after(self, layer: nn.Module, x: Tensor, stage: int) -> Tensor:
-        """Convolve `b c h w` and scale: the weights or the pixels, whichever are fewer."""
-        convolution: Any = layer
-        gain = self.gain[stage]
-        if convolution.weight.numel() > x.numel():
-            return convolution(x) * rearrange(gain, "o -> o 1 1")
-        bias = convolution.bias * gain
-        if isinstance(layer, nn.ConvTranspose2d):
-            weight = convolution.weight * rearrange(gain, "o -> 1 o 1 1")
-            return F.conv_transpose2d(x, weight, bias, stride=convolution.stride, padding=convolution.padding)
-        weight = convolution.weight * rearrange(gain, "o -> o 1 1 1")
-        return F.conv2d(x, weight, bias, stride=convolution.stride, padding=convolution.padding)
 
 
 class Stack(nn.ModuleList):
@@ -50,7 +28,7 @@ class Stack(nn.ModuleList):
         """`b c h w` -> `b c h w`."""
         for layer, following in pairwise([*self, nn.Identity()]):
             if isinstance(following, StageGain):
-                x = following.after(layer, x, stage)
+                x = following.after_convolution(layer, x, stage)
             elif isinstance(layer, Stack):
                 x = layer(x, stage)
             elif not isinstance(layer, StageGain):
@@ -158,7 +136,7 @@ class PublishedRefiner(nn.Module):
 
     def __init__(self, name: str, *, num_stages: int, codebook_size: int):
         super().__init__()
-        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages)))
+        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, start=torch.randn)))
         num_channels = PRESETS[name]["num_channels"]
         num_heads = num_stages if name == "svhn" else 1
         self.heads = nn.ModuleList(
@@ -173,17 +151,6 @@ class PublishedRefiner(nn.Module):
         weight = head.weight.unflatten(0, (self.codebook_size, -1)) * self.output_scale
         bias = head.bias.unflatten(0, (self.codebook_size, -1)) * self.output_scale
         return ConvolvedOptions(self.layers(channels_last(state), stage), weight, bias)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`b c h w` with its channels next to each other in memory, which convolutions then keep: a quarter off the MNIST model's time.
-
-    With one channel both orders are the same, and the strides alone tell convolutions which of them is meant.
-    """
-    if x.shape[1] > 1:
-        return x.contiguous(memory_format=torch.channels_last)
-    x = x.contiguous()
-    return x.as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

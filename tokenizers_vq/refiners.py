@@ -7,22 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .convolution import group_norm
+from .convolution import StageGain, channels_last, group_norm
 from .options import EmbeddedOptions, LinearOptions, Options
 
 PATCH = 2  # options are made on a grid half as fine as the pixels, four pixels of each channel at a place
-
-
-class StageScale(nn.Module):
-    """Channel gains that differ from stage to stage, so one network can refine coarse, then fine."""
-
-    def __init__(self, num_stages: int, num_channels: int):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(num_stages, num_channels))
-
-    def forward(self, x: Tensor, stage: int) -> Tensor:
-        """`b c h w` -> `b c h w`."""
-        return x * rearrange(self.gain[stage], "c -> c 1 1")
 
 
 class StagedBlock(nn.Module):
@@ -33,13 +21,13 @@ class StagedBlock(nn.Module):
         self.norm = group_norm(num_channels)
         self.spread = nn.Conv2d(num_channels, hidden_channels, 3, padding=1)
         self.merge = nn.Conv2d(hidden_channels, num_channels, 1)
-        self.scale_in = StageScale(num_stages, num_channels)
-        self.scale_hidden = StageScale(num_stages, hidden_channels)
+        self.scale_in = StageGain(num_stages, num_channels)
+        self.scale_hidden = StageGain(num_stages, hidden_channels)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b c h w` -> `b c h w`."""
-        hidden = self.spread(F.relu(self.scale_in(self.norm(x), stage)))
-        return x + self.merge(F.relu(self.scale_hidden(hidden, stage)))
+        normed = F.relu(self.scale_in.after_norm(self.norm, x, stage))
+        return x + self.merge(F.relu(self.scale_hidden.after_convolution(self.spread, normed, stage)))
 
 
 class ConvRefiner(nn.Module):
@@ -64,28 +52,28 @@ class ConvRefiner(nn.Module):
         super().__init__()
         self.to_half = nn.Conv2d(num_channels, feature_channels, 4, stride=2, padding=1)
         self.to_quarter = nn.Conv2d(feature_channels, hidden_channels, 4, stride=2, padding=1)
-        self.half_scale = StageScale(num_stages, feature_channels)
+        self.half_scale = StageGain(num_stages, feature_channels)
         self.blocks = nn.ModuleList(
             StagedBlock(num_stages, hidden_channels, hidden_channels) for _ in range(num_residual_blocks)
         )
         self.back = nn.ConvTranspose2d(hidden_channels, feature_channels, 4, stride=2, padding=1)
         self.refine = StagedBlock(num_stages, feature_channels, feature_channels)
         self.norm = group_norm(feature_channels)
-        self.scale_out = StageScale(num_stages, feature_channels)
+        self.scale_out = StageGain(num_stages, feature_channels)
         pixels = num_channels * PATCH * PATCH
         # Zero: at first every step is its bias, or nothing.
         self.head = nn.Parameter(torch.zeros(num_stages, codebook_size, pixels, feature_channels + 1))
 
     def forward(self, state: Tensor, stage: int) -> Options:
         """State `b c h w` -> the options of a stage."""
-        fine = F.relu(self.half_scale(self.to_half(state), stage))
+        fine = F.relu(self.half_scale.after_convolution(self.to_half, channels_last(state), stage))
         coarse = self.to_quarter(fine)
         for block in self.blocks:
             coarse = block(coarse, stage)
-        features = self.refine(fine + self.back(F.relu(coarse)), stage)
-        features = F.relu(self.scale_out(self.norm(features), stage))
-        constant = torch.ones_like(features[:, :1])
-        return LinearOptions(torch.cat([features, constant], dim=1), self.head[stage], PATCH)
+        features = self.refine(fine + channels_last(self.back(F.relu(coarse))), stage)
+        features = F.relu(self.scale_out.after_norm(self.norm, features, stage))
+        features = F.pad(rearrange(features, "b f h w -> b h w f"), (0, 1), value=1.0)
+        return LinearOptions(features, self.head[stage], PATCH)
 
 
 class StageNorm(nn.Module):

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig, load_image
+from tokenizers_vq.convolution import StageGain
 from tokenizers_vq.images import pixels_from_images
-from tokenizers_vq.published import PRESETS, PublishedRefiner, ResidualStack, StageGain
+from tokenizers_vq.published import PRESETS, PublishedRefiner, ResidualStack
 
 SHARED = Path(__file__).parents[3] / "shared"
 REFERENCE = SHARED / "reference" / "vqdraw_mnist_60bit.safetensors"

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tokenizers_vq.convolution import StageGain, channels_last, group_norm
 from tokenizers_vq.options import DenseOptions, LinearOptions
-from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner, StageScale
+from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner
 
 
 def fresh() -> ConvRefiner:
@@ -71,14 +72,30 @@ def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
     before = [refiner(images, stage).all() for stage in range(4)]
     with torch.no_grad():
         for module in refiner.modules():
-            if isinstance(module, StageScale):
+            if isinstance(module, StageGain):
                 module.gain[2] *= 1.5
     changed = [not torch.equal(refiner(images, stage).all(), before[stage]) for stage in range(4)]
     assert changed == [False, False, True, False]
 
 
-def test_a_fresh_stage_scale_changes_nothing(images):
-    assert torch.equal(StageScale(4, 3)(images, 1), images)
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 6, 4, stride=2, padding=1), nn.ConvTranspose2d(3, 6, 4, stride=2)])
+def test_gains_scale_what_a_convolution_makes(images, layer):
+    gains = StageGain(4, 6, start=torch.randn)
+    expected = layer(images) * gains.gain[1, :, None, None]
+    for x in (images, channels_last(images)):
+        torch.testing.assert_close(gains.after_convolution(layer, x, 1), expected)
+    few = images[:1, :, :4, :4]
+    torch.testing.assert_close(gains.after_convolution(layer, few, 1), layer(few) * gains.gain[1, :, None, None])
+
+
+def test_gains_scale_what_a_normalisation_makes(images):
+    gains, norm = StageGain(4, 3, start=torch.randn), group_norm(3)
+    expected = norm(images) * gains.gain[1, :, None, None]
+    torch.testing.assert_close(gains.after_norm(norm, images, 1), expected)
+
+
+def test_fresh_gains_change_nothing(images):
+    assert torch.equal(StageGain(4, 3).after_norm(group_norm(3), images, 1), group_norm(3)(images))
 
 
 def test_each_segment_asks_its_own_refiner_from_its_first_stage():

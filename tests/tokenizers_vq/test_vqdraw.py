@@ -23,7 +23,7 @@ def random(*shape: int) -> Tensor:
 
 
 def linear_options() -> LinearOptions:
-    return LinearOptions(random(5, 7, 4, 4), random(6, 12, 7), patch=2)
+    return LinearOptions(random(5, 4, 4, 7), random(6, 12, 7), patch=2)
 
 
 def convolved_options() -> ConvolvedOptions:
