@@ -2,7 +2,7 @@
 
     python training/text_vqvae.py DATA SECONDS
 
-Both read spans of 6 bytes as 4 codes of 64, so that each code costs one bit a byte, and train for so many CPU seconds.
+Both read spans of up to 8 bytes as 4 codes of 64, about one bit a byte each, and train for so many CPU seconds.
 """
 
 import json
@@ -27,7 +27,8 @@ from tokenizers_vq import VectorQuantizer, VQDrawForText
 from tokenizers_vq.refiners import DilatedBlock
 
 SETTINGS: dict[str, Any] = {
-    "span_length": 6,
+    "span_length": 8,
+    "span_unit": "words",
     "num_stages": 4,
     "codebook_size": 64,
     "hidden_channels": 96,
