@@ -4,7 +4,8 @@ id = stage x codebook_size + code, all stages of the first span, then all of the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ class VQDrawTextTokenizer:
     ) -> list[list[int]]:
         """Ids of each caption, at most `max_length` where it is given; ValueError for a caption that is not text, with its number."""
         check_texts(captions, rows)
-        ids = []
-        for first in range(0, len(captions), BATCH_SIZE):
-            texts = captions[first : first + BATCH_SIZE]
-            symbols = self.model.symbols(texts)
-            codes = self.model.encode(symbols).cpu() + self._offsets()
-            by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
-            lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
-            ids += [row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True)]
-        return [row[:max_length] for row in ids]
+        different = list(dict.fromkeys(captions))
+        batches = (different[first : first + BATCH_SIZE] for first in range(0, len(different), BATCH_SIZE))
+        ids = dict(zip(different, chain.from_iterable(map(self._encode, batches)), strict=True))
+        return [ids[caption][:max_length] for caption in captions]
+
+    def _encode(self, captions: list[str]) -> Iterator[list[int]]:
+        """Ids of each caption of one batch."""
+        symbols = self.model.symbols(captions)
+        codes = self.model.encode(symbols).cpu() + self._offsets()
+        by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
+        lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
+        return (row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True))
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
         """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""

@@ -67,6 +67,14 @@ def test_ids_are_stage_by_stage_for_each_span_up_to_the_end(text_codes, model):
     assert text_codes.vocab_size == 24
 
 
+def test_captions_that_come_again_are_encoded_once(text_codes, model, monkeypatch):
+    expected = text_codes.encode(["a red", "", "a blue"])
+    seen, symbols = [], model.symbols
+    monkeypatch.setattr(model, "symbols", lambda texts: [seen.extend(texts), symbols(texts)][1])
+    assert text_codes.encode(["a red", "", "a red", "a blue", ""]) == [expected[index] for index in (0, 1, 0, 2, 1)]
+    assert seen == ["a red", "", "a blue"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(max_size=20))
 def test_ids_decode_to_what_the_codes_say(text_codes, model, text):
