@@ -234,9 +234,9 @@ class VQDrawForText(DiscreteTokenizer):
         return self.texts(self.decode_symbols(codes))
 
     @torch.no_grad()
-    def decode_symbols(self, codes: Tensor) -> Tensor:
-        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
-        *_, last = self.symbols_after_stages(codes)
+    def decode_symbols(self, codes: Tensor, given: Tensor | None = None) -> Tensor:
+        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`; see `symbols_after_stages`."""
+        *_, last = self.symbols_after_stages(codes, given)
         return last
 
     @torch.no_grad()
@@ -246,17 +246,21 @@ class VQDrawForText(DiscreteTokenizer):
             yield self.texts(symbols)
 
     @torch.no_grad()
-    def symbols_after_stages(self, codes: Tensor) -> Iterator[Tensor]:
-        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
+    def symbols_after_stages(self, codes: Tensor, given: Tensor | None = None) -> Iterator[Tensor]:
+        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's.
+
+        Args:
+            given: which codes count, booleans like `codes`, where texts have different numbers of them.
+        """
         self.check_codes(codes, prefix=True)
-        num_given = codes.shape[1]
-        whole = F.pad(codes.long(), (0, -num_given % self.num_spans))
-        by_span = rearrange(whole, "b (n s) -> (b s) n", s=self.num_spans)
+        counts = torch.ones_like(codes, dtype=torch.bool) if given is None else given
+        missing = (0, -codes.shape[1] % self.num_spans)
+        by_span = rearrange(F.pad(codes.long(), missing), "b (n s) -> (b s) n", s=self.num_spans)
+        by_stage = rearrange(F.pad(counts, missing), "b (n s) -> n (b s) 1 1", s=self.num_spans)
         before = self.draw.first_state(len(by_span))
         with torch.autocast(codes.device.type, enabled=False):
-            for stage, state in enumerate(self.draw.states(by_span)):
-                is_given = stage * self.num_spans + torch.arange(self.num_spans, device=codes.device) < num_given
-                before = torch.where(is_given.repeat(len(codes))[:, None, None], state, before)
+            for state, counts in zip(self.draw.states(by_span), by_stage, strict=True):
+                before = torch.where(counts, state, before)
                 yield rearrange(self.error.observed(before), "(b s) t -> b (s t)", s=self.num_spans)
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:

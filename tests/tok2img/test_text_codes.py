@@ -16,7 +16,7 @@ from tok2img.recipes import TokenizerRecipe
 from tok2img.runs import train_tokenizer
 from tok2img.text import SubwordTokenizer
 from tok2img.text_codes import VQDrawTextTokenizer, load_text_tokenizer
-from tok2img.text_reports import evaluate_text_tokenizer
+from tok2img.text_reports import evaluate_text_tokenizer, first_codes
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
 
 MODEL = {
@@ -178,6 +178,20 @@ class TestReport:
         assert report["bits_per_byte"][-1] == pytest.approx(3 * 3 * (4 + 1 + 1 + 4) / sum(lengths))
         assert report["texts_cut"] == 1 and report["bytes_per_text"] == sum(lengths) / 4
         assert all(1 <= used <= 8 for used in report["used_per_stage"])
+
+    def test_rates_spend_what_they_may(self, model):
+        texts = ["a red square", "x"]
+        symbols, codes = model.symbols(texts), model.encode(texts)
+        given = first_codes(model, symbols, 2).view(2, 3, 4)
+        assert given[0].tolist() == [[True] * 4, [True] * 4, [False] * 4]  # 24 bits at 3 each
+        assert not given[1].any()  # 2 bits buy no code
+        assert first_codes(model, symbols, 100).sum(dim=1).tolist() == [12, 3]
+        report = evaluate_text_tokenizer(model, texts)
+        *_, second, _ = model.symbols_after_stages(codes[:1])
+        right = (second[0, :12] == symbols[0, :12]).sum() + (
+            model.decode_symbols(codes[1:], given[1:].flatten(1))[0, 0] == symbols[1, 0]
+        )
+        assert report["at_bits_per_byte"]["2"]["byte_accuracy"] == pytest.approx(right.item() / 13)
 
     def test_needs_texts(self, model):
         with pytest.raises(ValueError, match="no texts"):
