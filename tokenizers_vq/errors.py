@@ -7,16 +7,18 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor
 
-from .options import Options
+from .options import Options, SharedOptions
 
 SURE = 3.0  # logit of a pixel that is black or white: 0.95
 SURE_OF_SYMBOL = 8.0  # logit of the right one among some hundred
 IGNORED = -100  # the symbol at a position that does not matter, as in torch's cross entropy
 LOGITS_AT_ONCE = (
     2**12
-)  # of one option, for which the search proposes together: what about fits a cache with all options
+)  # of one option, for which the search proposes together: about what fits a cache with all options
+LARGEST_STEP = 30.0  # in logits; float32 holds exp(-87) to exp(88)
 
 
 class SquaredError:
@@ -99,18 +101,18 @@ class CrossEntropyError:
         """Cross entropy of the target under every proposal, nats, summed over positions and divided by their number, `b k`.
 
         Where no gradient is wanted, a few examples at a time and in place: the proposals of a batch, `b k t v`, need never stand in
-        memory at once.
+        memory at once. And where all examples have the same state and steps, as at stage 0, once for all.
         """
-        if torch.is_grad_enabled():
+        shared = isinstance(options, SharedOptions)
+        if shared and not torch.is_grad_enabled() and not state.any():
+            return shared_cross_entropies(options.steps, target)
+        if shared or torch.is_grad_enabled():
             return cross_entropies(state[:, None] + options.all(), target)
-        groups = torch.arange(len(target), device=target.device).split(
-            max(1, LOGITS_AT_ONCE // state.shape[1:].numel())
+        examples = torch.arange(len(target), device=target.device)
+        groups = examples.split(max(1, LOGITS_AT_ONCE // state.shape[1:].numel()))
+        return torch.cat(
+            [cross_entropies_after(options.select(group).all(), state[group], target[group]) for group in groups]
         )
-        proposals = (state[group, None] + options.select(group).all() for group in groups)
-        errors = [
-            cross_entropies_in_place(logits, target[group]) for logits, group in zip(proposals, groups, strict=True)
-        ]
-        return torch.cat(errors)
 
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that are sure of the target, and zero where it does not matter."""
@@ -127,11 +129,25 @@ def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
     return mean_over_live(logits.logsumexp(dim=3) - logits_of(logits, target), target)
 
 
-def cross_entropies_in_place(logits: Tensor, target: Tensor) -> Tensor:
-    """`cross_entropies` without gradient; a third off the time, for logits that are used up by it."""
-    right, largest = logits_of(logits, target), logits.amax(dim=3, keepdim=True)
-    sums = logits.sub_(largest).exp_().sum(dim=3).log_()
-    return mean_over_live(sums + largest.squeeze(3) - right, target)
+def shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
+    """`cross_entropies` of logits `k t v` that all examples share."""
+    positions = torch.arange(target.shape[1], device=target.device)
+    right = logits.log_softmax(dim=2)[:, positions, target.clamp(min=0)]
+    return mean_over_live(-right.transpose(0, 1), target)
+
+
+def cross_entropies_after(steps: Tensor, state: Tensor, target: Tensor) -> Tensor:
+    """`cross_entropies` of a state `b t v` after each of the steps `b k t v`, which are used up; half the time, without gradient.
+
+    The sum of exp(state + step) is a product of exp(step) with exp(state): the logits themselves are never made. That holds for steps
+    whose exponentials are far from the limits of float32; others take the plain way.
+    """
+    if not steps.numel() or torch.linalg.vector_norm(steps, ord=math.inf) > LARGEST_STEP:
+        return cross_entropies(state[:, None] + steps, target)
+    largest = state.amax(dim=2, keepdim=True)
+    right = logits_of(steps, target) + logits_of(state[:, None], target) - rearrange(largest, "b t 1 -> b 1 t")
+    sums = einsum(steps.exp_(), (state - largest).exp(), "b k t v, b t v -> b k t")
+    return mean_over_live(sums.log() - right, target)
 
 
 def logits_of(logits: Tensor, target: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class StagedBlock(nn.Module):
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b c h w` -> `b c h w`."""
-        normed = F.relu(self.scale_in.after_norm(self.norm, x, stage))
-        return x + self.merge(F.relu(self.scale_hidden.after_convolution(self.spread, normed, stage)))
+        normed = self.scale_in.after_norm(self.norm, x, stage).relu_()
+        return x + self.merge(self.scale_hidden.after_convolution(self.spread, normed, stage).relu_())
 
 
 class ConvRefiner(nn.Module):
@@ -66,12 +66,12 @@ class ConvRefiner(nn.Module):
 
     def forward(self, state: Tensor, stage: int) -> Options:
         """State `b c h w` -> the options of a stage."""
-        fine = F.relu(self.half_scale.after_convolution(self.to_half, channels_last(state), stage))
+        fine = self.half_scale.after_convolution(self.to_half, channels_last(state), stage).relu_()
         coarse = self.to_quarter(fine)
         for block in self.blocks:
             coarse = block(coarse, stage)
         features = self.refine(fine + channels_last(self.back(F.relu(coarse))), stage)
-        features = F.relu(self.scale_out.after_norm(self.norm, features, stage))
+        features = self.scale_out.after_norm(self.norm, features, stage).relu_()
         features = F.pad(rearrange(features, "b f h w -> b h w f"), (0, 1), value=1.0)
         return LinearOptions(features, self.head[stage], PATCH)
 
@@ -107,7 +107,7 @@ class DilatedBlock(nn.Module):
         padded = F.pad(self.norm(x, stage), (0, 0, self.dilation, self.dilation))
         length, ahead = x.shape[1], 2 * self.dilation
         near = [padded[:, start : start + length] for start in (0, self.dilation, ahead)]
-        return x + self.merge(F.relu(self.spread(torch.cat(near, dim=2))))
+        return x + self.merge(self.spread(torch.cat(near, dim=2)).relu_())
 
 
 class DilatedConvRefiner(nn.Module):
@@ -151,7 +151,7 @@ class DilatedConvRefiner(nn.Module):
         hidden = self.read(belief * belief.shape[2] ** 0.5) + self.positions
         for block in self.blocks:
             hidden = block(hidden, stage)
-        features = self.features(F.relu(self.norm(hidden, stage)))
+        features = self.features(self.norm(hidden, stage).relu_())
         features = rearrange(features, "b (s t) f -> (b s) t f", s=self.num_spans)
         return EmbeddedOptions(features, self.head[stage], self.embedding)
 

@@ -85,8 +85,8 @@ class OriginalTextRefiner(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden, stage)
         features = F.relu(self.features(self.norm(F.relu(hidden))))
-        features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2)
-        return EmbeddedOptions(features, self.head * self.output_scale, None)
+        features = F.pad(features, (0, 1), value=1.0) * self.output_scale
+        return EmbeddedOptions(features, self.head, None)
 
 
 class OriginalBlock(nn.Module):
@@ -104,7 +104,7 @@ class OriginalBlock(nn.Module):
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
-            x = norm(F.relu(x))
+            x = norm(F.relu(x, inplace=number > 0))
             if number == 0:
                 padded, reach = (
                     F.pad(x, (0, 0, self.dilation, self.dilation)),

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
 from tokenizers_vq.errors import IGNORED, CrossEntropyError
-from tokenizers_vq.options import BiasedOptions, DenseOptions, EmbeddedOptions
+from tokenizers_vq.options import BiasedOptions, DenseOptions, EmbeddedOptions, SharedOptions
 from tokenizers_vq.vqdraw_text import whole_characters
 
 TEXTS = ["a red square", "a blue disc", "", "x", "two green cats sat"]
@@ -95,9 +95,27 @@ class TestError:
         expected = F.cross_entropy(
             logits, target[:, None].expand(-1, 3, -1), ignore_index=IGNORED, reduction="none"
         ).mean(dim=2)
+        torch.testing.assert_close(CrossEntropyError(9)(options, state, target), expected)
         with torch.no_grad():
             torch.testing.assert_close(CrossEntropyError(9)(options, state, target), expected)
-        torch.testing.assert_close(CrossEntropyError(9)(options, state, target), expected)
+
+    @pytest.mark.parametrize("scale", [1, 30, 1000])
+    def test_without_gradient_it_is_the_same_for_steps_of_any_size(self, scale):
+        options, state = DenseOptions(scale * random(4, 3, 6, 9).float()), scale * random(4, 6, 9).float()
+        target = torch.randint(9, (4, 6))
+        plain = CrossEntropyError(9)(options, state, target)
+        with torch.no_grad():
+            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
+
+    @pytest.mark.parametrize("first", [0.0, 0.5])
+    def test_steps_that_all_share_are_looked_at_once(self, first):
+        options, state = SharedOptions(random(3, 6, 9), 5), torch.full((5, 6, 9), first, dtype=torch.float64)
+        state[:, 0, 0] *= 2
+        target = torch.randint(9, (5, 6))
+        target[2, 3:] = IGNORED
+        plain = CrossEntropyError(9)(options, state, target)
+        with torch.no_grad():
+            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
 
     def test_the_wanted_state_is_seen_as_the_target(self):
         error, target = CrossEntropyError(9), torch.randint(9, (4, 6))
