@@ -46,14 +46,43 @@ def test_groups_hold_no_more_states_than_the_greedy_loop(tiny_vqdraw, images, mo
     monkeypatch.setattr(
         tiny_vqdraw.draw, "options", lambda state, stage: (sizes.append(len(state)), options(state, stage))[1]
     )
-    tiny_vqdraw.encode(images, beam_size=3)
-    assert 3 < max(sizes) <= len(images)
+    many = images.repeat(4, 1, 1, 1)
+    tiny_vqdraw.encode(many, beam_size=3)
+    assert 3 < max(sizes) <= len(many)
 
 
-def test_the_best_come_first_whatever_beam_they_extend():
-    errors = torch.tensor([[[5.0, 1.0, 9.0], [2.0, 7.0, 3.0]], [[8.0, 6.0, 7.0], [5.5, 9.0, 9.0]]])
-    parents, chosen = best_of_all(errors, 3)
-    assert parents.tolist() == [0, 1, 1, 3, 2, 2] and chosen.tolist() == [1, 0, 2, 0, 1, 2]
+ERRORS = torch.tensor([[5.0, 1.0, 9.0], [2.0, 7.0, 3.0], [8.0, 6.0, 7.0]])
+
+
+@pytest.mark.parametrize(
+    ("num", "margin", "expected"),
+    [
+        (3, 9.0, [(0, 0, 1), (0, 1, 0), (0, 1, 2), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
+        (2, 9.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2)]),
+        (3, 1.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
+        (9, 0.0, [(0, 0, 1), (1, 2, 1)]),
+    ],
+)
+def test_the_best_come_first_whatever_sequence_they_extend(num, margin, expected):
+    kept = best_of_all(ERRORS, torch.tensor([0, 0, 1]), num, margin)
+    assert [tuple(each) for each in torch.stack(kept, dim=1).tolist()] == expected
+
+
+def test_margins_are_above_errors_below_zero():
+    kept = best_of_all(-ERRORS, torch.tensor([0, 0, 1]), 2, 0.2)
+    assert torch.stack(kept, dim=1).tolist() == [[0, 0, 2], [1, 2, 0], [1, 2, 2]]
+
+
+@pytest.mark.parametrize("beam_size", [2, 4, 8])
+def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
+    sizes, options = [], tiny_vqdraw.draw.options
+    monkeypatch.setattr("tokenizers_vq.beam.MARGIN", 100.0)
+    monkeypatch.setattr(
+        tiny_vqdraw.draw, "options", lambda state, stage: (sizes.append((stage, len(state))), options(state, stage))[1]
+    )
+    tiny_vqdraw.encode(images, beam_size=beam_size)
+    looked_at = sum(size for stage, size in sizes if stage)  # at stage 0 one look serves all
+    assert looked_at <= 1.9 * beam_size * (tiny_vqdraw.config.num_stages - 1) * len(images)
 
 
 @pytest.mark.parametrize("beam_size", [0, -2])
