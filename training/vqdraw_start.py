@@ -1,4 +1,4 @@
-"""The original's MNIST model, started as in the original, from k-means, and from k-means with revival of dead options.
+"""The original's MNIST model, started as in the original and from k-means, without and with revival of dead options.
 
     python training/vqdraw_start.py DATA STEPS
 
@@ -18,7 +18,12 @@ from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
-STARTS = {"as the original": (False, False), "k-means": (True, False), "k-means and revival": (True, True)}
+STARTS = {
+    "as the original": (False, False),
+    "revival": (False, True),
+    "k-means": (True, False),
+    "k-means and revival": (True, True),
+}
 
 
 def train(pixels: Tensor, test: Tensor, *, from_data: bool, revive: bool, num_steps: int) -> VQDrawForImages:
