@@ -4,6 +4,7 @@ A text tokenizer here owns text and nothing else: marks like [SEP] and image cod
 caption says, it is only text.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -32,6 +33,11 @@ class TextTokenizer(Protocol):
         Raises:
             ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
         """
+        ...
+
+    @property
+    def max_ids(self) -> int:
+        """The most ids that `encode` gives for any caption."""
         ...
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
@@ -106,6 +112,11 @@ class SubwordTokenizer:
         limit = None if max_length is None else (max_length + 1) * MAX_CHARACTERS_PER_TOKEN
         texts = [caption[:limit] for caption in captions]
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    @property
+    def max_ids(self) -> int:
+        """The most ids that `encode` gives for any caption: there is no limit."""
+        return sys.maxsize
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
         """How many ids each caption takes; above `max_length` any number above it will do."""

@@ -50,6 +50,11 @@ class VQDrawTextTokenizer:
         lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
         return (row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True))
 
+    @property
+    def max_ids(self) -> int:
+        """The most ids that `encode` gives for any caption."""
+        return self.model.num_codes
+
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
         """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""
         del max_length

@@ -39,9 +39,10 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
     for first in range(0, len(texts), BATCH_SIZE):
         symbols = model.symbols(texts[first : first + BATCH_SIZE])
         codes, live = model.encode(symbols), model.live_spans(symbols)
-        by_stage.add(model, symbols, model.symbols_after_stages(codes))
+        stages = list(model.symbols_after_stages(codes))
+        by_stage.add(model, symbols, stages)
         budgets = (first_codes(model, symbols, bits) for bits in BITS_PER_BYTE)
-        by_rate.add(model, symbols, (model.decode_symbols(codes, given) for given in budgets))
+        by_rate.add(model, symbols, (read_in_part(model, stages, given) for given in budgets))
         live_codes = rearrange(codes, "b (n s) -> n b s", s=model.num_spans)[:, live].cpu()
         histogram.scatter_add_(1, live_codes, torch.ones_like(live_codes))
         num_live += int(live.sum())
@@ -92,6 +93,15 @@ def first_codes(model: VQDrawForText, symbols: Tensor, bits_per_byte: float) -> 
     budget = (symbols != model.end).sum(dim=1) * bits_per_byte / math.log2(model.codebook_size)
     live = model.live_spans(symbols).repeat(1, model.code_shape[0])
     return live & (live.cumsum(dim=1) <= budget[:, None])
+
+
+def read_in_part(model: VQDrawForText, stages: Sequence[Tensor], given: Tensor) -> Tensor:
+    """What spans say after the last of their `given` codes, booleans `b (n s)`; `stages` are the symbols `b t` after each stage."""
+    read = torch.zeros_like(stages[0])  # what a state of zeros says: the first symbol
+    by_stage = rearrange(given, "b (n s) -> n b s", s=model.num_spans).repeat_interleave(model.span_length, dim=2)
+    for seen, is_given in zip(stages, by_stage, strict=True):
+        read = torch.where(is_given, seen, read)
+    return read
 
 
 def text_sheet(model: VQDrawForText, texts: Sequence[str]) -> str:

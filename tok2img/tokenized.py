@@ -35,7 +35,7 @@ def fit_text(
     if text_length:
         return text_tokenizer, text_length
     lengths = text_tokenizer.lengths(sorted(set(captions)), max_length=MAX_TEXT_LENGTH)
-    return text_tokenizer, min(MAX_TEXT_LENGTH, max(1, *lengths))
+    return text_tokenizer, min(MAX_TEXT_LENGTH, text_tokenizer.max_ids, max(1, *lengths))
 
 
 def save_tokens(

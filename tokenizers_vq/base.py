@@ -1,7 +1,7 @@
 """What every discrete tokenizer promises: pixels or text in, codes out, and back."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -61,6 +61,21 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
             raise ValueError(f"{owner}: {name} must be a whole number of at least {min(default, 1)}, got {value!r}")
     elif isinstance(default, float) and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
         raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is none of those known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
+    """Refuse segments that do not fill the stages, and counts of stages above their number."""
+    if segment_length and num_stages % segment_length:
+        raise ValueError(f"num_stages {num_stages} is no multiple of segment_length {segment_length}")
+    for name, count in counts.items():
+        if count > num_stages:
+            raise ValueError(f"{name} {count} is more than num_stages {num_stages}")
 
 
 def check_image_size(image_size: int, stride: int) -> None:

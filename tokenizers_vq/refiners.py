@@ -1,6 +1,6 @@
 """Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for pictures, and for text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,12 @@ class StageNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.gain[stage], self.bias[stage])
 
 
+def with_neighbours(x: Tensor, dilation: int) -> Tensor:
+    """Each position between those `dilation` before and after it, zero outside: `b t c` -> `b t (3 c)`."""
+    padded, length = F.pad(x, (0, 0, dilation, dilation)), x.shape[1]
+    return torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
+
+
 class DilatedBlock(nn.Module):
     """A residual block that looks `dilation` positions back and ahead: `b t c` -> `b t c`.
 
@@ -104,10 +110,8 @@ class DilatedBlock(nn.Module):
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
-        padded = F.pad(self.norm(x, stage), (0, 0, self.dilation, self.dilation))
-        length, ahead = x.shape[1], 2 * self.dilation
-        near = [padded[:, start : start + length] for start in (0, self.dilation, ahead)]
-        return x + self.merge(self.spread(torch.cat(near, dim=2)).relu_())
+        near = with_neighbours(self.norm(x, stage), self.dilation)
+        return x + self.merge(self.spread(near).relu_())
 
 
 class DilatedConvRefiner(nn.Module):
@@ -166,3 +170,10 @@ class SegmentedRefiner(nn.Module):
     def forward(self, state: Tensor, stage: int) -> Options:
         """State `b ...` -> the options of a stage, counted from 0 over all segments."""
         return self.refiners[stage // self.segment_length](state, stage % self.segment_length)
+
+
+def in_segments(build: Callable[..., nn.Module], num_stages: int, segment_length: int) -> nn.Module:
+    """A refiner for every `segment_length` stages, from `build(num_stages=...)`; 0: one for all."""
+    length = segment_length or num_stages
+    refiners = [build(num_stages=length) for _ in range(num_stages // length)]
+    return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)

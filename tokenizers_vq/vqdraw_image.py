@@ -1,18 +1,26 @@
 """VQ-DRAW for pictures: codes from coarse to fine."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
+from .base import (
+    DiscreteTokenizer,
+    DiscreteTokenizerConfig,
+    TokenizerOutput,
+    check_choice,
+    check_image_size,
+    check_stages,
+)
 from .beam import beam_search
 from .errors import BernoulliError, GaussianError, SquaredError
 from .normalization import PixelNormalization
 from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
-from .refiners import ConvRefiner, SegmentedRefiner
+from .refiners import ConvRefiner, in_segments
 from .vqdraw import VQDraw
 
 ERRORS = ("squared", "gaussian", "bernoulli")
@@ -63,14 +71,14 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
         check_image_size(self.image_size, 8 if self.refiner == "celeba" else 4)
-        for name, known in (("refiner", REFINERS), ("error", ERRORS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.segment_length and self.num_stages % self.segment_length:
-            raise ValueError(f"num_stages {self.num_stages} is no multiple of segment_length {self.segment_length}")
-        for name in ("active_stages", "num_biased_stages"):
-            if getattr(self, name) > self.num_stages:
-                raise ValueError(f"{name} {getattr(self, name)} is more than num_stages {self.num_stages}")
+        check_choice("refiner", self.refiner, REFINERS)
+        check_choice("error", self.error, ERRORS)
+        check_stages(
+            self.num_stages,
+            self.segment_length,
+            active_stages=self.active_stages,
+            num_biased_stages=self.num_biased_stages,
+        )
         if self.refiner in PRESETS and (self.num_channels, self.error) != (
             PRESETS[self.refiner]["num_channels"],
             "squared",
@@ -83,8 +91,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
         """The published model of a data set: "mnist" (60 bits), "svhn" (120), "cifar10" or "celeba" (600)."""
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        check_choice("preset", name, PRESETS)
         return cls(**{"refiner": name, "num_biased_stages": 1} | PRESETS[name] | overrides)
 
 
@@ -220,23 +227,18 @@ def build_error(config: VQDrawImageConfig) -> SquaredError | GaussianError | Ber
 
 def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
     """One refiner for all stages, or one a segment."""
-    length = config.segment_length or config.num_stages
-    refiners = [build_one_refiner(config, length, num_channels) for _ in range(config.num_stages // length)]
-    return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)
-
-
-def build_one_refiner(config: VQDrawImageConfig, num_stages: int, num_channels: int) -> nn.Module:
-    """Ours, or a published one."""
     if config.refiner in PRESETS:
-        return PublishedRefiner(config.refiner, num_stages=num_stages, codebook_size=config.codebook_size)
-    return ConvRefiner(
-        num_stages=num_stages,
-        codebook_size=config.codebook_size,
-        num_channels=num_channels,
-        hidden_channels=config.hidden_channels,
-        feature_channels=config.feature_channels,
-        num_residual_blocks=config.num_residual_blocks,
-    )
+        build = partial(PublishedRefiner, config.refiner, codebook_size=config.codebook_size)
+    else:
+        build = partial(
+            ConvRefiner,
+            codebook_size=config.codebook_size,
+            num_channels=num_channels,
+            hidden_channels=config.hidden_channels,
+            feature_channels=config.feature_channels,
+            num_residual_blocks=config.num_residual_blocks,
+        )
+    return in_segments(build, config.num_stages, config.segment_length)
 
 
 def share_in_use(codes: Tensor, codebook_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_choice, check_stages
 from .errors import IGNORED, CrossEntropyError
-from .refiners import DilatedConvRefiner, SegmentedRefiner
+from .refiners import DilatedConvRefiner, in_segments
 from .vqdraw import VQDraw
 
 logger = logging.getLogger(__name__)
@@ -67,20 +68,17 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
         super().__post_init__(**other)
         if self.max_length % self.span_length:
             raise ValueError(f"max_length {self.max_length} is no multiple of span_length {self.span_length}")
-        if self.span_unit not in SPAN_UNITS:
-            raise ValueError(f"span_unit must be one of {', '.join(SPAN_UNITS)}, got {self.span_unit!r}")
-        alphabet = self.alphabet
-        if alphabet is not None and (sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256))):
-            raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
-        if alphabet is not None and UNKNOWN not in alphabet:
-            raise ValueError(f"alphabet must hold {UNKNOWN}, the question mark that stands for all other bytes")
+        check_choice("span_unit", self.span_unit, SPAN_UNITS)
+        if self.alphabet is not None:
+            check_alphabet(self.alphabet)
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations must be whole numbers of at least 1, got {self.dilations}")
-        if self.segment_length and self.num_stages % self.segment_length:
-            raise ValueError(f"num_stages {self.num_stages} is no multiple of segment_length {self.segment_length}")
-        for name in ("active_stages", "num_biased_stages"):
-            if getattr(self, name) > self.num_stages:
-                raise ValueError(f"{name} {getattr(self, name)} is more than num_stages {self.num_stages}")
+        check_stages(
+            self.num_stages,
+            self.segment_length,
+            active_stages=self.active_stages,
+            num_biased_stages=self.num_biased_stages,
+        )
 
 
 class VQDrawForText(DiscreteTokenizer):
@@ -92,11 +90,11 @@ class VQDrawForText(DiscreteTokenizer):
     config_class = VQDrawTextConfig
     config: VQDrawTextConfig
     main_input_name = "symbols"
-    symbol_of_byte: Tensor
 
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
         self.alphabet = list(range(256)) if config.alphabet is None else list(config.alphabet)
+        self.symbol_of_byte = [self.alphabet.index(byte if byte in self.alphabet else UNKNOWN) for byte in range(256)]
         self.span_length, self.num_spans = config.span_length, config.max_length // config.span_length
         self.error = CrossEntropyError(self.num_symbols)
         self.draw = VQDraw(
@@ -158,9 +156,7 @@ class VQDrawForText(DiscreteTokenizer):
         Raises:
             ValueError: for a text that has no bytes: what is no string, or holds half a character.
         """
-        table = [self.alphabet.index(byte if byte in self.alphabet else UNKNOWN) for byte in range(256)]
-        symbols = torch.full((len(texts), self.num_spans, self.span_length), self.end)
-        num_cut = 0
+        rows, num_cut = [], 0
         for number, text in enumerate(texts):
             try:
                 content = text.encode()
@@ -170,11 +166,12 @@ class VQDrawForText(DiscreteTokenizer):
             if len(pieces) > self.num_spans:
                 num_cut += 1
                 pieces = self.pieces(whole_characters(b"".join(pieces[: self.num_spans])))
-            for span, piece in enumerate(pieces):
-                symbols[number, span, : len(piece)] = torch.tensor([table[byte] for byte in piece])
+            spans = ([self.symbol_of_byte[byte] for byte in piece] for piece in pieces)
+            row = [symbol for span in spans for symbol in span + [self.end] * (self.span_length - len(span))]
+            rows.append(row + [self.end] * (self.config.max_length - len(row)))
         if num_cut:
             logger.warning("%d of %d texts are longer than %d spans and were cut", num_cut, len(texts), self.num_spans)
-        return symbols.flatten(1).to(self.device)
+        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
 
     def pieces(self, content: bytes) -> list[bytes]:
         """Bytes as what the spans of a text hold."""
@@ -194,10 +191,8 @@ class VQDrawForText(DiscreteTokenizer):
 
     def texts(self, symbols: Tensor) -> list[str]:
         """Symbols `b t` -> texts, each up to its end; bytes that are no UTF-8 show as replacement characters."""
-        rows = zip(symbols.tolist(), self.live(symbols).tolist(), strict=True)
-        kept = (
-            [one for one, is_live in zip(row, live, strict=True) if is_live and one != self.end] for row, live in rows
-        )
+        rows = zip(symbols, self.live(symbols) & (symbols != self.end), strict=True)
+        kept = (row[is_text].tolist() for row, is_text in rows)
         return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in kept]
 
     def live(self, symbols: Tensor) -> Tensor:
@@ -234,9 +229,9 @@ class VQDrawForText(DiscreteTokenizer):
         return self.texts(self.decode_symbols(codes))
 
     @torch.no_grad()
-    def decode_symbols(self, codes: Tensor, given: Tensor | None = None) -> Tensor:
-        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`; see `symbols_after_stages`."""
-        *_, last = self.symbols_after_stages(codes, given)
+    def decode_symbols(self, codes: Tensor) -> Tensor:
+        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
+        *_, last = self.symbols_after_stages(codes)
         return last
 
     @torch.no_grad()
@@ -246,21 +241,17 @@ class VQDrawForText(DiscreteTokenizer):
             yield self.texts(symbols)
 
     @torch.no_grad()
-    def symbols_after_stages(self, codes: Tensor, given: Tensor | None = None) -> Iterator[Tensor]:
-        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's.
-
-        Args:
-            given: which codes count, booleans like `codes`, where texts have different numbers of them.
-        """
+    def symbols_after_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
         self.check_codes(codes, prefix=True)
-        counts = torch.ones_like(codes, dtype=torch.bool) if given is None else given
-        missing = (0, -codes.shape[1] % self.num_spans)
-        by_span = rearrange(F.pad(codes.long(), missing), "b (n s) -> (b s) n", s=self.num_spans)
-        by_stage = rearrange(F.pad(counts, missing), "b (n s) -> n (b s) 1 1", s=self.num_spans)
+        num_given = codes.shape[1]
+        whole = F.pad(codes.long(), (0, -num_given % self.num_spans))
+        by_span = rearrange(whole, "b (n s) -> (b s) n", s=self.num_spans)
         before = self.draw.first_state(len(by_span))
         with torch.autocast(codes.device.type, enabled=False):
-            for state, counts in zip(self.draw.states(by_span), by_stage, strict=True):
-                before = torch.where(counts, state, before)
+            for stage, state in enumerate(self.draw.states(by_span)):
+                is_given = stage * self.num_spans + torch.arange(self.num_spans, device=codes.device) < num_given
+                before = torch.where(is_given.repeat(len(codes))[:, None, None], state, before)
                 yield rearrange(self.error.observed(before), "(b s) t -> b (s t)", s=self.num_spans)
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:
@@ -289,22 +280,26 @@ class VQDrawForText(DiscreteTokenizer):
 
 def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:
     """One refiner for all stages, or one a segment."""
-    length = config.segment_length or config.num_stages
-    refiners: list[nn.Module] = [
-        DilatedConvRefiner(
-            num_stages=length,
-            codebook_size=config.codebook_size,
-            num_symbols=num_symbols,
-            num_spans=num_spans,
-            span_length=config.max_length // num_spans,
-            hidden_channels=config.hidden_channels,
-            feature_channels=config.feature_channels,
-            embedding_dim=config.embedding_dim,
-            dilations=config.dilations,
-        )
-        for _ in range(config.num_stages // length)
-    ]
-    return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)
+    build = partial(
+        DilatedConvRefiner,
+        codebook_size=config.codebook_size,
+        num_symbols=num_symbols,
+        num_spans=num_spans,
+        span_length=config.max_length // num_spans,
+        hidden_channels=config.hidden_channels,
+        feature_channels=config.feature_channels,
+        embedding_dim=config.embedding_dim,
+        dilations=config.dilations,
+    )
+    return in_segments(build, config.num_stages, config.segment_length)
+
+
+def check_alphabet(alphabet: Sequence[int]) -> None:
+    """Refuse what are no byte values, each once and in order, with `UNKNOWN` among them."""
+    if sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256)):
+        raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
+    if UNKNOWN not in alphabet:
+        raise ValueError(f"alphabet must hold {UNKNOWN}, the question mark that stands for all other bytes")
 
 
 def whole_characters(content: bytes) -> bytes:
