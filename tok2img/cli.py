@@ -150,13 +150,15 @@ def generate(
         seed=seed,
         progress=True,
     )
-    if stages:
-        save_image(draw_stages(pipeline.processor.image_tokenizer, output.codes), out)
-        print(out)
-        return
     images: Any = output.images
-    labels = [caption for caption in prompts for _ in range(num_images)]
-    save_image(images[0] if len(images) == 1 else captioned_sheet(images, labels, columns=min(8, len(images))), out)
+    if stages:
+        sheet = draw_stages(pipeline.processor.image_tokenizer, output.codes)
+    elif len(images) == 1:
+        sheet = images[0]
+    else:
+        labels = [caption for caption in prompts for _ in range(num_images)]
+        sheet = captioned_sheet(images, labels, columns=min(8, len(images)))
+    save_image(sheet, out)
     print(out)
 
 

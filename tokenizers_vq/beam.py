@@ -75,6 +75,6 @@ def best_of_all(errors: Tensor, owner: Tensor, num: int, margin: float) -> tuple
     table[owner, place] = errors
     found, index = table.flatten(1).topk(min(num, table[0].numel()), largest=False)
     least = found[:, :1]
-    near = (found <= least + margin * least.abs()) & found.isfinite()
+    near = found <= least + margin * least.abs()
     target, index = near.nonzero()[:, 0], index[near]
     return target, first[target] + index // errors.shape[1], index % errors.shape[1]

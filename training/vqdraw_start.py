@@ -7,7 +7,6 @@ error in normalised pixels and the options in use at stage 0 and at all stages, 
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,8 +59,8 @@ def figures(model: VQDrawForImages, test: Tensor) -> str:
 def main(data: str, num_steps: int) -> None:
     """Every start on the same pictures."""
     reader = VQDrawForImages(VQDrawImageConfig.preset("mnist"))
-    rows = load_captioned_images(str(Path(data)), split="train", with_captions=False, max_rows=20_000)
-    test = load_captioned_images(str(Path(data)), split="test", with_captions=False, max_rows=1000)
+    rows = load_captioned_images(data, split="train", with_captions=False, max_rows=20_000)
+    test = load_captioned_images(data, split="test", with_captions=False, max_rows=1000)
     pixels, held_out = (load_pixels(each["image"][:], reader) for each in (rows, test))
     for name, (from_data, revive) in STARTS.items():
         print(name)

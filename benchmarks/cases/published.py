@@ -23,6 +23,8 @@ PEER_REFINERS = {"mnist": "MNISTRefiner", "svhn": "SVHNRefiner", "cifar10": "CIF
 NUM_AUX_OPTIONS = 4
 AUX_COEFF = 0.01
 
+Work = dict[str, dict[str, Callable[[], object]]]  # by kind and by who does it
+
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """Decoding, encoding and a training step of each model; without the peer, against our own plain forms."""
@@ -43,7 +45,7 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
     sparse = deepcopy(ours).train()
     sparse.draw.num_aux_options = NUM_AUX_OPTIONS
     exact = deepcopy(ours).train()
-    work: dict[str, dict[str, Callable[[], object]]] = {
+    work: Work = {
         "decode": {"ours": partial(ours.decode, codes)},
         "encode": {
             "ours": partial(ours.encode, pixel_values),
@@ -55,14 +57,21 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
             f"{NUM_AUX_OPTIONS} options": partial(training_step, sparse, pixel_values),
         },
     }
+    yield from beside_original(title, work, original, target, codes, trained=[exact, sparse])
+
+
+def beside_original(
+    title: str, work: Work, original: Any, target: Tensor, codes: Tensor, *, trained: list[nn.Module]
+) -> Iterator[Comparison]:
+    """Kinds of work, each beside the peer's where there is one; `trained` are the models whose gradients are cleared before a run."""
     if original is not None:
         work["decode"]["vq-draw"] = partial(without_gradient, original.decode, codes)
         work["encode"]["vq-draw"] = partial(without_gradient, original, target)
         work["training step"]["vq-draw"] = partial(original_step, original, target)
+        trained = [*trained, original]
+    setup = partial(clear_gradients, trained)
     for kind, cases in work.items():
         baseline = "vq-draw" if original is not None else next(iter(cases))
-        models = [exact, sparse, *([] if original is None else [original])]
-        setup = partial(clear_gradients, models)
         yield Comparison(f"{kind}, {title}", [Case(case, run, setup) for case, run in cases.items()], baseline)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tokenizers_vq.errors import CrossEntropyError
 from tokenizers_vq.options import EmbeddedOptions, Options
+from tokenizers_vq.refiners import with_neighbours
 from tokenizers_vq.vqdraw import VQDraw
 
-from ..harness import Case, Comparison, import_peer
-from .published import AUX_COEFF, NUM_AUX_OPTIONS, clear_gradients, original_step, without_gradient
+from ..harness import Comparison, import_peer
+from .published import AUX_COEFF, NUM_AUX_OPTIONS, Work, beside_original, without_gradient
 
 WIDTH = 128
 DILATIONS = (1, 2, 4, 8, 16, 32) * 2
@@ -41,7 +42,7 @@ def compare(title: str, ours: VQDraw, original: Any, target: Tensor) -> Iterator
     sparse.num_aux_options = NUM_AUX_OPTIONS
     with torch.no_grad():
         codes = ours(target).codes
-    work: dict[str, dict[str, Any]] = {
+    work: Work = {
         "decode": {"ours": partial(without_gradient, ours.decode, codes)},
         "encode": {"ours": partial(without_gradient, ours, target)},
         "training step": {
@@ -49,14 +50,7 @@ def compare(title: str, ours: VQDraw, original: Any, target: Tensor) -> Iterator
             f"{NUM_AUX_OPTIONS} options": partial(training_step, sparse, target),
         },
     }
-    if original is not None:
-        work["decode"]["vq-draw"] = partial(without_gradient, original.decode, codes)
-        work["encode"]["vq-draw"] = partial(without_gradient, original, target)
-        work["training step"]["vq-draw"] = partial(original_step, original, target)
-    setup = partial(clear_gradients, [exact, sparse, *([] if original is None else [original])])
-    for kind, cases in work.items():
-        baseline = "vq-draw" if original is not None else next(iter(cases))
-        yield Comparison(f"{kind}, {title}", [Case(name, run, setup) for name, run in cases.items()], baseline)
+    yield from beside_original(title, work, original, target, codes, trained=[exact, sparse])
 
 
 def training_step(model: VQDraw, target: Tensor) -> Tensor:
@@ -106,11 +100,7 @@ class OriginalBlock(nn.Module):
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
             x = norm(F.relu(x, inplace=number > 0))
             if number == 0:
-                padded, reach = (
-                    F.pad(x, (0, 0, self.dilation, self.dilation)),
-                    range(0, 3 * self.dilation, self.dilation),
-                )
-                x = torch.cat([padded[:, start : start + x.shape[1]] for start in reach], dim=2)
+                x = with_neighbours(x, self.dilation)
             weight: Any = layer.weight
             x = F.linear(x, weight * gains[stage][:, None], layer.bias * gains[stage])
         return x
