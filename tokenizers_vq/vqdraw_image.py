@@ -157,9 +157,9 @@ class VQDrawForImages(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def positions_share_codes(self) -> bool:
+    def code_groups(self) -> tuple[int, ...]:
         """Code 5 of stage 0 has nothing to do with code 5 of stage 3."""
-        return False
+        return (1,) * self.num_codes
 
     @property
     def prefixes_decode(self) -> bool:

@@ -141,9 +141,9 @@ class VQDrawForText(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def positions_share_codes(self) -> bool:
+    def code_groups(self) -> tuple[int, ...]:
         """Code 5 of one stage has nothing to do with code 5 of another."""
-        return False
+        return (1,) * self.num_codes
 
     @property
     def prefixes_decode(self) -> bool:

@@ -101,9 +101,13 @@ class VQVAE(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def positions_share_codes(self) -> bool:
+    def code_groups(self) -> tuple[int, ...]:
         """All cells read from one codebook."""
-        return True
+        return (self.num_codes,)
+
+    def codebook_vectors(self) -> list[Tensor]:
+        """The codebook, `k d`."""
+        return [self.quantizer.codebook.detach()]
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:

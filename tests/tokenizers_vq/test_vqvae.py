@@ -11,7 +11,7 @@ def test_codes_are_the_latent_grid_row_by_row(tiny_vqvae, images):
 
 
 def test_the_picture_has_a_code_for_each_cell(tiny_vqvae):
-    assert tiny_vqvae.code_shape == (2, 2) and tiny_vqvae.num_codes == 4 and tiny_vqvae.positions_share_codes
+    assert tiny_vqvae.code_shape == (2, 2) and tiny_vqvae.num_codes == 4 and tiny_vqvae.code_groups == (4,)
 
 
 @pytest.mark.parametrize("num_downsamples", [1, 2, 3])
