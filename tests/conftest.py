@@ -7,6 +7,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 
+from typing import Any
+
 import datasets
 import pytest
 import torch
@@ -33,15 +35,41 @@ def images() -> Tensor:
     return torch.nn.functional.interpolate(corners, size=8, mode="bilinear", align_corners=True)
 
 
-@pytest.fixture
-def tiny_vqvae(images) -> VQVAE:
-    """2x2 codes of 16 entries, in eval mode, its codebook placed on data."""
+def small_vqvae(images: Tensor, **settings: Any) -> VQVAE:
+    """2x2 cells, 16 entries a codebook, in eval mode, its codebooks placed on data."""
     torch.manual_seed(0)
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, code_dim=4)
-    model = VQVAE(config).train()
+    sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
+    model = VQVAE(VQVAEConfig(**sizes, **settings)).train()
     with torch.no_grad():
         model(images)
     return model.eval()
+
+
+@pytest.fixture
+def tiny_vqvae(images) -> VQVAE:
+    """2x2 codes of 16 entries."""
+    return small_vqvae(images)
+
+
+@pytest.fixture
+def tiny_residual(images) -> VQVAE:
+    """Two levels of 2x2 codes that add up."""
+    return small_vqvae(images, quantizer="residual", num_levels=2)
+
+
+@pytest.fixture
+def tiny_fsq(images) -> VQVAE:
+    """2x2 codes without a codebook, of numbers spread over its levels."""
+    model = small_vqvae(images, quantizer="fsq", fsq_levels=[4, 3, 2])
+    with torch.no_grad():
+        model.quantizer.view.project_in.weight.mul_(50)
+    return model
+
+
+@pytest.fixture
+def tiny_vqvae2(images) -> VQVAE:
+    """One code for the whole picture, then 2x2."""
+    return small_vqvae(images, num_grids=2)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer, Distillation, VQDrawForText
+from tokenizers_vq.quantizer import CodeUsage
 
 from .plots import save_image, write_atomically
 from .prior import PriorWithLoss
@@ -53,6 +54,7 @@ class Trainer(transformers.Trainer):
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressInWords())
+        self.add_callback(CountUsageAnew())
         if eval_dataset is not None and args.eval_strategy != "no":
             self.add_callback(EvaluateLast())
         if draw is not None and draw_every:
@@ -164,6 +166,18 @@ class ProgressInWords(ProgressCallback):
         left_out = {"epoch", "total_flos", "grad_norm"}
         numbers = [f"{name} {value:.4g}" for name, value in logs.items() if name not in left_out]
         self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(numbers))
+
+
+class CountUsageAnew(TrainerCallback):
+    """Counts the codes of each epoch for themselves."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what the last epoch used."""
+        for module in kwargs["model"].modules():
+            if isinstance(module, CodeUsage):
+                module.reset()
 
 
 class EvaluateLast(TrainerCallback):

@@ -4,19 +4,24 @@ from transformers import AutoConfig, AutoModel
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
+from .fsq import FSQ
 from .images import ImageError, load_image
 from .quantizer import QuantizerOutput, VectorQuantizer
+from .residual import ResidualQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
-from .vqvae import VQVAE, VQVAEConfig
+from .vqvae import VQVAE
+from .vqvae_config import VQVAEConfig
 
 __all__ = [
+    "FSQ",
     "VQVAE",
     "DiscreteTokenizer",
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
     "QuantizerOutput",
+    "ResidualQuantizer",
     "TokenizerOutput",
     "VQDrawForImages",
     "VQDrawForText",

@@ -81,9 +81,14 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
 def check_image_size(image_size: int, stride: int) -> None:
     """Refuse a size that halving the grid does not divide, and name the nearest that it does."""
     if image_size % stride:
-        below, above = image_size // stride * stride, (image_size // stride + 1) * stride
+        below, above = nearest_multiples(image_size, stride)
         nearest = f"nearest are {below} and {above}" if below else f"smallest is {above}"
         raise ValueError(f"image_size {image_size} is no multiple of {stride}; the {nearest}")
+
+
+def nearest_multiples(size: int, stride: int) -> tuple[int, int]:
+    """The multiples of a stride next below and above a size that is none, or the size itself."""
+    return size // stride * stride, -(-size // stride) * stride
 
 
 @dataclass
@@ -165,18 +170,20 @@ class DiscreteTokenizer(PreTrainedModel):
     def start_from_data(self, pixel_values: Tensor, /) -> None:
         """Place what is placed by looking at data, from a batch of the training set, before the first step."""
 
-    def check_codes(self, codes: Tensor, *, prefix: bool = False) -> None:
-        """Refuse what is not `b n` integers in range (a negative index would silently pick the last code)."""
+    def check_codes(self, codes: Tensor, *, prefix: bool = False, num_codes: int = 0) -> None:
+        """Refuse what is not `b n` integers in range (a negative index would silently pick the last code).
+
+        Args:
+            prefix: the first few codes will do.
+            num_codes: n, where it is not that of the config.
+        """
+        num_codes = num_codes or self.num_codes
         if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"codes must be integers, got {codes.dtype}")
-        fits = codes.ndim == 2 and (
-            0 < codes.shape[1] <= self.num_codes if prefix else codes.shape[1] == self.num_codes
-        )
-        if not fits:
+        least = 1 if prefix else num_codes
+        if codes.ndim != 2 or not least <= codes.shape[1] <= num_codes:
             shape = " ".join(map(str, codes.shape))
-            raise ValueError(
-                f"codes must be `b {self.num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`"
-            )
+            raise ValueError(f"codes must be `b {num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`")
         if codes.numel() and not (codes.min() >= 0 and codes.max() < self.codebook_size):
             raise ValueError(
                 f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"

@@ -4,12 +4,18 @@ from typing import Any
 
 from torch import Tensor
 
+from .base import nearest_multiples
+
 
 class PixelNormalization:
-    """Shifts and scales by `pixel_mean` and `pixel_std` of a config, and refuses pictures that do not fit it."""
+    """Shifts and scales by `pixel_mean` and `pixel_std` of a config, and refuses pictures that do not fit it.
 
-    def __init__(self, config: Any):
-        self.config = config
+    Args:
+        stride: take any height and width that it divides; 0: `image_size` of the config alone.
+    """
+
+    def __init__(self, config: Any, *, stride: int = 0):
+        self.config, self.stride = config, stride
 
     def __call__(self, pixel_values: Tensor, *, finite: bool = False) -> Tensor:
         """`b c h w` in [0, 1] -> normalised `b c h w`, float32.
@@ -20,15 +26,26 @@ class PixelNormalization:
         Raises:
             ValueError: for another shape, and for what is no floats.
         """
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            shape = "b " + " ".join(map(str, expected))
-            raise ValueError(f"pixel_values must be `{shape}`, got {tuple(pixel_values.shape)}")
+        self.check_shape(pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
         if finite and not pixel_values.isfinite().all():
             raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
+
+    def check_shape(self, pixel_values: Tensor) -> None:
+        """ValueError for pictures of another size or number of channels."""
+        channels, side = self.config.num_channels, self.config.image_size
+        shape = tuple(pixel_values.shape)
+        sides = "h w" if self.stride else f"{side} {side}"
+        if len(shape) != 4 or shape[1] != channels or not (self.stride or shape[2:] == (side, side)):
+            raise ValueError(f"pixel_values must be `b {channels} {sides}`, got {shape}")
+        if self.stride and (0 in shape[2:] or any(each % self.stride for each in shape[2:])):
+            below, above = zip(*(nearest_multiples(each, self.stride) for each in shape[2:]), strict=True)
+            nearest = [f"{height} x {width}" for height, width in (below, above) if height and width]
+            raise ValueError(
+                f"height and width must be multiples of {self.stride}, got {shape[2]} x {shape[3]}; the nearest: {', '.join(nearest)}"
+            )
 
     def inverse(self, normalized: Tensor) -> Tensor:
         """Normalised `b c h w` -> pixels, clamped to [0, 1]."""

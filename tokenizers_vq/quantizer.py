@@ -1,8 +1,8 @@
 """Nearest-neighbour quantization with a codebook that follows its data.
 
-Gradients pass straight through to the encoder (van den Oord et al. 2017, equation 3); the codebook itself moves by an exponential
-average of the vectors assigned to it (appendix A.1), or by its own loss term. It starts from k-means on the first batch, and codes
-that fall out of use are put back where vectors are worst served.
+Gradients pass to the encoder as if nothing had happened (van den Oord et al. 2017, equation 3); the codebook itself moves by an
+exponential average of the vectors assigned to it (appendix A.1), or by its own loss term. It starts from k-means on the first
+batches, and codes that fall out of use are put back where vectors are worst served.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCORES_PER_CHUNK = 2**20  # 4 MB of float32 scores: the search stays in cache and memory does not grow with the codebook
-KMEANS_STEPS = 10
+from .base import check_choice, check_number
+from .clustering import (
+    KMEANS_STEPS,
+    assigned_sums,
+    draw_by_error,
+    kmeans,
+    nearest_codes,
+    of_first_rank,
+    summed_over_ranks,
+)
+from .vectors import GRADIENTS, Vectors, VectorView
+
+VECTORS_PER_CODE = 4  # k-means waits until it has so many
+SMALLEST_COUNT = 1e-5  # below it a code stays where it is
 DEAD_SHARE = 0.03  # a code that gets less than 3 % of an even share of the vectors is out of use
 
 
@@ -25,82 +37,52 @@ class QuantizerOutput:
     loss: Tensor
 
 
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry `k d` nearest to each vector `n d` -> `n`, in float32 whatever autocast says.
+class CodeUsage(nn.Module):
+    """How often each code was given in training since the last `reset`, which the trainer calls at each epoch."""
 
-    |v - e|^2 without |v|^2, which no choice of e changes.
-    """
-    with torch.autocast(vectors.device.type, enabled=False):
-        codebook, half_norms = codebook.float(), codebook.float().square().sum(dim=1) / -2
-        chunks = vectors.float().split(max(1, SCORES_PER_CHUNK // len(codebook)))
-        return torch.cat([torch.addmm(half_norms, chunk, codebook.T).argmax(dim=1) for chunk in chunks])
+    histogram: Tensor
 
+    def __init__(self, codebook_size: int):
+        super().__init__()
+        self.register_buffer("histogram", torch.zeros(codebook_size), persistent=False)
 
-def assigned_sums(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """How many vectors `n d` each code got, `k`, and their sum, `k d`; over all ranks, in one call."""
-    counts = vectors.new_zeros(codebook_size).index_add_(0, codes, vectors.new_ones(len(codes)))
-    sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        both = torch.cat([counts[:, None], sums], dim=1)
-        torch.distributed.all_reduce(both)
-        counts, sums = both[:, 0], both[:, 1:]
-    return counts, sums
+    def add(self, counts: Tensor) -> None:
+        """Count a batch, `k`."""
+        self.histogram += counts
 
+    def add_codes(self, vectors: Vectors, codes: Tensor) -> None:
+        """Count the codes `n` of those vectors that are kept."""
+        self.histogram.index_add_(0, codes, vectors.kept.float())
 
-def draw_by_error(errors: Tensor, num: int) -> Tensor:
-    """Draw `num` of the examples, the likelier the larger their error `n` (as k-means++ does): their numbers, `num`.
+    def reset(self) -> None:
+        """Start to count anew."""
+        self.histogram.zero_()
 
-    An even draw would nearly always return background, which pictures are full of.
-    """
-    gumbel = -torch.empty_like(errors).exponential_().log()
-    keys = errors.clamp_min(1e-12).log() + gumbel
-    drawn = keys.topk(min(num, len(errors))).indices
-    return drawn.repeat(-(-num // len(drawn)))[:num] if num else drawn
-
-
-def worst_served(vectors: Tensor, errors: Tensor, num: int) -> Tensor:
-    """`num` of the vectors `n d` as `draw_by_error` draws them, the same on all ranks."""
-    drawn = vectors[draw_by_error(errors, num)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(drawn, src=0)
-    return drawn
-
-
-def squared_distance(vectors: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-    """Squared distance of each vector `n d` to its code, `n`."""
-    return (vectors - codebook[codes]).square().sum(dim=1)
-
-
-def kmeans(vectors: Tensor, num_clusters: int, *, num_steps: int = KMEANS_STEPS) -> Tensor:
-    """Lloyd's algorithm on `n d` -> centres `k d`; empty clusters move to badly served vectors at each step."""
-    centre = vectors[torch.randint(len(vectors), (1,), device=vectors.device)]
-    errors = (vectors - centre).square().sum(dim=1)
-    centres = torch.cat([centre, worst_served(vectors, errors, num_clusters)])[:num_clusters]
-    for _ in range(num_steps):
-        codes = nearest_codes(vectors, centres)
-        counts, sums = assigned_sums(vectors, codes, num_clusters)
-        means = sums / counts.clamp_min(1)[:, None]
-        if (counts == 0).any():
-            places = worst_served(vectors, squared_distance(vectors, centres, codes), num_clusters)
-            means = torch.where(counts[:, None] > 0, means, places)
-        centres = means
-    return centres
+    def metrics(self) -> dict[str, Tensor]:
+        """Perplexity, and the share of codes that were given at all."""
+        return {"perplexity": perplexity(self.histogram), "code_usage": (self.histogram > 0).float().mean()}
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `codebook_size` vectors of `code_dim`, and the nearest of them for every vector.
+    """A codebook of `codebook_size` vectors, and the nearest of them for every vector of `code_dim`.
 
     Args:
         commitment: weight (beta) of the term that keeps the encoder near its codes.
         decay: of the exponential average by which the codebook follows its vectors; with `ema=False` it is trained by its loss.
+        gradient: "straight_through", or "rotation" (Fifty et al. 2024).
+        revive: put codes that are out of use where vectors are worst served.
+        cosine: compare directions: vectors and codes are scaled to length 1 (Yu et al. 2022, section 3.2).
+        projected_dim: search among vectors of this length, with linear layers there and back; 0: as they are.
         channel_axis: which axis of the input holds the `d` channels: -1 for `... d`, 1 for `b d h w`.
+
+    Raises:
+        ValueError: for sizes below 1, a decay outside 0..1, and an unknown gradient.
     """
 
     codebook: Tensor
     counts: Tensor
     sums: Tensor
     started: Tensor
-    skipped: Tensor
 
     def __init__(
         self,
@@ -110,94 +92,152 @@ class VectorQuantizer(nn.Module):
         commitment: float = 0.25,
         decay: float = 0.99,
         ema: bool = True,
+        gradient: str = "straight_through",
+        revive: bool = True,
+        cosine: bool = False,
+        projected_dim: int = 0,
         channel_axis: int = -1,
     ):
         super().__init__()
-        self.codebook_size, self.code_dim = codebook_size, code_dim
-        self.commitment, self.decay, self.ema, self.channel_axis = commitment, decay, ema, channel_axis
-        codebook = torch.randn(codebook_size, code_dim) / code_dim**0.5
+        check_number("VectorQuantizer", "codebook_size", codebook_size, 1)
+        check_choice("gradient", gradient, GRADIENTS)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=projected_dim or code_dim)
+        self.usage = CodeUsage(codebook_size)
+        self.codebook_size, self.code_dim = codebook_size, projected_dim or code_dim
+        self.commitment, self.decay, self.ema = commitment, decay, ema
+        self.gradient, self.revive, self.cosine = gradient, revive, cosine
+        codebook = self.scaled(torch.randn(codebook_size, self.code_dim) / self.code_dim**0.5)
         if ema:
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
-        self.register_buffer("counts", torch.ones(codebook_size))
-        self.register_buffer("sums", codebook.detach().clone())
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("sums", torch.zeros(codebook_size, self.code_dim))
         self.register_buffer("started", torch.tensor(False))
-        self.register_buffer("skipped", torch.tensor(0), persistent=False)
+        self.stands = False  # `started` without a look at the device
+        self.first_vectors: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> QuantizerOutput:
+    @property
+    def skipped(self) -> Tensor:
+        """Vectors that were not finite, in training."""
+        return self.view.skipped
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """`... d` (or `b d h w`, as `channel_axis` says) -> the nearest codebook entries, and the loss that draws both together.
 
-        Vectors with a value that is not finite keep out of the codebook and the loss and are counted in `skipped`.
+        Vectors with a value that is not finite, and those where the boolean `mask` `...` (`b h w`) is false, get a code, but
+        keep out of the loss, the codebook and the usage.
+
+        Raises:
+            ValueError: for another number of channels, and a mask that does not fit or leaves out everything.
         """
-        vectors = x.movedim(self.channel_axis, -1).float()
-        flat = vectors.reshape(-1, self.code_dim)
-        finite = flat.detach().isfinite().all(dim=1)
-        clean = torch.where(finite[:, None], flat, 0)
-        if self.training and not self.started:
-            self._start(clean.detach()[finite])
-        codes = nearest_codes(clean.detach(), self.codebook.detach())
-        chosen = F.embedding(
-            codes, self.codebook
-        )  # before the codebook moves: a revived code is no longer near its vectors
-        if self.training:
-            self._learn(clean.detach(), codes, finite)
-        loss = self._loss(clean, chosen, finite)
-        # The sum of a code and exactly zero, whose gradient is the encoder's: straight through, to the last bit.
-        quantized = chosen.detach() + (clean - clean.detach())
-        quantized = quantized.reshape(vectors.shape).movedim(-1, self.channel_axis).to(x.dtype)
-        return QuantizerOutput(quantized, codes.reshape(vectors.shape[:-1]), loss)
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = self.view.open(x, mask)
+            vectors.flat = self.scaled(vectors.flat)
+            chosen, codes, loss = self.assign(vectors)
+            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, chosen), vectors)
+        return QuantizerOutput(quantized, codes.reshape(vectors.grid), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> codebook entries `... d` (or `b d h w`)."""
-        return F.embedding(codes, self.codebook).movedim(-1, self.channel_axis)
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.view.place(F.embedding(codes, self.entries()))
+
+    def assign(self, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors `n d` -> their codebook entries `n d`, codes `n`, and the loss; in training the codebook moves on."""
+        flat = vectors.flat.detach()
+        if self.training and self.needs_start():
+            self.start(flat[vectors.kept])
+        codes, entries = self.nearest(flat), self.entries()
+        chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
+        errors = (vectors.flat - chosen.detach()).square().sum(dim=1)
+        loss = self.commitment * vectors.mean(errors) / self.code_dim
+        if not self.ema:
+            loss = loss + vectors.mean((flat - chosen).square().sum(dim=1)) / self.code_dim
+        if self.training:
+            self._learn(flat, codes, vectors.kept, errors.detach())
+        return chosen, codes, loss
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Vectors `n d` -> codes `n`."""
+        return nearest_codes(vectors, self.entries().detach())
+
+    def entries(self) -> Tensor:
+        """The codebook `k d` as vectors are compared with it."""
+        return self.scaled(self.codebook)
+
+    def codebooks(self) -> list[Tensor]:
+        """The codebook, `k d`, without gradient."""
+        return [self.entries().detach()]
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """Vectors `n d` of length 1 where directions are compared."""
+        return F.normalize(vectors, dim=1) if self.cosine else vectors
+
+    def needs_start(self) -> bool:
+        """Whether k-means is still to come; looks at the device once, and never in a compiled graph, which starts from what stands."""
+        if not self.stands and not torch.compiler.is_compiling():
+            self.stands = bool(self.started)
+        return not self.stands and not torch.compiler.is_compiling()
+
+    def start_from_data(self, x: Tensor) -> None:
+        """Put the codebook on the vectors of `... d` (or `b d h w`), as the first batches of training do."""
+        vectors = self.view.open(x)
+        self.start(self.scaled(vectors.flat[vectors.kept]))
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, codes: Tensor, finite: Tensor) -> None:
-        """Move the codebook by the finite ones of the vectors `n d`."""
-        self.skipped += (~finite).sum()
-        # What is not finite counts for a code that does not exist.
-        kept = torch.where(finite, codes, self.codebook_size)
-        counts, sums = (total[:-1] for total in assigned_sums(vectors, kept, self.codebook_size + 1))
-        served = torch.where(finite[:, None], vectors, self.codebook[codes])  # no place for a revived code
-        self._follow(counts, sums, worst_served(served, squared_distance(served, self.codebook, codes), len(counts)))
+    def start(self, vectors: Tensor) -> None:
+        """Put the codebook on vectors `n d`: by k-means as soon as there are enough of them with those shown before, else on some."""
+        self.first_vectors.append(vectors)
+        shown = torch.cat(self.first_vectors)
+        enough = torch.tensor(len(shown) >= VECTORS_PER_CODE * self.codebook_size, device=vectors.device)
+        centres = self.codebook.detach().clone()
+        if len(shown):
+            centres = self.scaled(kmeans(shown, self.codebook_size, num_steps=KMEANS_STEPS if enough else 0))
+        self.codebook.data.copy_(of_first_rank(centres))
+        # As if one batch had been shared evenly: nothing is out of use yet, and soon forgotten.
+        self.counts.fill_((1 - self.decay) * len(vectors) / self.codebook_size)
+        self.sums.copy_(self.codebook * of_first_rank(self.counts)[:, None])
+        if of_first_rank(enough):
+            self.started.fill_(True)
+            self.first_vectors.clear()
 
     @torch.no_grad()
-    def _start(self, vectors: Tensor) -> None:
-        if not len(vectors):
-            return
-        centres = kmeans(vectors, self.codebook_size)
-        self.codebook.data.copy_(centres)
-        self.sums.copy_(centres)
-        self.counts.fill_(1)
-        self.started.fill_(True)
+    def _learn(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> None:
+        """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept.
 
-    def _follow(self, counts: Tensor, sums: Tensor, places: Tensor) -> None:
-        """Appendix A.1, equations 6-8, then a new place `d` for each code that is out of use."""
+        The averages start from nothing, so their ratio needs no correction: young codes follow their vectors at once, old ones slowly.
+        """
+        # What is left out counts for a code that does not exist.
+        counts, sums = assigned_sums(vectors, torch.where(kept, codes, self.codebook_size), self.codebook_size + 1)
+        counts, sums = summed_over_ranks(counts[:-1], sums[:-1])
+        self.usage.add(counts)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
+        if self.ema:
+            means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
+            self.codebook.copy_(torch.where(self.counts[:, None] < SMALLEST_COUNT, self.codebook, means))
+        if self.revive:
+            worst = draw_by_error(torch.where(kept, errors, 0), self.codebook_size)
+            # A vector that is left out is no place for a code.
+            places = torch.where(kept[worst, None], vectors[worst], self.codebook[codes[worst]])
+            self._revive(of_first_rank(places))
+
+    def _revive(self, places: Tensor) -> None:
+        """Give each code that is out of use the place `d` of its row `k d`."""
         even_share = self.counts.mean()
         dead = self.counts < DEAD_SHARE * even_share
-        means = self.sums / self.counts.clamp_min(1e-5)[:, None] if self.ema else self.codebook
         # Ten times the share at which a code counts as dead: time to prove itself, then another try.
         second_chance = 10 * DEAD_SHARE * even_share
-        self.codebook.data.copy_(torch.where(dead[:, None], places, means))
+        self.codebook.data.copy_(torch.where(dead[:, None], places, self.codebook))
         self.sums.copy_(torch.where(dead[:, None], places * second_chance, self.sums))
         self.counts.copy_(torch.where(dead, second_chance, self.counts))
 
-    def _loss(self, vectors: Tensor, chosen: Tensor, finite: Tensor) -> Tensor:
-        """Equation 3: beta |z - sg(e)|^2, and |sg(z) - e|^2 where the codebook is trained by its loss."""
-        share = finite.float().mean().clamp_min(1e-12)
-        commitment = ((vectors - chosen.detach()).square().mean(dim=1) * finite).mean() / share
-        if self.ema:
-            return self.commitment * commitment
-        codebook = ((vectors.detach() - chosen).square().mean(dim=1) * finite).mean() / share
-        return self.commitment * commitment + codebook
-
     def metrics(self) -> dict[str, Tensor]:
-        """Perplexity and the share of codes in use, over the last 1 / (1 - decay) training batches."""
-        in_use = (self.counts > DEAD_SHARE * self.counts.mean()).float().mean()
-        return {"perplexity": perplexity(self.counts), "code_usage": in_use}
+        """Perplexity of the codes, and the share of them that was given, in training since the usage was reset."""
+        return self.usage.metrics()
 
 
 def perplexity(histogram: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .clustering import draw_by_error, kmeans, nearest_codes
 from .options import BiasedOptions, DenseOptions, Options, SharedOptions
-from .quantizer import draw_by_error, kmeans, nearest_codes
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
 DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use

@@ -1,99 +1,91 @@
-"""VQ-VAE: an autoencoder whose latent grid is made of codebook entries (van den Oord et al. 2017)."""
+"""VQ-VAE: an autoencoder whose latent grid is made of codebook entries (van den Oord et al. 2017), or of another quantizer's values.
 
-from typing import Self
+With several grids it is a VQ-VAE-2 (Razavi et al. 2019): each coarser grid is half as fine, is coded first, and conditions those after.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
+from .base import DiscreteTokenizer, TokenizerOutput
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
 from .normalization import PixelNormalization
-from .quantizer import VectorQuantizer
+from .quantizer import CodeUsage
+from .residual import ResidualQuantizer
+from .vectors import VectorView
+from .vqvae_config import Quantizer, VQVAEConfig, build_quantizer
+
+VECTORS_SHOWN = 2**15  # k-means of the start sees so many at most
 
 
-class VQVAEConfig(DiscreteTokenizerConfig):
-    """Settings of a `VQVAE`.
+class CoarserGrid(nn.Module):
+    """A grid half as fine, coded before the finer ones (Razavi et al. 2019, section 3.1)."""
 
-    Attributes:
-        image_size: height and width of the pictures, pixels; a multiple of `2 ** num_downsamples`.
-        num_encoder_blocks, num_decoder_blocks: residual blocks on the latent grid. A code of an encoder without blocks depends on the
-            pixels near it alone, which makes a simpler language for a prior: it need not guess how far away things change a code.
-        num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
-        hidden_channels: width of the networks at the latent grid; half of it at every finer grid.
-        code_dim: length of a codebook vector.
-        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
-        pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
-    """
-
-    model_type = "tok2img_vqvae"
-
-    image_size: int = 32
-    num_channels: int = 3
-    num_downsamples: int = 2
-    hidden_channels: int = 128
-    num_encoder_blocks: int = 0
-    num_decoder_blocks: int = 2
-    codebook_size: int = 512
-    code_dim: int = 64
-    commitment: float = 0.25
-    decay: float = 0.99
-    ema: bool = True
-    pixel_mean: float = 0.5
-    pixel_std: float = 0.25
-
-    def __post_init__(self, **other: object) -> None:
-        super().__post_init__(**other)
-        check_image_size(self.image_size, 2**self.num_downsamples)
-
-    def widths(self) -> list[int]:
-        """Channels at each grid from the finest to the latent one."""
-        return [
-            max(min(16, self.hidden_channels), self.hidden_channels >> level)
-            for level in reversed(range(self.num_downsamples))
-        ]
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        width = config.hidden_channels
+        self.down = nn.Sequential(
+            nn.Conv2d(width, width, 4, stride=2, padding=1),
+            *residual_stack(width, config.num_encoder_blocks),
+            nn.ReLU(),
+        )
+        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.quantizer = build_quantizer(config)
+        self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
+        self.decoder = nn.Sequential(
+            *residual_stack(width, config.num_decoder_blocks), group_norm(width), upsampling([width], width)
+        )
 
 
 class VQVAE(DiscreteTokenizer):
-    """One level of codes on a grid. `forward` gives the loss: squared error in normalised pixels plus the codebook's."""
+    """Codes on grids: one a cell, or several that add up. `forward` gives squared error in normalised pixels plus the codebooks' loss.
+
+    It codes pictures of every size that its stride divides; `num_codes` and `code_shape` are those of `config.image_size`.
+    """
 
     config_class = VQVAEConfig
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
-        self.normalize = PixelNormalization(config)
+        self.normalize = PixelNormalization(config, stride=config.stride)
         widths, width = config.widths(), config.hidden_channels
         self.encoder = nn.Sequential(
             downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
         )
         self.to_code = nn.Conv2d(width, config.code_dim, 1)
-        self.quantizer = VectorQuantizer(
-            config.codebook_size,
-            config.code_dim,
-            commitment=config.commitment,
-            decay=config.decay,
-            ema=config.ema,
-            channel_axis=1,
-        )
+        self.quantizer = build_quantizer(config)
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
             *residual_stack(width, config.num_decoder_blocks),
             group_norm(width),
             upsampling(widths[::-1], config.num_channels),
         )
+        self.coarser = nn.ModuleList(CoarserGrid(config) for _ in range(config.num_grids - 1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own initialisation of convolutions stands; loading leaves what is not saved for us to set."""
-        if isinstance(module, VectorQuantizer):
-            module.skipped.zero_()
+        start_counting(module)
+
+    @property
+    def num_levels(self) -> int:
+        """Codes of a cell."""
+        return self.config.num_levels if self.config.quantizer == "residual" else 1
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Rows and columns of the latent grid."""
-        side = self.config.image_size >> self.config.num_downsamples
-        return side, side
+        """Rows and columns of the grid, after the levels where a cell has several codes; codes of several grids are one row."""
+        groups = self.code_groups
+        if self.config.num_grids > 1:
+            return (sum(groups),)
+        (grid,) = self.cells()
+        return grid if len(groups) == 1 else (len(groups), *grid)
 
     @property
     def codebook_size(self) -> int:
@@ -102,45 +94,134 @@ class VQVAE(DiscreteTokenizer):
 
     @property
     def code_groups(self) -> tuple[int, ...]:
-        """All cells read from one codebook."""
-        return (self.num_codes,)
+        """All cells of a grid, and of a level of it, read from one codebook."""
+        return tuple(rows * columns for rows, columns in self.cells() for _ in range(self.num_levels))
+
+    @property
+    def prefixes_decode(self) -> bool:
+        """They do where all codes of a cell add up."""
+        return self.num_levels > 1 and self.config.num_grids == 1
+
+    def cells(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+        """Rows and columns of each grid, coarse to fine; ValueError for a size that the stride does not divide."""
+        return self.config.cells(image_size or (self.config.image_size, self.config.image_size))
+
+    def grids(self) -> list[Any]:
+        """The modules that hold a grid's `to_code`, `quantizer`, `from_code` and `decoder`, coarse to fine; this one is the finest."""
+        return [*reversed(self.coarser), self]
 
     def codebook_vectors(self) -> list[Tensor]:
-        """The codebook, `k d`."""
-        return [self.quantizer.codebook.detach()]
+        """The codebook of each group of codes, `k d`."""
+        return [vectors for grid in self.grids() for vectors in grid.quantizer.codebooks()]
+
+    @torch.no_grad()
+    def start_from_data(self, pixel_values: Tensor) -> None:
+        """Put the codebooks on latents of the pictures `b c h w`; those of finer grids on what is left when coarser ones are coded."""
+        cells = math.prod(self.cells()[-1])
+        shown = pixel_values[: max(1, VECTORS_SHOWN // cells)]
+        with evaluating(self):
+            self._code(self.normalize(shown), starting=True, reconstruct=False)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """`b c h w` in [0, 1] -> codes `b n`, row by row."""
+        """`b c h w` in [0, 1] -> codes `b n`, row by row; the coarsest grid first, and of a grid the coarsest level.
+
+        Raises:
+            ValueError: for pictures of another number of channels or of a size that the stride does not divide, and for NaN.
+        """
         target = self.normalize(pixel_values, finite=True)
-        with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self.quantizer):
-            return rearrange(self.quantizer(self._latents(target)).codes, "b h w -> b (h w)")
+        with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self):
+            return in_sequence(self._code(target, reconstruct=False)[1])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes `b n` -> `b c h w` in [0, 1]."""
-        self.check_codes(codes)
-        grid = rearrange(codes.long(), "b (h w) -> b h w", h=self.code_shape[0])
+    def decode(self, codes: Tensor, *, image_size: tuple[int, int] | None = None) -> Tensor:
+        """Codes `b n`, or the first of them where codes of a cell add up, -> `b c h w` in [0, 1].
+
+        Args:
+            image_size: height and width of the pictures, where they are not those of the config.
+
+        Raises:
+            ValueError: for codes of another number, type or range.
+        """
+        cells = self.cells(image_size)
+        lengths = [self.num_levels * rows * columns for rows, columns in cells]
+        self.check_codes(codes, prefix=self.prefixes_decode, num_codes=sum(lengths))
+        context: Tensor | None = None
         with torch.autocast(codes.device.type, enabled=False):
-            return self.normalize.inverse(self._reconstruct(self.quantizer.lookup(grid)))
+            parts = codes.long().tensor_split(list(accumulate(lengths))[:-1], dim=1)
+            for grid, some, (rows, columns) in zip(self.grids(), parts, cells, strict=True):
+                context = grid.decoder(
+                    plus(grid.from_code(self._look_up(grid.quantizer, some, rows, columns)), context)
+                )
+            assert context is not None
+            return self.normalize.inverse(context)
+
+    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
+        """The picture `b c h w` after each level of the codes `b n` that it can be shown after."""
+        step = self.code_groups[0] if self.prefixes_decode else self.num_codes
+        for last in range(step, codes.shape[1] + 1, step):
+            yield self.decode(codes[:, :last])
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
         target = self.normalize(pixel_values)
-        quantized = self.quantizer(self._latents(target))
-        normalized = self._reconstruct(quantized.quantized)
+        normalized, codes, loss = self._code(target)
+        metrics = [grid.quantizer.metrics() for grid in self.grids()]
+        means = {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
         return TokenizerOutput(
-            loss=(normalized - target).square().mean() + quantized.loss,
+            loss=(normalized - target).square().mean() + loss,
             reconstruction=self.normalize.inverse(normalized),
-            codes=rearrange(quantized.codes, "b h w -> b (h w)"),
-            metrics={"mse": self.normalize.squared_error(normalized, target), **self.quantizer.metrics()},
+            codes=in_sequence(codes),
+            metrics={"mse": self.normalize.squared_error(normalized, target), **means},
         )
 
-    def _latents(self, normalized: Tensor) -> Tensor:
-        return self.to_code(self.encoder(normalized))
+    def _code(
+        self, target: Tensor, *, starting: bool = False, reconstruct: bool = True
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Normalised pictures `b c h w` -> what becomes of them, codes of each grid, and the loss of all quantizers.
 
-    def _reconstruct(self, quantized: Tensor) -> Tensor:
-        return self.decoder(self.from_code(quantized))
+        What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
+        """
+        features = [self.encoder(target)]
+        for coarser in self.coarser:
+            assert isinstance(coarser, CoarserGrid)
+            features.append(coarser.down(features[-1]))
+        context: Tensor | None = None
+        codes, losses = [], []
+        for grid, seen in zip(self.grids(), reversed(features), strict=True):
+            latents = grid.to_code(plus(seen, context))
+            if starting:
+                grid.quantizer.start_from_data(latents)
+            quantized = grid.quantizer(latents)
+            if reconstruct or grid is not self:
+                context = grid.decoder(plus(grid.from_code(quantized.quantized), context))
+            codes.append(quantized.codes)
+            losses.append(quantized.loss)
+        return target if context is None else context, codes, torch.stack(losses).sum()
+
+    def _look_up(self, quantizer: Quantizer, codes: Tensor, rows: int, columns: int) -> Tensor:
+        """Codes `b n` of a grid -> latents `b d h w`."""
+        if not isinstance(quantizer, ResidualQuantizer):
+            return quantizer.lookup(rearrange(codes, "b (h w) -> b h w", h=rows))
+        missing = self.num_levels * rows * columns - codes.shape[1]
+        known = torch.ones_like(codes, dtype=torch.bool)
+        padded = [
+            rearrange(nn.functional.pad(each, (0, missing)), "b (n h w) -> b h w n", h=rows, w=columns)
+            for each in (codes, known)
+        ]
+        return quantizer.lookup(padded[0], padded[1] if missing else None)
+
+
+def plus(x: Tensor, context: Tensor | None) -> Tensor:
+    """`b c h w` with the context of coarser grids, where there are any, added."""
+    return x if context is None else x + context
+
+
+def in_sequence(codes: list[Tensor]) -> Tensor:
+    """Codes of each grid, `b h w` or `b h w n`, -> `b n`, grid by grid and level by level."""
+    return torch.cat(
+        [each.flatten(1) if each.ndim == 3 else rearrange(each, "b h w n -> b (n h w)") for each in codes], dim=1
+    )
 
 
 def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:
@@ -148,15 +229,24 @@ def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:
     return [ResidualBlock(width, width // 2) for _ in range(num_blocks)]
 
 
+def start_counting(module: nn.Module) -> None:
+    """Set what is counted in training, and not saved, to nothing counted."""
+    if isinstance(module, VectorView):
+        module.skipped.zero_()
+    if isinstance(module, CodeUsage):
+        module.reset()
+
+
 class evaluating:  # noqa: N801 - reads as the statement it is
-    """Hold a module in eval mode for the length of a `with` block."""
+    """Hold a module and all in it in eval mode for the length of a `with` block."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.training = module, module.training
+        self.module, self.training = module, [each for each in module.modules() if each.training]
 
     def __enter__(self) -> Self:
         self.module.eval()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.module.train(self.training)
+        for each in self.training:
+            each.training = True

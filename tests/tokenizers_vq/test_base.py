@@ -1,4 +1,4 @@
-"""What both image tokenizers promise, in the words of `DiscreteTokenizer`."""
+"""What all image tokenizers promise, in the words of `DiscreteTokenizer`."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = [VQVAEConfig, VQDrawImageConfig]
 
 
-@pytest.fixture(params=["tiny_vqvae", "tiny_vqdraw"])
+@pytest.fixture(params=["tiny_vqvae", "tiny_residual", "tiny_fsq", "tiny_vqvae2", "tiny_vqdraw"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -118,24 +118,30 @@ def test_codes_that_are_not_integers_are_refused(tokenizer, dtype):
         tokenizer.decode(torch.zeros(1, tokenizer.num_codes, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 2, 2), (2, 0)])
+@pytest.mark.parametrize("shape", [(4,), (2, 9), (2, 2, 2), (2, 0)])
 def test_codes_of_another_shape_are_refused(tokenizer, shape):
-    with pytest.raises(ValueError, match=f"codes must be `b 4`.*got shape `{' '.join(map(str, shape))}`"):
+    with pytest.raises(
+        ValueError, match=f"codes must be `b {tokenizer.num_codes}`.*got shape `{' '.join(map(str, shape))}`"
+    ):
         tokenizer.decode(torch.zeros(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("wrong", [-1, "codebook_size"])
 def test_codes_out_of_range_are_refused(tokenizer, wrong):
-    codes = torch.zeros(2, 4, dtype=torch.long)
+    codes = torch.zeros(2, tokenizer.num_codes, dtype=torch.long)
     codes[1, 2] = tokenizer.codebook_size if wrong == "codebook_size" else wrong
     with pytest.raises(ValueError, match=rf"codes must lie in 0\.\.{tokenizer.codebook_size - 1}"):
         tokenizer.decode(codes)
 
 
 @pytest.mark.parametrize("method", ["encode", "forward"])
-@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8)])
-def test_pictures_of_another_size_are_refused_naming_both(tokenizer, method, shape):
-    with pytest.raises(ValueError, match=r"`b 3 8 8`, got \(" + ", ".join(map(str, shape))):
+@pytest.mark.parametrize("shape", [(2, 3, 10, 10), (2, 1, 8, 8), (3, 8, 8)])
+def test_pictures_of_another_size_or_channel_count_are_refused_naming_both(tokenizer, method, shape):
+    got = " x ".join(map(str, shape[2:])) if shape[1] == 3 else ", ".join(map(str, shape))
+    fits = "multiples of [48], got" if shape[1] == 3 else r"`b 3 .*`, got \("
+    if isinstance(tokenizer, VQDrawForImages):
+        fits, got = r"`b 3 8 8`, got \(", ", ".join(map(str, shape))
+    with pytest.raises(ValueError, match=fits + " ?" + got):
         getattr(tokenizer, method)(torch.zeros(shape))
 
 

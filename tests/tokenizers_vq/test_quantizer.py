@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizers_vq import VectorQuantizer, quantizer
-from tokenizers_vq.quantizer import DEAD_SHARE, assigned_sums, kmeans, nearest_codes, perplexity
+from tokenizers_vq import VectorQuantizer, clustering
+from tokenizers_vq.clustering import assigned_sums, kmeans, nearest_codes
+from tokenizers_vq.quantizer import DEAD_SHARE, perplexity
 
 NAN, INF = float("nan"), float("inf")
 
@@ -15,6 +16,7 @@ def trained_from(codebook: Tensor, **settings) -> VectorQuantizer:
     module = VectorQuantizer(*codebook.shape, **settings).train()
     module.codebook.data.copy_(codebook)
     module.sums.copy_(codebook)
+    module.counts.fill_(1)
     module.started.fill_(True)
     return module
 
@@ -35,7 +37,7 @@ def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunk", [2**20, 64])
 def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
-    monkeypatch.setattr(quantizer, "SCORES_PER_CHUNK", chunk)
+    monkeypatch.setattr(clustering, "SCORES_PER_CHUNK", chunk)
     vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
     assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
 
@@ -238,7 +240,91 @@ def test_perplexity_is_the_number_of_codes_used_alike():
     )
 
 
-def test_a_fresh_quantizer_has_counted_no_vector_after_loading(tiny_vqvae, tmp_path):
-    tiny_vqvae.quantizer.skipped += 7
+def test_a_fresh_quantizer_has_counted_nothing_after_loading(tiny_vqvae, tmp_path):
+    tiny_vqvae.quantizer.view.skipped += 7
+    tiny_vqvae.quantizer.usage.histogram += 7
     tiny_vqvae.save_pretrained(tmp_path)
-    assert type(tiny_vqvae).from_pretrained(tmp_path).quantizer.skipped == 0
+    loaded = type(tiny_vqvae).from_pretrained(tmp_path).quantizer
+    assert loaded.skipped == 0 and not loaded.usage.histogram.any()
+
+
+# Start and use
+
+
+def test_kmeans_waits_until_the_first_batches_hold_enough_vectors():
+    centres, vectors = clusters(16, per_cluster=4)
+    module = VectorQuantizer(16, 2).train()
+    order = torch.randperm(64)
+    for batch in vectors[order].split(16)[:3]:
+        module(batch)
+        assert not module.started
+        assert torch.cdist(module.codebook, vectors).min(dim=1).values.max() < 2, (
+            "until then codes stand on vectors shown"
+        )
+    module(vectors[order[48:]])
+    assert module.started and not module.first_vectors
+    assert (torch.cdist(centres, module.codebook).min(dim=1).values < 0.5).float().mean() > 0.7
+
+
+def test_usage_is_that_of_all_batches_since_it_was_reset():
+    module = trained_from(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), revive=False)
+    for value in (0.0, 1.0, 1.0):
+        module(torch.full((5, 1), value))
+    torch.testing.assert_close(module.usage.histogram, torch.tensor([5.0, 10.0, 0.0, 0.0]))
+    assert module.metrics()["code_usage"] == 0.5
+    module.usage.reset()
+    module(torch.zeros(5, 1))
+    assert module.metrics()["code_usage"] == 0.25 and module.metrics()["perplexity"] == 1
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema):
+    module = VectorQuantizer(512, 8, ema=ema).train()
+    module.codebook.data.fill_(0.5)
+    module.started.fill_(True)
+    for _ in range(100):
+        module(torch.randn(2048, 8))
+    module.usage.reset()
+    module(torch.randn(8192, 8))
+    assert module.metrics()["code_usage"] >= 0.95
+
+
+def test_without_revival_a_collapsed_codebook_stays_collapsed():
+    module = trained_from(torch.zeros(64, 8), revive=False)
+    for _ in range(20):
+        codes = module(torch.randn(256, 8)).codes
+    assert len(codes.unique()) < 24
+
+
+# Directions and projections
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema):
+    module, x = VectorQuantizer(16, 4, cosine=True, ema=ema).train(), torch.randn(300, 4)
+    for _ in range(3):
+        module(x)
+    module.eval()
+    output = module(x)
+    torch.testing.assert_close(output.quantized.norm(dim=1), torch.ones(300))
+    assert torch.equal(module(7 * x).codes, output.codes)
+    similarity = torch.nn.functional.normalize(x, dim=1) @ module.entries().T
+    assert torch.equal(output.codes, similarity.argmax(dim=1))
+
+
+def test_a_projection_searches_among_shorter_vectors():
+    module, x = VectorQuantizer(16, 8, projected_dim=2).train(), torch.randn(300, 8, requires_grad=True)
+    output = module(x)
+    assert module.codebook.shape == (16, 2) and output.quantized.shape == (300, 8)
+    expected = nearest_codes(module.view.project_in(x).detach(), module.eval().codebook)
+    assert torch.equal(module(x).codes, expected)
+    assert torch.equal(module.lookup(module(x).codes), module(x).quantized)
+    (output.quantized.square().sum() + output.loss).backward()
+    assert x.grad.any() and all(p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 64, 100, 512, 1000])
+def test_search_in_blocks_finds_what_search_in_rows_finds(num_columns):
+    vectors, codebook = torch.randn(300, 6), torch.randn(num_columns, 6)
+    expected = (vectors @ codebook.T - codebook.square().sum(dim=1) / 2).argmax(dim=1)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)

@@ -1,11 +1,15 @@
 import pytest
 import torch
 
-from tokenizers_vq import VQVAE, VQVAEConfig
+from tokenizers_vq import FSQ, VQVAE, ResidualQuantizer, VectorQuantizer, VQVAEConfig
+
+
+def quantized_latents(model, images):
+    return model.quantizer(model.to_code(model.encoder(model.normalize(images))))
 
 
 def test_codes_are_the_latent_grid_row_by_row(tiny_vqvae, images):
-    grid = tiny_vqvae.quantizer(tiny_vqvae._latents(tiny_vqvae.normalize(images))).codes
+    grid = quantized_latents(tiny_vqvae, images).codes
     assert grid.shape == (6, 2, 2)
     assert torch.equal(tiny_vqvae.encode(images), grid.flatten(1))
 
@@ -29,15 +33,14 @@ def test_any_width_runs(hidden_channels, images):
 
 
 def test_the_loss_is_the_error_in_normalised_pixels_plus_the_codebooks(tiny_vqvae, images):
-    quantized = tiny_vqvae.quantizer(tiny_vqvae._latents(tiny_vqvae.normalize(images)))
-    error = (tiny_vqvae._reconstruct(quantized.quantized) - (images - 0.5) / 0.25).square().mean()
+    quantized = quantized_latents(tiny_vqvae, images)
+    error = (tiny_vqvae.decoder(tiny_vqvae.from_code(quantized.quantized)) - (images - 0.5) / 0.25).square().mean()
     torch.testing.assert_close(tiny_vqvae(images).loss, error + quantized.loss)
 
 
 def test_the_reported_error_is_in_pixels(tiny_vqvae, images):
-    normalized = tiny_vqvae._reconstruct(
-        tiny_vqvae.quantizer(tiny_vqvae._latents(tiny_vqvae.normalize(images))).quantized
-    )
+    quantized = quantized_latents(tiny_vqvae, images).quantized
+    normalized = tiny_vqvae.decoder(tiny_vqvae.from_code(quantized))
     torch.testing.assert_close(tiny_vqvae(images).metrics["mse"], (normalized * 0.25 + 0.5 - images).square().mean())
 
 
@@ -60,3 +63,143 @@ def test_bfloat16_training_stays_finite_and_near_float32(tiny_vqvae, images):
     with torch.autocast("cpu", torch.bfloat16):
         loss = tiny_vqvae(images).loss
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+
+
+# Quantizers
+
+
+def build(**settings) -> VQVAE:
+    """A small model on pictures of 8 pixels."""
+    sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
+    return VQVAE(VQVAEConfig(**(sizes | settings)))
+
+
+def test_an_fsq_has_the_product_of_its_levels_as_codebook_size():
+    model = build(quantizer="fsq", fsq_levels=[4, 3, 2])
+    assert isinstance(model.quantizer, FSQ) and model.codebook_size == model.config.codebook_size == 24
+
+
+def test_residual_codes_come_level_by_level(images):
+    model = build(quantizer="residual", num_levels=3).eval()
+    assert isinstance(model.quantizer, ResidualQuantizer)
+    assert model.code_shape == (3, 2, 2) and model.code_groups == (4, 4, 4) and model.prefixes_decode
+    by_cell = quantized_latents(model, images).codes
+    assert torch.equal(model.encode(images), by_cell.movedim(-1, 1).flatten(1))
+
+
+def test_every_prefix_of_residual_codes_decodes_and_whole_levels_equal_their_sum(tiny_residual, images):
+    codes = tiny_residual.encode(images)
+    stages = list(tiny_residual.decode_stages(codes))
+    assert len(stages) == 2 and torch.equal(stages[-1], tiny_residual.decode(codes))
+    first = tiny_residual.quantizer.lookup(codes[:, :4].unflatten(1, (2, 2, 1)))
+    expected = tiny_residual.normalize.inverse(tiny_residual.decoder(tiny_residual.from_code(first)))
+    assert torch.equal(stages[0], expected)
+    for last in range(1, 9):
+        assert tiny_residual.decode(codes[:, :last]).shape == images.shape
+
+
+def test_a_code_still_to_come_adds_nothing(tiny_residual, images):
+    codes = tiny_residual.encode(images)
+    whole, cut = (tiny_residual._look_up(tiny_residual.quantizer, each, 2, 2) for each in (codes, codes[:, :6]))
+    assert torch.equal(cut[:, :, 0], whole[:, :, 0]) and not torch.equal(cut[:, :, 1], whole[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"quantizer": "gumbel"}, "quantizer must be one of vector, residual, fsq, got 'gumbel'"),
+        ({"gradient": "none"}, "gradient must be one of straight_through, rotation, got 'none'"),
+        ({"quantizer": "residual", "cosine": True}, "cannot compare directions"),
+        ({"quantizer": "fsq", "fsq_levels": [8, 1]}, "levels must be whole numbers of at least 2"),
+        ({"quantizer": "fsq", "fsq_levels": []}, "levels must be whole numbers of at least 2"),
+        ({"num_grids": 0}, "num_grids must be a whole number of at least 1"),
+        ({"decay": 1.5}, "decay must be at least 0 and below 1"),
+    ],
+)
+def test_settings_that_make_no_quantizer_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        build(**settings)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 4), (16, 8)])
+@pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_levels": 2}, {"quantizer": "fsq"}])
+def test_any_size_that_the_stride_divides_codes_and_decodes(size, settings):
+    model, pictures = build(**settings).eval(), torch.rand(2, 3, *size)
+    codes = model.encode(pictures)
+    assert codes.shape == (2, model.num_levels * size[0] * size[1] // 16)
+    assert torch.equal(model.decode(codes, image_size=size), model(pictures).reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [((30, 33), "28 x 32, 32 x 36"), ((2, 8), "4 x 8"), ((8, 9), "8 x 8, 8 x 12")]
+)
+def test_another_size_is_refused_naming_the_nearest(tiny_vqvae, size, nearest):
+    with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]} x {size[1]}; the nearest: {nearest}"):
+        tiny_vqvae.encode(torch.rand(1, 3, *size))
+
+
+def test_codes_of_another_size_say_how_many_they_must_be(tiny_vqvae):
+    codes = torch.zeros(1, 15, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"codes must be `b 15`, got shape `1 4`"):
+        tiny_vqvae.decode(codes[:, :4], image_size=(12, 20))
+    with pytest.raises(ValueError, match="image_size 10 is no multiple of 4; the nearest are 8 and 12"):
+        tiny_vqvae.decode(codes, image_size=(10, 20))
+
+
+# Several grids
+
+
+def test_coarser_grids_are_coded_first(tiny_vqvae2, images):
+    assert tiny_vqvae2.code_groups == (1, 4) and tiny_vqvae2.code_shape == (5,) and tiny_vqvae2.num_codes == 5
+    assert tiny_vqvae2.config.stride == 8 and not tiny_vqvae2.prefixes_decode
+    assert tiny_vqvae2.encode(images).shape == (6, 5)
+
+
+def test_the_coarse_code_conditions_the_fine_ones_and_the_picture(tiny_vqvae2, images):
+    codes = tiny_vqvae2.encode(images)
+    each = codes[:1].repeat(16, 1)
+    each[:, 0] = torch.arange(16)
+    assert len(tiny_vqvae2.decode(each).unique(dim=0)) > 1
+    with torch.no_grad():
+        tiny_vqvae2.coarser[0].decoder[-1][-1].weight.mul_(30)
+    assert not torch.equal(tiny_vqvae2.encode(images)[:, 1:], codes[:, 1:])
+
+
+def test_three_grids_of_another_size(images):
+    model, pictures = build(num_grids=3, image_size=16).eval(), torch.rand(2, 3, 32, 16)
+    assert model.code_groups == (1, 4, 16)
+    codes = model.encode(pictures)
+    assert codes.shape == (2, 2 + 8 + 32)
+    assert torch.equal(model.decode(codes, image_size=(32, 16)), model(pictures).reconstruction)
+
+
+def test_a_size_that_the_coarsest_grid_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="image_size 12 is no multiple of 8; the nearest are 8 and 16"):
+        VQVAEConfig(image_size=12, num_grids=2)
+
+
+# Start
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantizer": "residual", "num_levels": 2}, {"num_grids": 2}, {"cosine": True}]
+)
+def test_starting_from_data_puts_every_codebook_on_latents(settings):
+    model = build(**settings).train()
+    pictures = torch.rand(64, 3, 8, 8)
+    before = [vectors.clone() for vectors in model.codebook_vectors()]
+    model.start_from_data(pictures)
+    assert all(not torch.equal(*pair) for pair in zip(before, model.codebook_vectors(), strict=True))
+    levels = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
+    assert all(level.started for level in levels) and model.training
+    assert not any(level.usage.histogram.any() for level in levels), "a start is no training"
+
+
+def test_a_started_model_trains_in_one_compiled_graph(tiny_vqvae, images):
+    tiny_vqvae.train()
+    tiny_vqvae.start_from_data(images.repeat(4, 1, 1, 1))
+    loss = torch.compile(tiny_vqvae, fullgraph=True, backend="aot_eager")(images).loss
+    assert loss.isfinite()

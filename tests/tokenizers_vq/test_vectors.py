@@ -1,0 +1,156 @@
+"""Layouts, masks and gradients, which all quantizers share."""
+
+import pytest
+import torch
+
+from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
+from tokenizers_vq.vectors import rotated, straight_through
+
+QUANTIZERS = {
+    "vector": lambda **settings: VectorQuantizer(16, 4, **settings),
+    "residual": lambda **settings: ResidualQuantizer(16, 4, 3, **settings),
+    "fsq": lambda **settings: FSQ((5, 4, 3), 4, **settings),
+}
+
+
+@pytest.fixture(params=QUANTIZERS)
+def build(request):
+    return QUANTIZERS[request.param]
+
+
+LAYOUTS = [((10, 4), -1), ((2, 4, 7), 1), ((2, 3, 5, 4), -1), ((2, 4, 3, 5), 1), ((2, 4, 2, 3, 5), 1), ((3, 4, 2), -2)]
+
+
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
+def test_every_layout_gives_codes_without_the_channel_axis_and_looks_them_up_again(build, shape, axis):
+    module, x = build(channel_axis=axis).eval(), 3 * torch.randn(shape)
+    output = module(x)
+    grid = x.movedim(axis, -1).shape[:-1]
+    assert output.quantized.shape == x.shape and output.codes.shape[: len(grid)] == grid
+    if axis != -2:
+        assert torch.equal(module.lookup(output.codes), output.quantized)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((10, 5), -1), ((2, 3, 4), 1), ((), -1), ((4,), 1)])
+def test_another_number_of_channels_is_refused(build, shape, axis):
+    with pytest.raises(
+        ValueError, match=rf"expected 4 channels on axis {axis}, got shape \({', '.join(map(str, shape))}"
+    ):
+        build(channel_axis=axis)(torch.zeros(shape))
+
+
+def test_masked_vectors_count_for_nothing(build):
+    torch.manual_seed(1)
+    module, twin = build().train(), build().train()
+    twin.load_state_dict(module.state_dict())
+    for each in module.modules(), twin.modules():
+        for part in each:
+            if isinstance(part, VectorQuantizer):
+                part.started.fill_(True)
+    x, noise = torch.randn(40, 4), 50 * torch.randn(40, 4)
+    mask = torch.arange(80) < 40
+    torch.manual_seed(2)
+    output = module(torch.cat([x, noise]), mask)
+    torch.manual_seed(2)
+    expected = twin(x)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert torch.equal(output.codes[:40], expected.codes)
+    assert torch.equal(output.quantized[:40], expected.quantized)
+    for name, value in module.metrics().items():
+        torch.testing.assert_close(value, twin.metrics()[name])
+    for (name, state), (_, other) in zip(module.named_buffers(), twin.named_buffers(), strict=True):
+        if name.endswith(("counts", "sums")):
+            # Where codes were revived the two drew different places.
+            same = (state == other).reshape(len(state), -1).all(dim=1)
+            assert same.any(), name
+
+
+def test_a_mask_keeps_its_gradient_out_of_the_loss():
+    x = torch.randn(6, 4, requires_grad=True)
+    VectorQuantizer(16, 4).eval()(x, torch.tensor([True] * 4 + [False] * 2)).loss.backward()
+    assert x.grad[:4].any() and not x.grad[4:].any()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(9, dtype=torch.bool), torch.ones(10, 4, dtype=torch.bool), torch.ones(10)])
+def test_a_mask_that_does_not_fit_is_refused(build, mask):
+    with pytest.raises(ValueError, match=r"mask must be boolean of shape \(10,\), got torch\..* of \("):
+        build()(torch.randn(10, 4), mask)
+
+
+def test_a_mask_that_leaves_out_everything_is_refused(build):
+    with pytest.raises(ValueError, match="leaves out every vector"):
+        build()(torch.randn(10, 4), torch.zeros(10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_sizes_below_one_are_refused(size):
+    for make in (
+        lambda: VectorQuantizer(size, 4),
+        lambda: VectorQuantizer(4, size),
+        lambda: ResidualQuantizer(4, 4, size),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+            make()
+
+
+def test_half_precision_comes_back_as_it_was(build):
+    x = torch.randn(20, 4).half()
+    module = build().eval()
+    output = module(x)
+    assert output.quantized.dtype == torch.float16 and output.loss.dtype == torch.float32
+    assert torch.equal(output.codes, module(x.float()).codes)
+
+
+def test_bfloat16_autocast_changes_no_code(build):
+    module, x = build().eval(), torch.randn(200, 4)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    assert torch.equal(output.codes, expected.codes) and torch.equal(output.quantized, expected.quantized)
+
+
+def test_vectors_that_are_not_finite_are_counted_in_training_alone(build):
+    module, x = build().train(), torch.randn(10, 4)
+    x[3, 1] = float("nan")
+    module(x)
+    module.eval()(x)
+    assert module.skipped == 1
+
+
+# Gradients
+
+
+def test_straight_through_is_the_code_and_the_gradient_of_the_vector():
+    vectors, chosen = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    weight = torch.randn(8, 4)
+    (straight_through(vectors, chosen) * weight).sum().backward()
+    assert torch.equal(straight_through(vectors, chosen), chosen) and torch.equal(vectors.grad, weight)
+
+
+def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
+    vectors, chosen = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
+    output = rotated(vectors, chosen)
+    assert torch.equal(output, chosen)
+    matrices = torch.stack(
+        [torch.autograd.grad(output[:, row].sum(), vectors, retain_graph=True)[0] for row in range(4)], dim=1
+    )
+    # The map is linear: it takes each vector to its code, and is a rotation times the ratio of lengths.
+    torch.testing.assert_close((matrices @ vectors.detach()[..., None])[..., 0], chosen)
+    ratio = (chosen.norm(dim=1) / vectors.norm(dim=1)).detach()
+    scaled = matrices / ratio[:, None, None]
+    torch.testing.assert_close(scaled @ scaled.mT, torch.eye(4).expand(8, 4, 4), atol=1e-5, rtol=0)
+
+
+def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
+    vectors = torch.zeros(3, 4, requires_grad=True)
+    weight = torch.randn(3, 4)
+    (rotated(vectors, torch.randn(3, 4)) * weight).sum().backward()
+    assert torch.equal(vectors.grad, weight)
+
+
+@pytest.mark.parametrize("kind", ["vector", "residual"])
+def test_the_gradient_estimator_changes_no_value(kind):
+    plain, turned = (QUANTIZERS[kind](gradient=gradient).eval() for gradient in ("straight_through", "rotation"))
+    turned.load_state_dict(plain.state_dict())
+    x = torch.randn(20, 4)
+    assert torch.equal(plain(x).quantized, turned(x).quantized)

@@ -1,0 +1,114 @@
+"""Residual quantization: a sum of codebook vectors, each of which corrects what those before it leave.
+
+Fixed vectors for every level, as in multi-stage vector quantization (Juang & Gray 1982) and SoundStream (Zeghidour et al. 2021,
+section III.C); VQ-DRAW is what becomes of it when a network makes the vectors of each level out of the picture so far.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import check_choice, check_number
+from .quantizer import QuantizerOutput, VectorQuantizer
+from .vectors import GRADIENTS, VectorView
+
+
+class ResidualQuantizer(nn.Module):
+    """`num_levels` codebooks of `codebook_size` vectors of `code_dim`, whose nearest entries add up; codes are `... n`, coarse to fine.
+
+    Args:
+        gradient, projected_dim, channel_axis: as of `VectorQuantizer`, for the sum.
+        settings: further settings of each level's `VectorQuantizer`.
+
+    Raises:
+        ValueError: as `VectorQuantizer`, and for fewer than one level, or `cosine`: unit vectors do not add up to smaller corrections.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        num_levels: int,
+        *,
+        gradient: str = "straight_through",
+        projected_dim: int = 0,
+        channel_axis: int = -1,
+        **settings: Any,
+    ):
+        super().__init__()
+        check_number("ResidualQuantizer", "num_levels", num_levels, 1)
+        check_choice("gradient", gradient, GRADIENTS)
+        if settings.get("cosine"):
+            raise ValueError(
+                "a ResidualQuantizer cannot compare directions: set cosine to false, or use a VectorQuantizer"
+            )
+        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=projected_dim or code_dim)
+        self.levels = nn.ModuleList(
+            VectorQuantizer(codebook_size, projected_dim or code_dim, **settings) for _ in range(num_levels)
+        )
+        self.codebook_size, self.num_levels, self.gradient = codebook_size, num_levels, gradient
+
+    @property
+    def skipped(self) -> Tensor:
+        """Vectors that were not finite, in training."""
+        return self.view.skipped
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """`... d` (or `b d h w`) -> the sum of one entry a level, codes `... n` (`b h w n`), and the mean loss of the levels.
+
+        Errors and `mask` as of `VectorQuantizer`.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = self.view.open(x, mask)
+            total, codes, losses = torch.zeros_like(vectors.flat), [], []
+            for level in self.quantizers():
+                # Every level's term draws the encoder; none of them another level.
+                chosen, level_codes, loss = level.assign(vectors.minus(total))
+                total = total + chosen.detach()
+                codes.append(level_codes)
+                losses.append(loss)
+            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, total), vectors)
+        stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_levels)
+        return QuantizerOutput(quantized, stacked, torch.stack(losses).mean())
+
+    def lookup(self, codes: Tensor, known: Tensor | None = None) -> Tensor:
+        """Codes `... n`, or those of the first levels alone, -> sums of entries `... d` (or `b d h w`).
+
+        Args:
+            known: `... n`, false where a code is still to come and adds nothing.
+
+        Raises:
+            ValueError: for no level, or more than there are.
+        """
+        if not 1 <= codes.shape[-1] <= self.num_levels:
+            raise ValueError(f"expected codes of 1 to {self.num_levels} levels, got {codes.shape[-1]}")
+        with torch.autocast(codes.device.type, enabled=False):
+            total = torch.zeros((), device=codes.device)
+            for number, level in enumerate(self.quantizers()[: codes.shape[-1]]):
+                chosen = F.embedding(codes[..., number], level.entries())
+                total = total + (chosen if known is None else chosen * known[..., number, None])
+            return self.view.place(total)
+
+    def quantizers(self) -> list[VectorQuantizer]:
+        """The levels, coarse to fine."""
+        return [level for level in self.levels if isinstance(level, VectorQuantizer)]
+
+    def codebooks(self) -> list[Tensor]:
+        """The codebook of each level, `k d`, without gradient."""
+        return [level.entries().detach() for level in self.quantizers()]
+
+    @torch.no_grad()
+    def start_from_data(self, x: Tensor) -> None:
+        """Put the codebooks on the vectors of `... d` (or `b d h w`), each on what those before it leave."""
+        vectors = self.view.open(x)
+        rest = vectors.flat[vectors.kept]
+        for level in self.quantizers():
+            level.start(rest)
+            rest = rest - F.embedding(level.nearest(rest), level.entries())
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Perplexity and share of codes given, means over the levels."""
+        each = [level.metrics() for level in self.quantizers()]
+        return {name: torch.stack([metrics[name] for metrics in each]).mean() for name in each[0]}

@@ -1,0 +1,97 @@
+"""Settings of a VQ-VAE, and the quantizer that they describe."""
+
+import math
+from dataclasses import field
+
+from .base import DiscreteTokenizerConfig, check_choice, check_image_size
+from .fsq import FSQ
+from .quantizer import VectorQuantizer
+from .residual import ResidualQuantizer
+from .vectors import GRADIENTS
+
+QUANTIZERS = ("vector", "residual", "fsq")
+
+Quantizer = VectorQuantizer | ResidualQuantizer | FSQ
+
+
+class VQVAEConfig(DiscreteTokenizerConfig):
+    """Settings of a `VQVAE`.
+
+    Attributes:
+        image_size: height and width of the pictures, pixels; a multiple of `stride`. Others that are can be coded too.
+        num_encoder_blocks, num_decoder_blocks: residual blocks on the latent grid. A code of an encoder without blocks depends on the
+            pixels near it alone, which makes a simpler language for a prior: it need not guess how far away things change a code.
+        num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
+        num_grids: 2 or more for a VQ-VAE-2, whose further grids are each half as fine as the one before.
+        hidden_channels: width of the networks at the latent grids; half of it at every finer grid.
+        quantizer: "vector", "residual" or "fsq".
+        code_dim: length of a codebook vector. projected_dim: of those that are searched, behind a linear layer; 0: the same.
+        num_levels: codebooks of a residual quantizer, whose entries add up.
+        fsq_levels: of an FSQ, whose codebook size is their product.
+        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
+        gradient, revive, cosine: see `VectorQuantizer`.
+        pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
+    """
+
+    model_type = "tok2img_vqvae"
+    may_be_zero = frozenset({"num_encoder_blocks", "num_decoder_blocks"})
+
+    image_size: int = 32
+    num_channels: int = 3
+    num_downsamples: int = 2
+    num_grids: int = 1
+    hidden_channels: int = 128
+    num_encoder_blocks: int = 0
+    num_decoder_blocks: int = 2
+    quantizer: str = "vector"
+    codebook_size: int = 512
+    code_dim: int = 64
+    projected_dim: int = 0
+    num_levels: int = 4
+    fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+    commitment: float = 0.25
+    decay: float = 0.99
+    ema: bool = True
+    gradient: str = "straight_through"
+    revive: bool = True
+    cosine: bool = False
+    pixel_mean: float = 0.5
+    pixel_std: float = 0.25
+
+    def __post_init__(self, **other: object) -> None:
+        super().__post_init__(**other)
+        check_image_size(self.image_size, self.stride)
+        check_choice("quantizer", self.quantizer, QUANTIZERS)
+        check_choice("gradient", self.gradient, GRADIENTS)
+        if self.quantizer == "fsq":
+            self.codebook_size = math.prod(self.fsq_levels)
+
+    @property
+    def stride(self) -> int:
+        """What height and width of a picture must be multiples of."""
+        return 2 ** (self.num_downsamples + self.num_grids - 1)
+
+    def cells(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of each grid, coarse to fine, for pictures of a height and width; ValueError where the stride does not fit."""
+        for side in image_size:
+            check_image_size(side, self.stride)
+        steps = [2 ** (self.num_downsamples + grid) for grid in reversed(range(self.num_grids))]
+        return [(image_size[0] // step, image_size[1] // step) for step in steps]
+
+    def widths(self) -> list[int]:
+        """Channels at each grid from the finest to the latent one."""
+        return [
+            max(min(16, self.hidden_channels), self.hidden_channels >> level)
+            for level in reversed(range(self.num_downsamples))
+        ]
+
+
+def build_quantizer(config: VQVAEConfig) -> Quantizer:
+    """The quantizer that a config describes, for `b d h w`."""
+    if config.quantizer == "fsq":
+        return FSQ(config.fsq_levels, config.code_dim, channel_axis=1)
+    settings = {name: getattr(config, name) for name in ("commitment", "decay", "ema", "gradient", "revive", "cosine")}
+    settings |= {"projected_dim": config.projected_dim, "channel_axis": 1}
+    if config.quantizer == "residual":
+        return ResidualQuantizer(config.codebook_size, config.code_dim, config.num_levels, **settings)
+    return VectorQuantizer(config.codebook_size, config.code_dim, **settings)
