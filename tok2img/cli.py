@@ -217,6 +217,9 @@ def reconstruct(
 def evaluate(
     data: Annotated[str, typer.Option(help="Data set to measure on.")],
     out: Annotated[str, typer.Option(help="JSON file to write.")],
+    pictures: Annotated[
+        str, typer.Option(help="Folder for pictures and curves; by default metrics_pictures beside a metrics.json.")
+    ] = "",
     model: Annotated[str, typer.Option(help="Folder of a trained model.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")] = "",
     tokens: Annotated[
@@ -232,7 +235,7 @@ def evaluate(
     max_rows: MaxRows = 2000,
     seed: Annotated[int, typer.Option(help="Of the pictures drawn.")] = 0,
 ) -> None:
-    """Measure a tokenizer, or a model: losses, caption accuracy, Fréchet distance, repeats."""
+    """Measure a tokenizer, or a model, and draw it: losses, caption accuracy, Fréchet distance, repeats; sheets, code usage, curves."""
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")
     if num_images < 1:
@@ -252,11 +255,19 @@ def evaluate(
         with_images=not of_text,
         max_rows=max_rows or None,
     )
+    pictures = pictures or f"{Path(out).with_suffix('')}_pictures"
     if tokenizer:
-        report = report_on_tokenizer(tokenizer, rows)
+        report = report_on_tokenizer(tokenizer, rows, pictures=pictures)
     else:
         report = report_on_model(
-            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed
+            model,
+            rows,
+            data=data,
+            tokens=tokens,
+            judge_folder=judge,
+            num_images=num_images,
+            seed=seed,
+            pictures=pictures,
         )
     write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report, indent=2))

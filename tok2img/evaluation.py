@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tokenizers_vq.base import DiscreteTokenizer
 
 
-@torch.inference_mode()
 def evaluate_tokenizer(
     image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
 ) -> dict[str, float | list[float]]:
@@ -38,6 +37,14 @@ def evaluate_tokenizer(
         entropy_per_position: nats; used_per_position: codes used at least once; only when positions do not share codes
         mse_per_stage, psnr_per_stage: after each code; only where a picture sharpens code by code
     """
+    return measure_tokenizer(image_tokenizer, batches)[0]
+
+
+@torch.inference_mode()
+def measure_tokenizer(
+    image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
+) -> tuple[dict[str, float | list[float]], Tensor]:
+    """What `evaluate_tokenizer` returns, and the counts behind it: how often each code was used, as `code_histogram` has them."""
     if image_tokenizer.training:
         raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
     shared, device = image_tokenizer.positions_share_codes, image_tokenizer.device
@@ -55,7 +62,7 @@ def evaluate_tokenizer(
     bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
     report = {"mse": errors[-1], **{name: mean[0] for name, mean in means.items()}, "psnr": psnrs[-1]}
     stages = {"mse_per_stage": errors, "psnr_per_stage": psnrs} if len(errors) > 1 else {}
-    return {**report, "bits_per_picture": bits, **_usage(histogram, shared), **stages}
+    return {**report, "bits_per_picture": bits, **_usage(histogram, shared), **stages}, histogram
 
 
 def code_histogram(codes: Tensor, *, codebook_size: int, shared: bool) -> Tensor:

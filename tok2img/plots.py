@@ -1,4 +1,4 @@
-"""Sheets of pictures, drawn with Pillow alone, and curves, drawn with matplotlib of the extra `[eval]`.
+"""Sheets of pictures, drawn with Pillow alone, and how files are written whole.
 
 A sheet is a table of tiles; captions and headers are tiles too.
 """
@@ -6,18 +6,13 @@ A sheet is a table of tiles; captions and headers are tiles too.
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 MIN_TILE_SIZE = 96
@@ -102,46 +97,6 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
-    """Save a plot of how often each code is used, the most frequent first.
-
-    Args:
-        histogram: counts `k`, or `n k` with a row for each position, which is drawn as a map
-        path: picture file to write
-    """
-    counts = torch.atleast_2d(histogram).cpu().double()
-    if counts.ndim != 2 or (counts.sum(dim=1) == 0).any():
-        raise ValueError(f"got a histogram {tuple(histogram.shape)}, expected counts `k` or `n k` without an empty row")
-    share = (counts / counts.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
-    figure = _figure()
-    axes = figure.subplots()
-    axes.set_xlabel("codes of a position, most used first" if len(share) > 1 else "codes, most used first")
-    if len(share) == 1:
-        axes.stairs(share[0].numpy(), fill=True)
-        axes.set_ylabel("share of all codes")
-    else:
-        figure.colorbar(axes.imshow(share.numpy(), aspect="auto", interpolation="nearest"), label="share")
-        axes.set_ylabel("position")
-    save_image(_picture(figure), path)
-
-
-def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Save the curves of `loss` and `eval_loss` over `step` from the `log_history` of a `transformers.Trainer`."""
-    figure = _figure()
-    axes = figure.subplots()
-    for name in ("loss", "eval_loss"):
-        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
-    if not axes.lines:
-        raise ValueError(f"got a log of {len(log_history)} entries, none of which has a loss or an eval_loss")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_image(_picture(figure), path)
-
-
 def _table(rows: Sequence[Sequence[Image.Image]], *, gap: int) -> Image.Image:
     """Tiles in rows and columns as wide as their largest tile, each tile in the middle of its place."""
     num_columns = max(len(row) for row in rows)
@@ -207,20 +162,6 @@ def _label(lines: list[str], num_lines: int = 1) -> Image.Image:
     for index, line in enumerate(lines):
         draw.text((width / 2, index * line_height), line, fill="black", font=font, anchor="ma")
     return tile
-
-
-def _figure() -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'tok2img[eval]'") from error
-    return Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-
-
-def _picture(figure: "Figure") -> Image.Image:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return Image.open(content).convert("RGB")
 
 
 def _check_not_empty(items: Sequence[Any]) -> None:

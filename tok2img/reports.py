@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from tokenizers_vq.images import pixels_from_images
 
 from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier
 from .data import load_captioned_images
-from .evaluation import caption_accuracy, evaluate_tokenizer, frechet_distance, repeated_share, unigram_entropy
+from .evaluation import caption_accuracy, frechet_distance, measure_tokenizer, repeated_share, unigram_entropy
+from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes
 from .text_codes import is_text_model
-from .text_reports import evaluate_text_tokenizer
+from .text_reports import measure_text_tokenizer
 from .tokenized import load_tokens
+from .training_log import load_log
 
 BATCH_SIZE = 250
 
@@ -51,18 +54,31 @@ def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
         return load_captioned_images(data, split="validation", **columns)
 
 
-def report_on_tokenizer(folder: str | Path, rows: Dataset) -> Report:
+def report_on_tokenizer(folder: str | Path, rows: Dataset, *, pictures: str | Path = "") -> Report:
     """Errors and code usage of a saved tokenizer on the pictures, or the captions, of some rows.
 
-    See `evaluate_tokenizer` and `evaluate_text_tokenizer`.
+    See `evaluate_tokenizer` and `evaluate_text_tokenizer`; with `pictures`, a folder, also draws what `picture_image_tokenizer` says.
     """
+    log = load_log(folder)
     if is_text_model(folder):
-        return evaluate_text_tokenizer(to_device(VQDrawForText.from_pretrained(folder)).eval(), rows["caption"][:])
+        model = to_device(VQDrawForText.from_pretrained(folder)).eval()
+        report, histogram = measure_text_tokenizer(model, rows["caption"][:])
+        if pictures:
+            report["pictures"] = picture_text_tokenizer(
+                model, rows["caption"], histogram, log=log, folder=Path(pictures)
+            )
+        return report
     image_tokenizer = to_device(load_image_tokenizer(folder))
     pixel_batches = (
         load_pixels(images, image_tokenizer).to(image_tokenizer.device) for images in batches(rows["image"])
     )
-    return evaluate_tokenizer(image_tokenizer, pixel_batches)
+    figures, histogram = measure_tokenizer(image_tokenizer, pixel_batches)
+    report: Report = dict(figures)
+    if pictures:
+        report["pictures"] = picture_image_tokenizer(
+            image_tokenizer, rows["image"], histogram, log=log, folder=Path(pictures)
+        )
+    return report
 
 
 def report_on_model(
@@ -74,8 +90,13 @@ def report_on_model(
     judge_folder: str = "",
     num_images: int = 1000,
     seed: int = 0,
+    pictures: str | Path = "",
 ) -> Report:
-    """Losses of a saved model on rows it has not seen, and what its pictures of their captions are worth."""
+    """Losses of a saved model on rows it has not seen, and what its pictures of their captions are worth.
+
+    With `pictures`, a folder, also draws what `picture_model` says.
+    """
+    draw = partial(picture_model, log=load_log(folder), folder=Path(pictures)) if pictures else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
     judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder)
@@ -87,6 +108,7 @@ def report_on_model(
         seed=seed,
         training_codes=codes_of(tokens) if tokens else None,
         real_images=rows["image"][:],
+        draw=draw,
     )
 
 
@@ -127,8 +149,12 @@ def report_on_pictures(
     seed: int = 0,
     training_codes: Tensor | None = None,
     real_images: Sequence[Any] | None = None,
+    draw: Callable[[Sequence[Image.Image], Sequence[str]], list[str]] | None = None,
 ) -> Report:
-    """Draw a picture of each caption with the model's default settings; how many are right, how far from real, how many repeated."""
+    """Draw a picture of each caption with the model's default settings; how many are right, how far from real, how many repeated.
+
+    `draw` makes files of pictures and captions, and names them.
+    """
     output = pipeline(captions, seed=seed, progress=True)
     images: Any = output.images
     report: Report = {"num_images": len(captions)}
@@ -139,6 +165,8 @@ def report_on_pictures(
         report["frechet_distance"] = frechet_distance(judge.features(images), judge.features(real_images))
     if training_codes is not None:
         report["repeated_share"] = repeated_share(output.codes, training_codes)
+    if draw is not None:
+        report["pictures"] = draw(images, captions)
     return report
 
 

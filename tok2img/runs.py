@@ -37,6 +37,7 @@ from .text_codes import load_text_tokenizer
 from .text_reports import text_sheet
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import PictureRows, TextRows, Trainer
+from .training_log import save_log
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
@@ -279,9 +280,10 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
 
 
 def finish(trainer: Trainer, out: str) -> None:
-    """Train to the end, and clear the checkpoints that served to keep the best weights."""
+    """Train to the end, keep the log, and clear the checkpoints that served to keep the best weights."""
     trainer.train()
     if trainer.is_world_process_zero():
+        save_log(trainer.state.log_history, out)
         shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
 
 

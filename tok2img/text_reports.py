@@ -19,7 +19,6 @@ BATCH_SIZE = 128
 BITS_PER_BYTE = (1, 2, 3, 4)
 
 
-@torch.inference_mode()
 def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[str, Any]:
     """Measure how well texts survive their codes, after every stage, and how well the codes are used.
 
@@ -31,6 +30,12 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
         entropy_per_stage: nats a code; used_per_stage: options in use
         texts, bytes_per_text, texts_cut: how many were measured, their mean length, and how many were longer than the model reads
     """
+    return measure_text_tokenizer(model, texts)[0]
+
+
+@torch.inference_mode()
+def measure_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+    """What `evaluate_text_tokenizer` returns, and how often each option of each stage was used, `n k`."""
     if not texts:
         raise ValueError("got no texts to evaluate")
     by_stage, by_rate = Tally(model.code_shape[0]), Tally(len(BITS_PER_BYTE))
@@ -48,7 +53,7 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
         num_live += int(live.sum())
     bits = math.log2(model.codebook_size) * num_live / max(1, by_stage.num_bytes)
     shares = histogram / histogram.sum(dim=1, keepdim=True)
-    return {
+    report = {
         "bits_per_byte": [bits * (stage + 1) for stage in range(model.code_shape[0])],
         **by_stage.figures(),
         "at_bits_per_byte": dict(zip(map(str, BITS_PER_BYTE), by_rate.rows(), strict=True)),
@@ -58,6 +63,7 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
         "bytes_per_text": by_stage.num_bytes / len(texts),
         "texts_cut": sum(model.spans_of(text) > model.num_spans for text in texts),
     }
+    return report, histogram
 
 
 class Tally:

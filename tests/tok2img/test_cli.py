@@ -13,6 +13,7 @@ from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import build_prior
 from tok2img.shapes import shapes_dataset
 from tok2img.tokenized import load_tokens, save_tokens
+from tok2img.training_log import load_log
 from tokenizers_vq import load_image
 
 REPOSITORY = Path(__file__).parents[2]
@@ -127,6 +128,10 @@ def test_every_command_does_its_part_of_the_whole_job(tok2img, data, tmp_path):
         "repeated_share",
     } <= report.keys()
     assert not (model / "checkpoints").exists() and list((model / "samples").glob("*.png"))
+    assert len(load_log(tokenizer)) > 3 and "eval_image_loss" in str(load_log(model))
+    drawn = {path.name for path in (tmp_path / "tokenizer_pictures").iterdir()}
+    assert drawn == {"reconstructions.png", "code_usage.png", "codebook.png", "curves.png"}
+    assert report["pictures"] == [str(tmp_path / "model_pictures" / name) for name in ("samples.png", "curves.png")]
 
 
 def test_a_prior_can_be_trained_from_pictures_at_once(tok2img, data, tokenizer, tmp_path):
@@ -384,6 +389,24 @@ class TestBadRequestsForPictures:
     def test_a_negative_number_of_pictures(self, refused, tokenizer, data):
         words = ["reconstruct", data, "--tokenizer", tokenizer, "--out", "a.png"]
         refused(*words, "--num-images", -2, names="num-images")
+
+
+def test_pictures_of_an_evaluation_go_to_the_folder_that_is_asked_for(tok2img, tokenizer, data, tmp_path):
+    words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
+    _, complaint, code = tok2img("evaluate", *words, "--pictures", tmp_path / "drawn")
+    assert code == 0, complaint
+    assert (tmp_path / "drawn" / "codebook.png").is_file() and not (tmp_path / "report_pictures").exists()
+
+
+def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_out(
+    tok2img, tokenizer, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
+    _, said, code = tok2img("evaluate", *words)
+    assert code == 0 and "left out code_usage.png, codebook.png" in said and "tok2img[eval]" in said
+    sheet = str(tmp_path / "report_pictures" / "reconstructions.png")
+    assert json.loads((tmp_path / "report.json").read_text())["pictures"] == [sheet]
 
 
 def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):

@@ -1,20 +1,15 @@
-import builtins
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tok2img.plots import (
     captioned_sheet,
     image_grid,
-    plot_code_usage,
-    plot_losses,
     reconstruction_sheet,
     save_image,
     stage_sheet,
@@ -129,45 +124,3 @@ def test_a_failed_write_keeps_the_old_picture_alone(tmp_path: Path, monkeypatch:
 def test_an_unknown_suffix_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         save_image(picture(), tmp_path / name)
-
-
-@pytest.mark.parametrize("shape", [(16,), (4, 16)])
-def test_code_usage_is_drawn_for_shared_and_own_codes(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    plot_code_usage(torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape), tmp_path / "usage.png")
-    with Image.open(tmp_path / "usage.png") as plot:
-        assert plot.width > 500
-
-
-def test_an_empty_histogram_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="empty row"):
-        plot_code_usage(torch.zeros(4), tmp_path / "usage.png")
-
-
-def test_losses_are_drawn_from_the_log_of_a_trainer(tmp_path: Path) -> None:
-    log = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "eval_loss": 2.5},
-        {"step": 2, "train_loss": 2.5},
-    ]
-    plot_losses(log, tmp_path / "losses.png")
-    with Image.open(tmp_path / "losses.png") as plot:
-        assert plot.width > 500
-
-
-def test_a_log_without_losses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of which has a loss"):
-        plot_losses([{"step": 1, "learning_rate": 0.1}], tmp_path / "losses.png")
-
-
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def without_matplotlib(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"pip install 'tok2img\[eval\]'"):
-        plot_losses([{"step": 1, "loss": 1.0}], tmp_path / "losses.png")
