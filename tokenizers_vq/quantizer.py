@@ -23,6 +23,7 @@ from .clustering import (
 )
 from .vectors import GRADIENTS, Vectors, VectorView
 
+WARM_UP = 10  # decay of the t-th batch is (1 + t) / (10 + t) at most
 VECTORS_PER_CODE = 4  # k-means waits until it has so many
 SMALLEST_COUNT = 1e-5  # below it a code stays where it is
 DEAD_SHARE = 0.03  # a code that gets less than 3 % of an even share of the vectors is out of use
@@ -83,6 +84,7 @@ class VectorQuantizer(nn.Module):
     counts: Tensor
     sums: Tensor
     started: Tensor
+    num_batches: Tensor
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("sums", torch.zeros(codebook_size, self.code_dim))
         self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("num_batches", torch.tensor(0.0))
         self.stands = False  # `started` without a look at the device
         self.first_vectors: list[Tensor] = []
 
@@ -198,7 +201,7 @@ class VectorQuantizer(nn.Module):
             centres = self.scaled(kmeans(shown, self.codebook_size, num_steps=KMEANS_STEPS if enough else 0))
         self.codebook.data.copy_(of_first_rank(centres))
         # As if one batch had been shared evenly: nothing is out of use yet, and soon forgotten.
-        self.counts.fill_((1 - self.decay) * len(vectors) / self.codebook_size)
+        self.counts.fill_(len(vectors) / self.codebook_size)
         self.sums.copy_(self.codebook * of_first_rank(self.counts)[:, None])
         if of_first_rank(enough):
             self.started.fill_(True)
@@ -206,16 +209,16 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> None:
-        """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept.
-
-        The averages start from nothing, so their ratio needs no correction: young codes follow their vectors at once, old ones slowly.
-        """
+        """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept; the average grows longer up to `decay`."""
         # What is left out counts for a code that does not exist.
         counts, sums = assigned_sums(vectors, torch.where(kept, codes, self.codebook_size), self.codebook_size + 1)
         counts, sums = summed_over_ranks(counts[:-1], sums[:-1])
         self.usage.add(counts)
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.num_batches += 1
+        # Short at first: the encoder has just begun to move, and codes that lag behind it fall out of use.
+        weight = 1 - ((1 + self.num_batches) / (WARM_UP + self.num_batches)).clamp(max=self.decay)
+        self.counts.lerp_(counts, weight)
+        self.sums.lerp_(sums, weight)
         if self.ema:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.copy_(torch.where(self.counts[:, None] < SMALLEST_COUNT, self.codebook, means))

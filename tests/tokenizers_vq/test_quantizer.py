@@ -17,6 +17,7 @@ def trained_from(codebook: Tensor, **settings) -> VectorQuantizer:
     module.codebook.data.copy_(codebook)
     module.sums.copy_(codebook)
     module.counts.fill_(1)
+    module.num_batches.fill_(1e6)
     module.started.fill_(True)
     return module
 
@@ -119,6 +120,16 @@ def test_the_average_moves_by_the_papers_formula():
     torch.testing.assert_close(module.counts, new_counts)
     torch.testing.assert_close(module.sums, new_sums)
     torch.testing.assert_close(module.codebook, new_sums / new_counts[:, None])  # equation 8
+
+
+def test_the_average_is_short_at_first_and_never_longer_than_decay():
+    module = trained_from(torch.zeros(1, 1), decay=0.9, revive=False)
+    module.num_batches.zero_()
+    counts = torch.ones(())
+    for batch in range(1, 120):
+        module(torch.full((3, 1), float(batch)))
+        counts = torch.lerp(counts, torch.tensor(3.0), 1 - min(0.9, (1 + batch) / (10 + batch)))
+        torch.testing.assert_close(module.counts[0], counts)
 
 
 def test_in_training_the_vectors_given_are_those_the_codes_were_nearest_to():
