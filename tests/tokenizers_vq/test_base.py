@@ -241,6 +241,13 @@ def test_a_missing_tensor_is_refused(tokenizer, saved):
         type(tokenizer).from_pretrained(saved)
 
 
+def test_a_misshapen_tensor_is_refused(tokenizer, saved):
+    name = next(iter(tokenizer.state_dict()))
+    rewrite_weights(saved, lambda weights: weights.update({name: torch.zeros(3, 1)}))
+    with pytest.raises(ValueError, match=f"missing or misshapen tensors .*{name}"):
+        type(tokenizer).from_pretrained(saved)
+
+
 def test_an_unknown_tensor_is_refused(tokenizer, saved):
     rewrite_weights(saved, lambda weights: weights.update(stranger=torch.zeros(1)))
     with pytest.raises(ValueError, match="unknown tensors .*stranger"):
