@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .images import ImageError, load_image
+from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
@@ -16,6 +17,8 @@ __all__ = [
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
+    "PretrainedImageTokenizer",
+    "PretrainedImageTokenizerConfig",
     "QuantizerOutput",
     "TokenizerOutput",
     "VQDrawForImages",
@@ -34,6 +37,7 @@ for config_class, model_class in (
     (VQDrawImageConfig, VQDrawForImages),
     (VQDrawTextConfig, VQDrawForText),
     (VQDrawStudentConfig, VQDrawStudent),
+    (PretrainedImageTokenizerConfig, PretrainedImageTokenizer),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What both image tokenizers promise, in the words of `DiscreteTokenizer`."""
+"""What the image tokenizers promise, in the words of `DiscreteTokenizer`."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = [VQVAEConfig, VQDrawImageConfig]
 
 
-@pytest.fixture(params=["tiny_vqvae", "tiny_vqdraw"])
+@pytest.fixture(params=["tiny_vqvae", "tiny_vqdraw", "tiny_emu3", "tiny_janus", "tiny_vqmodel"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
