@@ -1,6 +1,8 @@
 """Quiet, offline, one thread, one seed; and the tiny models that the tests share."""
 
+import copy
 import os
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -15,7 +17,30 @@ import torch
 import transformers
 from torch import Tensor
 
-from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+from tokenizers_vq import VQVAE, PretrainedImageTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+from tokenizers_vq.families import build
+
+# Norms of these models want 32 channels at least.
+TINY_VQGAN = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1],
+    "num_res_blocks": 1,
+    "embed_dim": 4,
+    "latent_channels": 4,
+}
+TINY_SETTINGS = {
+    "ChameleonVQVAE": TINY_VQGAN | {"num_embeddings": 16, "resolution": 8},
+    "Emu3VQVAE": TINY_VQGAN | {"codebook_size": 16, "attn_resolutions": [2], "hidden_size": 32},
+    "JanusVQVAE": TINY_VQGAN | {"num_embeddings": 16, "num_patches": 2},
+    "VQModel": {
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [32] * 3,
+        "num_vq_embeddings": 16,
+        "latent_channels": 4,
+        "norm_type": "spatial",
+    },
+}
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
@@ -28,11 +53,16 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def images() -> Tensor:
+def smooth_pictures() -> Tensor:
     """Six smooth coloured pictures, `6 3 8 8` in [0, 1], all different."""
     corners = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.interpolate(corners, size=8, mode="bilinear", align_corners=True)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Six smooth coloured pictures."""
+    return smooth_pictures()
 
 
 def small_vqvae(images: Tensor, **settings: Any) -> VQVAE:
@@ -84,3 +114,37 @@ def tiny_vqdraw(images) -> VQDrawForImages:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
+
+
+@cache
+def tiny_pretrained(family: str) -> PretrainedImageTokenizer:
+    """2x2 codes of 16 entries, which lie near what the pictures give and differ in length, in eval mode."""
+    torch.manual_seed(0)
+    tokenizer = PretrainedImageTokenizer.wrap(build(family, TINY_SETTINGS[family]), image_size=8)
+    with torch.no_grad():
+        vectors = tokenizer.family.latents(tokenizer.model, tokenizer.normalize(smooth_pictures()))
+        entries = vectors.movedim(1, -1).flatten(0, 2)[:16] * torch.linspace(0.7, 1.4, 16)[:, None]
+        weight: Tensor = tokenizer.get_parameter("model.quantize.embedding.weight")
+        weight.copy_(entries)
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_emu3() -> PretrainedImageTokenizer:
+    return copy.deepcopy(tiny_pretrained("Emu3VQVAE"))
+
+
+@pytest.fixture
+def tiny_chameleon() -> PretrainedImageTokenizer:
+    return copy.deepcopy(tiny_pretrained("ChameleonVQVAE"))
+
+
+@pytest.fixture
+def tiny_janus() -> PretrainedImageTokenizer:
+    return copy.deepcopy(tiny_pretrained("JanusVQVAE"))
+
+
+@pytest.fixture
+def tiny_vqmodel() -> PretrainedImageTokenizer:
+    pytest.importorskip("diffusers", reason="diffusers, an extra, is not installed")
+    return copy.deepcopy(tiny_pretrained("VQModel"))

@@ -6,6 +6,7 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .fsq import FSQ
 from .images import ImageError, load_image
+from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .residual import ResidualQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
@@ -20,6 +21,8 @@ __all__ = [
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
+    "PretrainedImageTokenizer",
+    "PretrainedImageTokenizerConfig",
     "QuantizerOutput",
     "ResidualQuantizer",
     "TokenizerOutput",
@@ -39,6 +42,7 @@ for config_class, model_class in (
     (VQDrawImageConfig, VQDrawForImages),
     (VQDrawTextConfig, VQDrawForText),
     (VQDrawStudentConfig, VQDrawStudent),
+    (PretrainedImageTokenizerConfig, PretrainedImageTokenizer),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)

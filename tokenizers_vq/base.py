@@ -194,6 +194,8 @@ class DiscreteTokenizer(PreTrainedModel):
         """Load a saved tokenizer; a folder that is none, a missing or non-finite tensor is a ValueError."""
         refuse_non_model(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
+        # Misshapen tensors stand in the report then, and are refused below; otherwise loading fails without their names.
+        kwargs["ignore_mismatched_sizes"] = True
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -203,8 +205,7 @@ class DiscreteTokenizer(PreTrainedModel):
                 f"cannot load a tokenizer from {pretrained_model_name_or_path}: {first_line(error)}"
             ) from error
         model, info = loaded
-        absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        unknown = sorted(info["unexpected_keys"])
+        absent, unknown = unfilled_tensors(info), sorted(info["unexpected_keys"])
         if absent or unknown:
             what = f"missing or misshapen tensors {absent[:3]}" if absent else f"unknown tensors {unknown[:3]}"
             raise ValueError(f"{pretrained_model_name_or_path} does not hold this {cls.__name__}: {what}")
@@ -221,6 +222,11 @@ def refuse_non_model(folder: str | Path) -> None:
         raise ValueError(f"{folder} is not a model folder: no such folder")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
+
+
+def unfilled_tensors(info: dict[str, Any]) -> list[str]:
+    """Names of the tensors that loading did not fill, by the report of `from_pretrained`: those absent, then those of another shape."""
+    return sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
 
 
 def refuse_non_finite(model: torch.nn.Module, name: str | Path) -> None:

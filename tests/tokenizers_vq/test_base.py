@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = [VQVAEConfig, VQDrawImageConfig]
 
 
-@pytest.fixture(params=["tiny_vqvae", "tiny_residual", "tiny_fsq", "tiny_vqvae2", "tiny_vqdraw"])
+TOKENIZERS = ["tiny_vqvae", "tiny_residual", "tiny_fsq", "tiny_vqvae2", "tiny_vqdraw", "tiny_emu3", "tiny_janus", "tiny_vqmodel"]
+
+
+@pytest.fixture(params=TOKENIZERS)
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -139,7 +142,7 @@ def test_codes_out_of_range_are_refused(tokenizer, wrong):
 def test_pictures_of_another_size_or_channel_count_are_refused_naming_both(tokenizer, method, shape):
     got = " x ".join(map(str, shape[2:])) if shape[1] == 3 else ", ".join(map(str, shape))
     fits = "multiples of [48], got" if shape[1] == 3 else r"`b 3 .*`, got \("
-    if isinstance(tokenizer, VQDrawForImages):
+    if not isinstance(tokenizer, VQVAE):
         fits, got = r"`b 3 8 8`, got \(", ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=fits + " ?" + got):
         getattr(tokenizer, method)(torch.zeros(shape))
@@ -243,6 +246,13 @@ def test_a_hub_name_that_cannot_be_had_is_refused():
 def test_a_missing_tensor_is_refused(tokenizer, saved):
     name = next(iter(tokenizer.state_dict()))
     rewrite_weights(saved, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"missing or misshapen tensors .*{name}"):
+        type(tokenizer).from_pretrained(saved)
+
+
+def test_a_misshapen_tensor_is_refused(tokenizer, saved):
+    name = next(iter(tokenizer.state_dict()))
+    rewrite_weights(saved, lambda weights: weights.update({name: torch.zeros(3, 1)}))
     with pytest.raises(ValueError, match=f"missing or misshapen tensors .*{name}"):
         type(tokenizer).from_pretrained(saved)
 
