@@ -106,22 +106,22 @@ def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
     """Save a plot of how often each code is used, the most frequent first.
 
     Args:
-        histogram: counts `k`, or `n k` with a row for each position, which is drawn as a map
+        histogram: counts `k`, or `g k` with a row for each group of positions that share codes, which is drawn as a map
         path: picture file to write
     """
     counts = torch.atleast_2d(histogram).cpu().double()
     if counts.ndim != 2 or (counts.sum(dim=1) == 0).any():
-        raise ValueError(f"got a histogram {tuple(histogram.shape)}, expected counts `k` or `n k` without an empty row")
+        raise ValueError(f"got a histogram {tuple(histogram.shape)}, expected counts `k` or `g k` without an empty row")
     share = (counts / counts.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
     figure = _figure()
     axes = figure.subplots()
-    axes.set_xlabel("codes of a position, most used first" if len(share) > 1 else "codes, most used first")
+    axes.set_xlabel("codes of a group, most used first" if len(share) > 1 else "codes, most used first")
     if len(share) == 1:
         axes.stairs(share[0].numpy(), fill=True)
         axes.set_ylabel("share of all codes")
     else:
         figure.colorbar(axes.imshow(share.numpy(), aspect="auto", interpolation="nearest"), label="share")
-        axes.set_ylabel("position")
+        axes.set_ylabel("group of positions")
     save_image(_picture(figure), path)
 
 
