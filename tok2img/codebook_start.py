@@ -1,4 +1,8 @@
-"""Starts a prior's picture embeddings from the tokenizer's codebook: codes that look alike are alike to the prior from its first step."""
+"""Starts a prior's picture embeddings from the tokenizer's codebook: codes that look alike are alike to the prior from its first step.
+
+Held-out nats a code after 300 steps of 32 (qwen3, 2 layers of 128, VQ-VAE codes of 64 numbers), random start -> codebook: MNIST, 49 of 128
+codes: 1.746 -> 1.730 and, with another seed, 1.781 -> 1.709; emoji, 64 of 1024: 4.000 -> 3.935; shapes, 64 of 256: 0.174 -> 0.162.
+"""
 
 from typing import Any
 
