@@ -14,6 +14,8 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
+from .layout import range_starts
+
 if TYPE_CHECKING:
     from tokenizers_vq.base import DiscreteTokenizer
 
@@ -33,8 +35,9 @@ def evaluate_tokenizer(
         ssim: structural similarity (Wang et al. 2004); only with torchmetrics, of the extra `[eval]`
         bits_per_picture: `num_codes * log2(codebook_size)`
         code_usage: share of the codes used at least once
-        perplexity: exp of the entropy of the codes; like the usage a mean over positions that do not share codes
-        entropy_per_position: nats; used_per_position: codes used at least once; only when positions do not share codes
+        perplexity: exp of the entropy of the codes; like the usage a mean over groups of positions with codes of their own
+        entropy_per_position: nats; used_per_position: codes used at least once; only when each position has codes of its own
+        entropy_per_group, used_per_group: the same where groups of several positions do
         mse_per_stage, psnr_per_stage: after each code; only where a picture sharpens code by code
     """
     return measure_tokenizer(image_tokenizer, batches)[0]
@@ -47,12 +50,12 @@ def measure_tokenizer(
     """What `evaluate_tokenizer` returns, and the counts behind it: how often each code was used, as `code_histogram` has them."""
     if image_tokenizer.training:
         raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
-    shared, device = image_tokenizer.positions_share_codes, image_tokenizer.device
-    num_rows = 1 if shared else image_tokenizer.num_codes
-    histogram = torch.zeros(num_rows, image_tokenizer.codebook_size, dtype=torch.int64, device=device)
+    groups, device = image_tokenizer.code_groups, image_tokenizer.device
+    histogram = torch.zeros(len(groups), image_tokenizer.codebook_size, dtype=torch.int64, device=device)
+    starts = range_starts(groups, image_tokenizer.codebook_size, device)
     fidelities, sizes = [], []
     for pixel_values in batches:
-        fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram))
+        fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
         sizes.append(len(pixel_values))
     if not sizes:
         raise ValueError("got no batch of pictures to evaluate")
@@ -62,29 +65,23 @@ def measure_tokenizer(
     bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
     report = {"mse": errors[-1], **{name: mean[0] for name, mean in means.items()}, "psnr": psnrs[-1]}
     stages = {"mse_per_stage": errors, "psnr_per_stage": psnrs} if len(errors) > 1 else {}
-    return {**report, "bits_per_picture": bits, **_usage(histogram, shared), **stages}, histogram
+    return {**report, "bits_per_picture": bits, **_usage(histogram, groups), **stages}, histogram
 
 
-def code_histogram(codes: Tensor, *, codebook_size: int, shared: bool) -> Tensor:
-    """Count each code of `codes` (`b n`).
-
-    Returns:
-        `1 k` when all positions share their codes, else a row for each position, `n k`.
-    """
+def code_histogram(codes: Tensor, *, codebook_size: int, groups: tuple[int, ...]) -> Tensor:
+    """Count each code of `codes` (`b n`): a row for each group of positions that share codes, `g k`."""
     if codes.min() < 0 or codes.max() >= codebook_size:
         raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {codebook_size - 1}")
-    num_rows = 1 if shared else codes.shape[1]
-    histogram = torch.zeros(num_rows, codebook_size, dtype=torch.int64, device=codes.device)
-    _count(histogram, codes)
+    histogram = torch.zeros(len(groups), codebook_size, dtype=torch.int64, device=codes.device)
+    _count(histogram, codes, range_starts(groups, codebook_size, codes.device))
     return histogram
 
 
-def unigram_entropy(codes: Tensor, *, codebook_size: int, shared: bool) -> float:
-    """Mean entropy in nats of a code of `codes` (`b n`): the loss of a prior that sees nothing but the position.
-
-    With `shared` positions the prior does not even see that.
-    """
-    return _entropies(code_histogram(codes, codebook_size=codebook_size, shared=shared)).mean().item()
+def unigram_entropy(codes: Tensor, *, codebook_size: int, groups: tuple[int, ...]) -> float:
+    """Mean entropy in nats of a code of `codes` (`b n`): the loss of a prior that sees nothing but the position's group."""
+    entropies = _entropies(code_histogram(codes, codebook_size=codebook_size, groups=groups))
+    lengths = torch.tensor(groups).double()
+    return (entropies @ lengths / lengths.sum()).item()
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -125,11 +122,9 @@ def caption_accuracy(
     return sum(judge(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
 
 
-def _count(histogram: Tensor, codes: Tensor) -> None:
-    """Add `codes` (`b n`) to `histogram` (`1 k` or `n k`); `bincount` would wait for the device."""
-    codebook_size = histogram.shape[1]
-    offsets = torch.arange(len(histogram), device=codes.device) * codebook_size
-    flat = rearrange(codes + offsets, "b n -> (b n)")
+def _count(histogram: Tensor, codes: Tensor, starts: Tensor) -> None:
+    """Add `codes` (`b n`) to `histogram` (`g k`), each in the row that starts at `starts` (`n`); `bincount` would wait for the device."""
+    flat = rearrange(codes + starts, "b n -> (b n)")
     histogram.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
 
 
@@ -139,24 +134,27 @@ def _entropies(histogram: Tensor) -> Tensor:
     return torch.special.entr(counts / reduce(counts, "p k -> p 1", "sum")).sum(dim=1)
 
 
-def _usage(histogram: Tensor, shared: bool) -> dict[str, float | list[float]]:
+def _usage(histogram: Tensor, groups: tuple[int, ...]) -> dict[str, float | list[float]]:
     entropies = _entropies(histogram)
     used = (histogram > 0).double().mean().item()
     usage: dict[str, float | list[float]] = {"code_usage": used, "perplexity": entropies.exp().mean().item()}
-    if not shared:
-        usage["entropy_per_position"] = entropies.tolist()
-        usage["used_per_position"] = (histogram > 0).sum(dim=1).double().tolist()
+    if len(groups) > 1:
+        kind = "position" if max(groups) == 1 else "group"
+        usage[f"entropy_per_{kind}"] = entropies.tolist()
+        usage[f"used_per_{kind}"] = (histogram > 0).sum(dim=1).double().tolist()
     return usage
 
 
-def _fidelity(image_tokenizer: "DiscreteTokenizer", pixel_values: Tensor, histogram: Tensor) -> dict[str, Tensor]:
-    """Measure one batch `b c h w` and add its codes to `histogram`."""
+def _fidelity(
+    image_tokenizer: "DiscreteTokenizer", pixel_values: Tensor, histogram: Tensor, starts: Tensor
+) -> dict[str, Tensor]:
+    """Measure one batch `b c h w` and add its codes to `histogram`, see `_count`."""
     codes = image_tokenizer.encode(pixel_values)
     reconstruction, errors = pixel_values, []
     for stage in image_tokenizer.decode_stages(codes):
         reconstruction = stage.clamp(0, 1)
         errors.append(F.mse_loss(reconstruction, pixel_values))
-    _count(histogram, codes)
+    _count(histogram, codes, starts)
     fidelity = {"mse_per_stage": torch.stack(errors)}
     if importlib.util.find_spec("torchmetrics") is not None:
         from torchmetrics.functional.image import structural_similarity_index_measure

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
-from .layout import Segment, SequenceLayout
+from .layout import SequenceLayout
 from .prior import segment_logits
 
 
@@ -82,30 +82,24 @@ def generate(
     cache = DynamicCache(config=prior.config) if use_cache else None
     codes = torch.empty(len(text_ids), layout.num_codes, dtype=torch.int64, device=prior.device)
     step_ids = sequence
-    for position in range(layout.num_codes):
-        logits = next_code_logits(prior, layout.image, step_ids, cache, position)
+    for position, first in enumerate(layout.image.position_offsets().tolist()):
+        logits = next_code_logits(prior, step_ids, cache, first=first, codebook_size=layout.codebook_size)
         code = draw_codes(guided(logits, sampling.guidance_scale), uniforms[:, position], sampling)
         codes[:, position] = code
         if on_code is not None:
             on_code(position, codes)
-        new_ids = (code + position_offset(layout.image, position)).repeat(len(prompts))[:, None]
+        new_ids = (code + first).repeat(len(prompts))[:, None]
         sequence = torch.cat([sequence, new_ids], dim=1)
         step_ids = sequence if cache is None else new_ids
     return codes
 
 
 def next_code_logits(
-    prior: PreTrainedModel, image: Segment, input_ids: Tensor, cache: DynamicCache | None, position: int
+    prior: PreTrainedModel, input_ids: Tensor, cache: DynamicCache | None, *, first: int, codebook_size: int
 ) -> Tensor:
-    """Logits of the codes at a position, `b k`, after these ids `b s` (and those in the cache)."""
+    """Logits of the codes whose ids start at `first`, `b k`, after these ids `b s` (and those in the cache)."""
     hidden = prior.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-    first = position_offset(image, position)
-    return segment_logits(prior, hidden[:, -1], first, first + image.codebook_size).float()
-
-
-def position_offset(image: Segment, position: int) -> int:
-    """Id of code 0 at a position."""
-    return image.offset + (0 if image.shared else position * image.codebook_size)
+    return segment_logits(prior, hidden[:, -1], first, first + codebook_size).float()
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:
@@ -149,11 +143,11 @@ class LayoutLogitsProcessor(LogitsProcessor):
     """Keeps stock `model.generate` within the ids that a layout allows at each position after the prompt."""
 
     def __init__(self, layout: SequenceLayout):
-        self.layout = layout
+        self.layout, self.offsets = layout, layout.image.position_offsets().tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`b s` and `b v` -> `b v` with every id out of range at minus infinity."""
-        first = position_offset(self.layout.image, input_ids.shape[1] - self.layout.prompt_length)
+        first = self.offsets[input_ids.shape[1] - self.layout.prompt_length]
         allowed = slice(first, first + self.layout.codebook_size)
         masked = torch.full_like(scores, float("-inf"))
         masked[:, allowed] = scores[:, allowed]

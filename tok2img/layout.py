@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,33 +22,40 @@ VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the 
 FILE_NAME = "layout.json"
 
 
+def range_starts(groups: tuple[int, ...], size: int, device: torch.device | None = None) -> Tensor:
+    """Where the range of each position starts, `n`, when groups of positions take ranges of this size in turn."""
+    return torch.tensor([size * group for group, length in enumerate(groups) for _ in range(length)], device=device)
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of positions that carry codes of one kind.
 
     Attributes:
         name: "text" or "image".
-        length: positions.
-        codebook_size: codes at each position.
+        groups: how many positions in a row share a range of ids; the ranges of the groups follow one another.
+        codebook_size: codes at each position, and ids in each range.
         offset: id of code 0 (of the first position).
-        shared: whether code c is one id at all positions, or each position has a range of its own.
     """
 
     name: str
-    length: int
+    groups: tuple[int, ...]
     codebook_size: int
     offset: int
-    shared: bool = True
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return sum(self.groups)
 
     @property
     def num_ids(self) -> int:
         """Ids that the segment takes of the vocabulary."""
-        return self.codebook_size * (1 if self.shared else self.length)
+        return self.codebook_size * len(self.groups)
 
     def position_offsets(self, device: torch.device | None = None) -> Tensor:
         """Id of code 0 at each position, `n`."""
-        step = 0 if self.shared else self.codebook_size
-        return self.offset + step * torch.arange(self.length, device=device)
+        return self.offset + range_starts(self.groups, self.codebook_size, device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Codes `b n` -> ids `b n`."""
@@ -71,6 +78,8 @@ class SequenceLayout:
         text_length: positions for text; shorter captions are filled with [PAD].
         num_codes, codebook_size: of a picture.
         codes_shared: whether all positions of a picture share one range of ids (cells of a grid), or each has its own (stages).
+        code_groups: how many positions in a row share a range, such as `(16, 64)` for two grids; where given, it decides, and it is None
+            where `codes_shared` says the same.
     """
 
     text_vocab_size: int
@@ -78,14 +87,34 @@ class SequenceLayout:
     num_codes: int
     codebook_size: int
     codes_shared: bool = True
+    code_groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"layout: {name} must be a whole number of at least 1, got {value!r}")
         if not isinstance(self.codes_shared, bool):
             raise ValueError(f"layout: codes_shared must be true or false, got {self.codes_shared!r}")
+        groups = self.code_groups
+        if groups is None:
+            groups = one_group_or_many(self.num_codes, shared=self.codes_shared)
+        if not isinstance(groups, list | tuple) or not all(map(is_count, groups)) or sum(groups) != self.num_codes:
+            raise ValueError(
+                f"layout: code_groups must be whole numbers of at least 1 that sum to num_codes {self.num_codes}, got {groups!r}"
+            )
+        # One way to write each layout, and files of the two plain cases stay as they were before there were groups.
+        object.__setattr__(self, "codes_shared", len(groups) == 1)
+        said = one_group_or_many(self.num_codes, shared=self.codes_shared)
+        object.__setattr__(self, "code_groups", None if tuple(groups) == said else tuple(groups))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({settings})"
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, without groups where `codes_shared` says them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def for_tokenizers(cls, image_tokenizer: DiscreteTokenizer, *, text_vocab_size: int, text_length: int) -> Self:
@@ -95,7 +124,7 @@ class SequenceLayout:
             text_length=text_length,
             num_codes=image_tokenizer.num_codes,
             codebook_size=image_tokenizer.codebook_size,
-            codes_shared=image_tokenizer.positions_share_codes,
+            code_groups=image_tokenizer.code_groups,
         )
 
     @property
@@ -116,12 +145,13 @@ class SequenceLayout:
     @property
     def text(self) -> Segment:
         """The positions of the caption."""
-        return Segment("text", self.text_length, self.text_vocab_size, 0)
+        return Segment("text", (self.text_length,), self.text_vocab_size, 0)
 
     @property
     def image(self) -> Segment:
         """The positions of the picture."""
-        return Segment("image", self.num_codes, self.codebook_size, self.text_vocab_size + 3, self.codes_shared)
+        groups = self.code_groups or one_group_or_many(self.num_codes, shared=self.codes_shared)
+        return Segment("image", groups, self.codebook_size, self.text_vocab_size + 3)
 
     @property
     def prompt_length(self) -> int:
@@ -173,7 +203,7 @@ class SequenceLayout:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `layout.json` into a folder."""
-        Path(folder, FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        Path(folder, FILE_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -185,3 +215,13 @@ class SequenceLayout:
             raise ValueError(f"{folder} is not a tok2img model folder: it has no {FILE_NAME}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not describe a layout: {error}") from error
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:
+    """The groups that `codes_shared` stands for."""
+    return (num_codes,) if shared else (1,) * num_codes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -144,18 +145,28 @@ def trunk(prior: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def segment_logits(prior: PreTrainedModel, hidden: Tensor, first: int, last: int) -> Tensor:
     """Logits of the ids `first..last-1` alone: `b s d` -> `b s v`."""
+    weight, bias = head_rows(prior, first, last)
+    return F.linear(hidden, weight, bias)
+
+
+def head_rows(prior: PreTrainedModel, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    """The head's weights `v d` of the ids `first..last-1`, and their biases `v` where it has any."""
     head: Any = prior.get_output_embeddings()
-    bias = None if getattr(head, "bias", None) is None else head.bias[first:last]
-    return F.linear(hidden, head.weight[first:last], bias)
+    bias = getattr(head, "bias", None)
+    return head.weight[first:last], None if bias is None else bias[first:last]
 
 
 def code_logits(prior: PreTrainedModel, hidden: Tensor, segment: Segment) -> Tensor:
-    """Logits of each position's own codes: hidden states before the segment's positions `b n d` -> `b n k`."""
-    logits = segment_logits(prior, hidden, segment.offset, segment.offset + segment.num_ids)
-    if segment.shared:
-        return logits
-    by_position = logits.unflatten(-1, (segment.length, segment.codebook_size))
-    return by_position.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    """Logits of each position's own codes: hidden states before the segment's positions `b n d` -> `b n k`.
+
+    A product for each group, of rows that are taken off the head once: a slice for each would cost a gradient as large as the head each.
+    Forward and back, 64 groups of one position with 64 codes each: 122 ms in one product for all, 15 ms so (one core, batch 16, width 256).
+    """
+    weight, bias = head_rows(prior, segment.offset, segment.offset + segment.num_ids)
+    weights = rearrange(weight, "(g k) d -> g k d", k=segment.codebook_size)
+    biases = [None] * len(weights) if bias is None else rearrange(bias, "(g k) -> g k", k=segment.codebook_size)
+    groups = zip(hidden.split(list(segment.groups), dim=1), weights, biases, strict=True)
+    return torch.cat([F.linear(states, rows, shift) for states, rows, shift in groups], dim=1)
 
 
 @dataclass

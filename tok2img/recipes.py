@@ -90,6 +90,7 @@ class PriorRecipe(RunSettings):
         beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
         architecture, depth, dropout: see `build_prior`.
+        start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
         caption_dropout, image_weight: see `PriorWithLoss`.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
@@ -103,6 +104,7 @@ class PriorRecipe(RunSettings):
     architecture: str = "qwen3"
     depth: int = 4
     dropout: float = 0.1
+    start_from_codebook: bool = False
     caption_dropout: float = 0.1
     image_weight: float = 7.0
     weight_decay: float = 0.1

@@ -132,7 +132,7 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
         sums["image_loss_without_caption"] += blind["image_loss"].item() * len(text_ids)
         codes.append(image_codes)
     losses = {name: total / len(rows) for name, total in sums.items()}
-    entropy = unigram_entropy(torch.cat(codes), codebook_size=layout.codebook_size, shared=layout.codes_shared)
+    entropy = unigram_entropy(torch.cat(codes), codebook_size=layout.codebook_size, groups=layout.image.groups)
     return losses | {
         "uniform_loss": math.log(layout.codebook_size),
         "unigram_entropy": entropy,

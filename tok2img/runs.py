@@ -25,6 +25,7 @@ from tokenizers_vq import (
 from tokenizers_vq.images import images_from_pixels
 from tokenizers_vq.vqdraw_text import UNKNOWN
 
+from .codebook_start import codebooks_of, start_from_codebook
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
 from .pipeline import TextToImagePipeline
@@ -123,12 +124,9 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     prior = build_prior(
         layout, architecture=recipe.architecture, depth=recipe.depth, dropout=recipe.dropout, seed=recipe.seed
     )
-    model = PriorWithLoss(
-        prior,
-        layout,
-        caption_dropout=recipe.caption_dropout,
-        image_weight=recipe.image_weight,
-    )
+    if recipe.start_from_codebook:
+        start_from_codebook(prior, layout, codebooks_of(processor.image_tokenizer), seed=recipe.seed)
+    model = PriorWithLoss(prior, layout, caption_dropout=recipe.caption_dropout, image_weight=recipe.image_weight)
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling = sampling
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
@@ -153,6 +151,8 @@ def tokenize_for(recipe: PriorRecipe) -> None:
     data = open_data(recipe)
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     set_beam(image_tokenizer, recipe.beam_size)
+    if recipe.start_from_codebook:
+        codebooks_of(image_tokenizer)  # refuses what has none, before long work
     processor = build_processor(
         data["caption"],
         image_tokenizer,

@@ -137,11 +137,6 @@ class DiscreteTokenizer(PreTrainedModel):
         """How many positions in a row read from one codebook: `(64,)` for a grid, `(1,) * 10` for stages, `(16, 64)` for two grids."""
         raise NotImplementedError
 
-    @property
-    def positions_share_codes(self) -> bool:
-        """Whether code 5 means the same at every position."""
-        return len(self.code_groups) == 1
-
     def codebook_vectors(self) -> list[Tensor]:
         """The vectors `k d` that the codes of each group stand for; none where codes stand for more than a vector."""
         return []

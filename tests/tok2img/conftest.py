@@ -47,9 +47,9 @@ def rows(pictures, captions, tmp_path) -> Dataset:
     return Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=[True, False], ids=["shared", "staged"])
+@pytest.fixture(params=[(4,), (1, 1, 1, 1), (2, 2), (1, 3)], ids=["shared", "staged", "levels", "grids"])
 def layout(request) -> SequenceLayout:
-    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, codes_shared=request.param)
+    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, code_groups=request.param)
 
 
 @pytest.fixture(params=["qwen3", "llama", "gpt2"])

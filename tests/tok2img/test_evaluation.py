@@ -22,9 +22,9 @@ class BrightnessTokenizer(nn.Module):
     num_codes = 4
     device = torch.device("cpu")
 
-    def __init__(self, codebook_size: int = 5, shared: bool = True, overshoot: float = 0.0) -> None:
+    def __init__(self, codebook_size: int = 5, groups: tuple[int, ...] = (4,), overshoot: float = 0.0) -> None:
         super().__init__()
-        self.codebook_size, self.positions_share_codes, self.overshoot = codebook_size, shared, overshoot
+        self.codebook_size, self.code_groups, self.overshoot = codebook_size, groups, overshoot
         self.eval()
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -77,14 +77,22 @@ def test_shared_codes_are_counted_together(pictures: Tensor) -> None:
     metrics = evaluate_tokenizer(BrightnessTokenizer(codebook_size=5), [pictures[:1]])
     assert metrics["code_usage"] == pytest.approx(4 / 5)
     assert metrics["perplexity"] == pytest.approx(4)
-    assert "entropy_per_position" not in metrics
+    assert not [name for name in metrics if name.endswith(("_per_position", "_per_group"))]
 
 
 def test_codes_of_their_own_positions_are_counted_apart(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(shared=False), [pictures[:2], pictures[2:4]])
+    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 1, 1, 1)), [pictures[:2], pictures[2:4]])
     assert metrics["code_usage"] == pytest.approx(4 / 5)
     assert metrics["perplexity"] == pytest.approx(4)
     assert metrics["entropy_per_position"] == pytest.approx([math.log(4)] * 4)
+
+
+def test_codes_of_groups_are_counted_by_group(pictures: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 3)), [pictures[:1], pictures[5:6]])
+    assert metrics["code_usage"] == pytest.approx((1 + 3) / 10)
+    assert metrics["perplexity"] == pytest.approx((1 + 3) / 2)
+    assert metrics["entropy_per_group"] == pytest.approx([0, math.log(3)])
+    assert metrics["used_per_group"] == [1, 3] and "used_per_position" not in metrics
 
 
 def test_bits_per_picture_follow_from_length_and_codebook(pictures: Tensor) -> None:
@@ -158,19 +166,24 @@ def test_repeated_share_refuses_rows_of_another_length() -> None:
 
 def test_unigram_entropy_tells_positions_apart_unless_they_share_codes() -> None:
     codes = torch.tensor([[0, 1], [0, 1]])
-    assert unigram_entropy(codes, codebook_size=2, shared=False) == 0
-    assert unigram_entropy(codes, codebook_size=2, shared=True) == pytest.approx(math.log(2))
+    assert unigram_entropy(codes, codebook_size=2, groups=(1, 1)) == 0
+    assert unigram_entropy(codes, codebook_size=2, groups=(2,)) == pytest.approx(math.log(2))
 
 
-def test_a_histogram_has_a_row_for_each_position_of_its_own() -> None:
-    histogram = code_histogram(torch.tensor([[0, 2], [1, 2]]), codebook_size=3, shared=False)
-    assert histogram.tolist() == [[1, 1, 0], [0, 0, 2]]
+def test_unigram_entropy_is_a_mean_over_positions() -> None:
+    codes = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 1]])
+    assert unigram_entropy(codes, codebook_size=2, groups=(1, 3)) == pytest.approx(3 / 4 * math.log(2))
+
+
+def test_a_histogram_has_a_row_for_each_group() -> None:
+    histogram = code_histogram(torch.tensor([[0, 2, 2], [1, 2, 0]]), codebook_size=3, groups=(1, 2))
+    assert histogram.tolist() == [[1, 1, 0], [1, 0, 3]]
 
 
 @pytest.mark.parametrize("code", [-1, 3])
 def test_codes_out_of_range_are_refused(code: int) -> None:
     with pytest.raises(ValueError, match="expected 0 to 2"):
-        code_histogram(torch.tensor([[0, code]]), codebook_size=3, shared=False)
+        code_histogram(torch.tensor([[0, code]]), codebook_size=3, groups=(1, 1))
 
 
 def test_caption_accuracy_is_the_share_the_judge_agrees_with() -> None:

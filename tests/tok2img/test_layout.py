@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from tok2img.layout import SequenceLayout
 
 layouts = st.builds(
-    SequenceLayout,
+    lambda groups, **sizes: SequenceLayout(num_codes=sum(groups), code_groups=tuple(groups), **sizes),
     text_vocab_size=st.integers(1, 400),
     text_length=st.integers(1, 5),
-    num_codes=st.integers(1, 6),
+    groups=st.lists(st.integers(1, 3), min_size=1, max_size=4),
     codebook_size=st.integers(1, 300),
-    codes_shared=st.booleans(),
 )
 
 
@@ -68,9 +67,36 @@ def test_text_ids_keep_their_values(layout):
     assert layout.prompt(text_ids)[:, 1:-1].equal(text_ids)
 
 
-def test_shared_codes_have_one_id_and_others_one_for_each_position(layout):
-    ids = layout.image.codes_to_ids(torch.zeros(1, 4, dtype=torch.int64))
-    assert len(ids.unique()) == (1 if layout.codes_shared else 4)
+def test_a_code_has_one_id_in_each_group_and_ranges_follow_one_another(layout):
+    ids = layout.image.codes_to_ids(torch.full((1, 4), 5))
+    expected = [
+        layout.image.offset + 6 * group + 5 for group, length in enumerate(layout.image.groups) for _ in range(length)
+    ]
+    assert ids.tolist() == [expected] and layout.image.num_ids == 6 * len(layout.image.groups)
+
+
+@pytest.mark.parametrize(("shared", "groups"), [(True, (4,)), (False, (1, 1, 1, 1))])
+def test_one_group_and_groups_of_one_are_two_ways_to_write_codes_shared(shared, groups):
+    layout = SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=shared)
+    same = SequenceLayout(11, 3, num_codes=4, codebook_size=6, code_groups=groups)
+    assert layout == same and hash(layout) == hash(same) and repr(layout) == repr(same)
+    assert layout.image.groups == groups and same.codes_shared is shared
+
+
+def test_a_layout_fits_the_groups_of_its_tokenizer(tiny_vqvae, tiny_vqdraw):
+    for image_tokenizer in (tiny_vqvae, tiny_vqdraw):
+        layout = SequenceLayout.for_tokenizers(image_tokenizer, text_vocab_size=11, text_length=3)
+        assert layout.image.groups == image_tokenizer.code_groups
+
+
+@pytest.mark.parametrize(
+    "groups", [(), (3,), (2, 3), (4, 0), (5, -1), (2.0, 2.0), (True, 3), ("2", "2"), 4, "1111"], ids=repr
+)
+def test_groups_that_do_not_fill_the_positions_are_refused(groups):
+    with pytest.raises(
+        ValueError, match="code_groups must be whole numbers of at least 1 that sum to num_codes 4, got"
+    ):
+        SequenceLayout(11, 3, num_codes=4, codebook_size=6, code_groups=groups)
 
 
 def test_an_id_in_the_wrong_position_is_refused():
@@ -108,6 +134,17 @@ def test_a_layout_survives_saving_and_loading(layout, tmp_path):
     assert SequenceLayout.from_pretrained(tmp_path) == layout
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_layout_without_groups_is_written_as_before_there_were_any(tmp_path, shared):
+    settings = {"text_vocab_size": 11, "text_length": 3, "num_codes": 4, "codebook_size": 6, "codes_shared": shared}
+    (tmp_path / "layout.json").write_text(json.dumps(settings))
+    layout = SequenceLayout.from_pretrained(tmp_path)
+    layout.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "layout.json").read_text()) == settings
+    # The fingerprint of saved tokens reads this text.
+    assert repr(layout) == f"SequenceLayout({', '.join(f'{name}={value}' for name, value in settings.items())})"
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3", None])
 def test_a_size_that_is_no_positive_whole_number_is_refused(value):
     with pytest.raises(ValueError, match="num_codes must be a whole number"):
@@ -119,7 +156,9 @@ def test_a_folder_without_a_layout_is_refused_by_name(tmp_path):
         SequenceLayout.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"text_length": 1}', '{"codes_shared": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"text_length": 1}', '{"codes_shared": 1}', '{"code_groups": 4}', "\xff"]
+)
 def test_a_damaged_layout_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "layout.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"layout\.json does not describe a layout"):

@@ -42,9 +42,10 @@ def allowed_ids(layout: SequenceLayout) -> torch.Tensor:
     """Which ids may stand at each position of a sequence, `s v`, said by hand."""
     allowed = torch.zeros(layout.sequence_length, layout.vocab_size, dtype=torch.bool)
     allowed[1 : 1 + layout.text_length, : layout.text_vocab_size] = True
-    for position in range(layout.num_codes):
-        first = layout.text_vocab_size + 3 + (0 if layout.codes_shared else position * layout.codebook_size)
-        allowed[layout.text_length + 2 + position, first : first + layout.codebook_size] = True
+    position, first = layout.text_length + 2, layout.text_vocab_size + 3
+    for length in layout.image.groups:
+        allowed[position : position + length, first : first + layout.codebook_size] = True
+        position, first = position + length, first + layout.codebook_size
     return allowed
 
 
@@ -84,7 +85,10 @@ def test_head_rows_on_the_trunk_are_the_logits_of_forward(prior, layout, text_id
     torch.testing.assert_close(ours, prior(input_ids).logits[..., 3:])
 
 
-def test_each_position_gets_the_logits_of_its_own_codes(prior, layout, text_ids, codes):
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "phi"], indirect=True)  # the head of phi has biases
+def test_each_position_gets_the_logits_of_its_own_codes(prior, architecture, layout, text_ids, codes):
+    if architecture == "phi":
+        prior.get_output_embeddings().bias.data.normal_()
     input_ids = layout.sequence(text_ids, codes)
     before = slice(layout.prompt_length - 1, -1)
     ours = code_logits(prior, trunk(prior, input_ids)[:, before], layout.image)

@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = [VQVAEConfig, VQDrawImageConfig]
 
 
-TOKENIZERS = ["tiny_vqvae", "tiny_residual", "tiny_fsq", "tiny_vqvae2", "tiny_vqdraw", "tiny_emu3", "tiny_janus", "tiny_vqmodel"]
+TOKENIZERS = [
+    "tiny_vqvae",
+    "tiny_residual",
+    "tiny_fsq",
+    "tiny_vqvae2",
+    "tiny_vqdraw",
+    "tiny_emu3",
+    "tiny_janus",
+    "tiny_vqmodel",
+]
 
 
 @pytest.fixture(params=TOKENIZERS)

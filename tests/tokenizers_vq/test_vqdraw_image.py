@@ -21,7 +21,7 @@ def perturb(module: torch.nn.Module) -> None:
 
 def test_a_picture_has_a_code_for_each_stage(tiny_vqdraw):
     assert tiny_vqdraw.code_shape == (4,) and tiny_vqdraw.codebook_size == 8
-    assert not tiny_vqdraw.positions_share_codes
+    assert tiny_vqdraw.code_groups == (1, 1, 1, 1)
 
 
 def test_any_prefix_of_the_codes_decodes(tiny_vqdraw, images):
