@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,9 @@ def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Imag
     ]
     columns = min(STAGES_SHOWN, len(stages))
     shown = sorted({round(len(stages) ** (column / max(1, columns - 1))) for column in range(columns)})
-    return stage_sheet(list(zip(*(stages[count - 1] for count in shown), strict=True)), num_codes=shown)
+    num_codes = list(accumulate(image_tokenizer.code_groups))[-len(stages) :]
+    rows = list(zip(*(stages[count - 1] for count in shown), strict=True))
+    return stage_sheet(rows, num_codes=[num_codes[count - 1] for count in shown])
 
 
 def random_codes(image_tokenizer: DiscreteTokenizer, num_images: int, *, seed: int | None = None) -> torch.Tensor:

@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size, refuse_non_finite
+from .clustering import nearest_codes
 from .families import FAMILIES, Family, build, check_settings, family_of, load_original, settings_of
 from .normalization import PixelNormalization
-from .quantizer import nearest_codes, perplexity
+from .quantizer import perplexity
 from .vqvae import evaluating
 
 COMMITMENT = 0.25
