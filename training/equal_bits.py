@@ -1,0 +1,92 @@
+"""Image tokenizers of the same bits a picture and the same training time side by side: how near their pictures come.
+
+    python training/equal_bits.py DATA SECONDS
+
+One grid of codes, a residual quantizer on a grid half as fine, two grids (VQ-VAE-2), no codebook (FSQ) and VQ-DRAW; each trains for so
+many CPU seconds on pictures of 32 pixels. Prints bits, squared error in pixels of [0, 1] and the share of codes in use on unseen pictures.
+"""
+
+import math
+import sys
+import time
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tok2img.data import load_captioned_images
+from tok2img.evaluation import evaluate_tokenizer
+from tok2img.processing import load_pixels
+from tok2img.reports import open_unseen
+from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+
+IMAGE_SIZE, BATCH_SIZE = 32, 32
+ROWS_TO_START_FROM = 2000
+SHARED: dict[str, Any] = {"image_size": IMAGE_SIZE, "num_encoder_blocks": 2, "num_decoder_blocks": 2}
+# 576 bits each, or a little less.
+VQVAES: dict[str, dict[str, Any]] = {
+    "one grid, 64 codes of 512": {},
+    "residual, 4 x 16 codes of 512": {"num_downsamples": 3, "quantizer": "residual", "num_levels": 4},
+    "two grids, 16 + 64 codes of 128": {"num_grids": 2, "codebook_size": 128},
+    "FSQ, 64 codes of 480": {"quantizer": "fsq", "fsq_levels": [8, 6, 10]},
+}
+VQDRAWS: dict[str, dict[str, Any]] = {
+    "VQ-DRAW, 96 codes of 64": {"num_stages": 96, "codebook_size": 64, "segment_length": 12}
+}
+LEARNING_RATES = {VQVAE: 1e-3, VQDrawForImages: 2e-3}
+
+
+def build(name: str) -> DiscreteTokenizer:
+    """A model with fresh weights."""
+    torch.manual_seed(0)
+    if name in VQVAES:
+        return VQVAE(VQVAEConfig(**SHARED, **VQVAES[name]))
+    return VQDrawForImages(VQDrawImageConfig(image_size=IMAGE_SIZE, **VQDRAWS[name]))
+
+
+def train(model: DiscreteTokenizer, pixels: Tensor, *, seconds: float) -> int:
+    """AdamW with a cosine of the CPU time; the number of steps that fitted."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    started = time.process_time()
+    model.train().start_from_data(pixels[:ROWS_TO_START_FROM])
+    for step in count():
+        share = (time.process_time() - started) / seconds
+        if share >= 1:
+            return step
+        for group in optimizer.param_groups:
+            rate = LEARNING_RATES[type(model)]
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+        optimizer.zero_grad()
+        model(pixels[torch.randint(len(pixels), (BATCH_SIZE,))]).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    raise AssertionError("count() has no end")
+
+
+def main(data: str, seconds: float, *, max_rows: int = 1000) -> dict[str, dict[str, Any]]:
+    """Train all, one after the other, and print a line each."""
+    reader = build(next(iter(VQVAES)))
+    rows = load_captioned_images(data, split="train", with_captions=False)
+    unseen = open_unseen(data, with_captions=False, max_rows=max_rows)
+    pixels, test = (load_pixels(each["image"][:], reader) for each in (rows, unseen))
+    pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
+    reports: dict[str, dict[str, Any]] = {}
+    for name in [*VQVAES, *VQDRAWS]:
+        model = build(name)
+        steps = train(model, pixels, seconds=seconds)
+        report = evaluate_tokenizer(model.eval(), test.split(100))
+        reports[name] = {"steps": steps, **report}
+        print(
+            f"{name:34} {report['bits_per_picture']:6.0f} bits  MSE {report['mse']:.5f}  codes in use {report['code_usage']:.2f}"
+            f"  {steps} steps",
+            flush=True,
+        )
+    return reports
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    torch.set_num_threads(1)
+    main(sys.argv[1], float(sys.argv[2]))
