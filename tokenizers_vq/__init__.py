@@ -6,9 +6,11 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .images import ImageError, load_image
 from .quantizer import QuantizerOutput, VectorQuantizer
+from .reconstruction import PerceptualLoss
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE, VQVAEConfig
+from .with_loss import ModelWithLoss, TokenizerWithLoss
 
 __all__ = [
     "VQVAE",
@@ -16,8 +18,11 @@ __all__ = [
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
+    "ModelWithLoss",
+    "PerceptualLoss",
     "QuantizerOutput",
     "TokenizerOutput",
+    "TokenizerWithLoss",
     "VQDrawForImages",
     "VQDrawForText",
     "VQDrawImageConfig",

@@ -6,10 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_choice, check_image_size
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
 from .normalization import PixelNormalization
 from .quantizer import VectorQuantizer
+from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
 
 
 class VQVAEConfig(DiscreteTokenizerConfig):
@@ -23,6 +24,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
         hidden_channels: width of the networks at the latent grid; half of it at every finer grid.
         code_dim: length of a codebook vector.
         commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
+        reconstruction: "squared" or "l1": error of normalised pixels that training lowers, where `forward` is given no other.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
 
@@ -39,12 +41,14 @@ class VQVAEConfig(DiscreteTokenizerConfig):
     commitment: float = 0.25
     decay: float = 0.99
     ema: bool = True
+    reconstruction: str = "squared"
     pixel_mean: float = 0.5
     pixel_std: float = 0.25
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
         check_image_size(self.image_size, 2**self.num_downsamples)
+        check_choice("reconstruction", self.reconstruction, PIXEL_LOSSES)
 
     def widths(self) -> list[int]:
         """Channels at each grid from the finest to the latent one."""
@@ -55,7 +59,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
 
 
 class VQVAE(DiscreteTokenizer):
-    """One level of codes on a grid. `forward` gives the loss: squared error in normalised pixels plus the codebook's."""
+    """One level of codes on a grid. `forward` gives the loss: an error of normalised pixels plus the codebook's."""
 
     config_class = VQVAEConfig
     config: VQVAEConfig
@@ -124,13 +128,14 @@ class VQVAE(DiscreteTokenizer):
         with torch.autocast(codes.device.type, enabled=False):
             return self.normalize.inverse(self._reconstruct(self.quantizer.lookup(grid)))
 
-    def forward(self, pixel_values: Tensor) -> TokenizerOutput:
-        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
+    def forward(self, pixel_values: Tensor, reconstruction_loss: ReconstructionLoss | None = None) -> TokenizerOutput:
+        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
         target = self.normalize(pixel_values)
         quantized = self.quantizer(self._latents(target))
         normalized = self._reconstruct(quantized.quantized)
+        measure = PIXEL_LOSSES[self.config.reconstruction] if reconstruction_loss is None else reconstruction_loss
         return TokenizerOutput(
-            loss=(normalized - target).square().mean() + quantized.loss,
+            loss=measure(normalized, target) + quantized.loss,
             reconstruction=self.normalize.inverse(normalized),
             codes=rearrange(quantized.codes, "b h w -> b (h w)"),
             metrics={"mse": self.normalize.squared_error(normalized, target), **self.quantizer.metrics()},
