@@ -14,6 +14,7 @@ from tokenizers_vq import (
     VQVAE,
     DiscreteTokenizer,
     Distillation,
+    ModelWithLoss,
     VQDrawForImages,
     VQDrawForText,
     VQDrawImageConfig,
@@ -24,6 +25,7 @@ from tokenizers_vq import (
 )
 from tokenizers_vq.images import images_from_pixels
 from tokenizers_vq.vqdraw_text import UNKNOWN
+from tokenizers_vq.with_loss import inner_of
 
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .generation import Sampling
@@ -37,6 +39,7 @@ from .text_codes import load_text_tokenizer
 from .text_reports import text_sheet
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import PictureRows, TextRows, Trainer
+from .training_losses import with_losses
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
@@ -57,11 +60,11 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
     model = build_model(recipe, rows)
-    tokenizer = model.student if isinstance(model, Distillation) else model
+    tokenizer = inner_of(model)
     training_rows, held_out = split(rows, recipe)
     trainer = Trainer(
         model,
-        arguments(recipe),
+        arguments(recipe, best_by="" if recipe.adversarial_start else "loss"),
         train_dataset=rows_for(tokenizer, training_rows),
         eval_dataset=rows_for(tokenizer, held_out),
         draw=lambda: draw_held_out(tokenizer, held_out),
@@ -72,12 +75,13 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
     return tokenizer
 
 
-def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | Distillation:
-    """What is to be trained on the rows; a student with its teacher beside it."""
+def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:
+    """What is to be trained on the rows; a student with its teacher beside it, a VQ-VAE with its losses."""
     if recipe.tokenizer in TEXT_TOKENIZERS:
         return build_text_model(recipe, rows)
     if recipe.tokenizer != "vqdraw_student":
-        return build_tokenizer(recipe, rows)
+        tokenizer = build_tokenizer(recipe, rows)
+        return with_losses(recipe, tokenizer) if isinstance(tokenizer, VQVAE) else tokenizer
     require(recipe, "teacher")
     teacher = load_teacher(recipe.teacher)
     with torch.random.fork_rng():
@@ -241,7 +245,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
     """The recipe's keys as arguments of transformers.
 
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`; without, they are the last.
+    of the best held-out `best_by`, if that is named; else they are the last.
     """
     every = recipe.eval_every
     return TrainingArguments(
@@ -261,8 +265,8 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         save_strategy="steps" if every else "no",
         save_steps=every or 500,
         save_total_limit=2,
-        load_best_model_at_end=bool(every),
-        metric_for_best_model=best_by,
+        load_best_model_at_end=bool(every and best_by),
+        metric_for_best_model=best_by or None,
         greater_is_better=False,
         logging_steps=recipe.log_every,
         disable_tqdm=False,

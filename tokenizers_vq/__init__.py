@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .adversarial import AdversarialLoss, PatchDiscriminator
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .images import ImageError, load_image
@@ -14,11 +15,13 @@ from .with_loss import ModelWithLoss, TokenizerWithLoss
 
 __all__ = [
     "VQVAE",
+    "AdversarialLoss",
     "DiscreteTokenizer",
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
     "ModelWithLoss",
+    "PatchDiscriminator",
     "PerceptualLoss",
     "QuantizerOutput",
     "TokenizerOutput",
