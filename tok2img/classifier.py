@@ -95,6 +95,21 @@ class CaptionClassifier(nn.Module):
         return classifier.eval()
 
 
+class FeatureMaps(nn.Module):
+    """What a classifier sees in pictures, for `tokenizers_vq.PerceptualLoss`; any size of picture will do."""
+
+    def __init__(self, classifier: CaptionClassifier):
+        super().__init__()
+        self.halvings = nn.ModuleList(classifier.body[first : first + 3] for first in (0, 3, 6))
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """`b c h w` in [0, 1] -> its activations after each halving, three of `b c h w`."""
+        maps = [pixel_values * 2 - 1]
+        for halving in self.halvings:
+            maps.append(halving(maps[-1]))
+        return maps[1:]
+
+
 def train_classifier(
     dataset: Iterable[Mapping[str, Any]],
     *,

@@ -127,10 +127,10 @@ def generate(
 ) -> None:
     """Draw pictures of captions."""
     quiet()
+    from .drawing import draw_stages
     from .pipeline import TextToImagePipeline
     from .plots import captioned_sheet, check_suffix, save_image
     from .processing import to_device
-    from .runs import draw_stages
 
     check_suffix(out)
     if bool(captions) == random_codes:
@@ -166,9 +166,9 @@ def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None
     """A sheet of pictures of random codes, by the image tokenizer of a trained model or one of its own folder."""
     from tokenizers_vq.images import images_from_pixels
 
+    from .drawing import random_codes
     from .plots import image_grid, save_image
     from .processing import IMAGE_TOKENIZER_FOLDER, load_image_tokenizer
-    from .runs import random_codes
 
     inner = Path(model, IMAGE_TOKENIZER_FOLDER)
     image_tokenizer = load_image_tokenizer(inner if inner.is_dir() else model)
@@ -192,9 +192,10 @@ def reconstruct(
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
+    from .drawing import draw_reconstructions, draw_stages
     from .plots import check_suffix, save_image
     from .processing import load_image_tokenizer, load_pixels, to_device
-    from .runs import draw_reconstructions, draw_stages, pictures_of
+    from .runs import pictures_of
     from .text_codes import is_text_model
     from .text_reports import write_text_sheet
 

@@ -17,9 +17,9 @@ from tokenizers_vq import DiscreteTokenizer, VQDrawForText
 from tokenizers_vq.images import images_from_pixels
 
 from .charts import plot_code_usage, plot_codebook, plot_curves
+from .drawing import draw_reconstructions, draw_stages
 from .plots import captioned_sheet, save_image, write_atomically
 from .processing import load_pixels
-from .runs import draw_reconstructions, draw_stages
 from .text_reports import random_texts, text_sheet
 
 NUM_PICTURES = 16

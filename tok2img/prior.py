@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
+from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.base import first_line, refuse_non_finite, refuse_non_model
 
 from .layout import Segment, SequenceLayout
@@ -177,7 +178,7 @@ class PriorOutput(ModelOutput):
     metrics: dict[str, Tensor] | None = None
 
 
-class PriorWithLoss(nn.Module):
+class PriorWithLoss(ModelWithLoss):
     """A prior as the trainer sees it: tokens in, loss out. The model inside stays as transformers made it.
 
     Args:
@@ -185,6 +186,8 @@ class PriorWithLoss(nn.Module):
         caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
         image_weight: weight of the mean loss of image codes against 1 for text.
     """
+
+    kept = "prior"
 
     def __init__(
         self,
@@ -219,9 +222,3 @@ class PriorWithLoss(nn.Module):
             return text_ids
         hidden = torch.rand(len(text_ids), 1, device=text_ids.device) < self.caption_dropout
         return text_ids.masked_fill(hidden, self.layout.pad_id)
-
-    def save_pretrained(self, folder: str | Path, **arguments: Any) -> None:
-        """Save the prior itself, as transformers saves it."""
-        state = arguments.pop("state_dict", None)
-        inner = None if state is None else {name.removeprefix("prior."): tensor for name, tensor in state.items()}
-        self.prior.save_pretrained(str(folder), state_dict=inner, **arguments)

@@ -71,13 +71,30 @@ class TokenizerRecipe(RunSettings):
         model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig` and `VQDrawTextConfig`. Where they
             are left out, image_size and num_channels are those of the first pictures, pixel_mean and pixel_std are measured, max_length is
             that of the longest caption (96 bytes at most), and the alphabet is the bytes that captions hold.
+        perceptual: folder of a saved `CaptionClassifier`, whose features a VQ-VAE's reconstructions should have too.
+        adversarial_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
+            at the end are then the last: least error on held-out pictures would choose those of least influence.
+        adversarial_weight: times the weight by which it pulls as hard as the reconstruction loss.
         vocab_size: of a BPE.
     """
 
     tokenizer: str = "vqvae"
     teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
+    perceptual: str = ""
+    adversarial_start: int = 0
+    adversarial_weight: float = 0.8
     vocab_size: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("perceptual", "adversarial_start"):
+            if getattr(self, key) and self.tokenizer != "vqvae":
+                raise ValueError(f"key {key!r} is for the tokenizer 'vqvae', got {self.tokenizer!r}")
+        if self.adversarial_start >= self.max_steps:
+            raise ValueError(
+                f"key 'adversarial_start' must be below max_steps {self.max_steps}, got {self.adversarial_start}"
+            )
 
 
 @dataclass

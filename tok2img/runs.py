@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers_vq import (
     VQVAE,
     DiscreteTokenizer,
     Distillation,
+    ModelWithLoss,
     VQDrawForImages,
     VQDrawForText,
     VQDrawImageConfig,
@@ -23,31 +23,29 @@ from tokenizers_vq import (
     VQDrawTextConfig,
     VQVAEConfig,
 )
-from tokenizers_vq.images import images_from_pixels
 from tokenizers_vq.vqdraw_text import UNKNOWN
+from tokenizers_vq.with_loss import inner_of
 
 from .codebook_start import codebooks_of, start_from_codebook
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
+from .drawing import NUM_SAMPLES, draw_held_out, draw_samples, read_caption
 from .generation import Sampling
 from .pipeline import TextToImagePipeline
-from .plots import captioned_sheet, reconstruction_sheet, stage_sheet
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .text import SubwordTokenizer, TextTokenizer
 from .text_codes import load_text_tokenizer
-from .text_reports import text_sheet
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import PictureRows, TextRows, Trainer
 from .training_log import save_log
+from .training_losses import with_losses
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
 MAX_TEXT_BYTES = 96
 HELD_OUT_SHARE = 0.05
-NUM_SAMPLES = 16
 PICTURES_LOOKED_AT = 512
-STAGES_SHOWN = 8
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
@@ -60,11 +58,11 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
     model = build_model(recipe, rows)
-    tokenizer = model.student if isinstance(model, Distillation) else model
+    tokenizer = inner_of(model)
     training_rows, held_out = split(rows, recipe)
     trainer = Trainer(
         model,
-        arguments(recipe),
+        arguments(recipe, best_by="" if recipe.adversarial_start else "loss"),
         train_dataset=rows_for(tokenizer, training_rows),
         eval_dataset=rows_for(tokenizer, held_out),
         draw=lambda: draw_held_out(tokenizer, held_out),
@@ -75,12 +73,13 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
     return tokenizer
 
 
-def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | Distillation:
-    """What is to be trained on the rows; a student with its teacher beside it."""
+def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:
+    """What is to be trained on the rows; a student with its teacher beside it, a VQ-VAE with its losses."""
     if recipe.tokenizer in TEXT_TOKENIZERS:
         return build_text_model(recipe, rows)
     if recipe.tokenizer != "vqdraw_student":
-        return build_tokenizer(recipe, rows)
+        tokenizer = build_tokenizer(recipe, rows)
+        return with_losses(recipe, tokenizer) if isinstance(tokenizer, VQVAE) else tokenizer
     require(recipe, "teacher")
     teacher = load_teacher(recipe.teacher)
     with torch.random.fork_rng():
@@ -101,13 +100,6 @@ def load_teacher(path: str) -> VQDrawForImages:
 def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
     """Rows as a tokenizer trains on them."""
     return TextRows(rows, tokenizer) if isinstance(tokenizer, VQDrawForText) else PictureRows(rows, tokenizer)
-
-
-def draw_held_out(tokenizer: DiscreteTokenizer, held_out: Dataset) -> Image.Image | str:
-    """What becomes of a few held-out pictures, or captions."""
-    if isinstance(tokenizer, VQDrawForText):
-        return text_sheet(tokenizer, held_out["caption"][:NUM_SAMPLES])
-    return draw_reconstructions(tokenizer, held_out["image"][:NUM_SAMPLES])
 
 
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
@@ -243,7 +235,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
     """The recipe's keys as arguments of transformers.
 
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`; without, they are the last.
+    of the best held-out `best_by`, if that is named; else they are the last.
     """
     every = recipe.eval_every
     return TrainingArguments(
@@ -263,8 +255,8 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         save_strategy="steps" if every else "no",
         save_steps=every or 500,
         save_total_limit=2,
-        load_best_model_at_end=bool(every),
-        metric_for_best_model=best_by,
+        load_best_model_at_end=bool(every and best_by),
+        metric_for_best_model=best_by or None,
         greater_is_better=False,
         logging_steps=recipe.log_every,
         disable_tqdm=False,
@@ -288,32 +280,6 @@ def finish(trainer: Trainer, out: str) -> None:
         shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
 
 
-def draw_reconstructions(image_tokenizer: DiscreteTokenizer, images: Sequence[Any]) -> Image.Image:
-    """A sheet of pictures above what becomes of them."""
-    pixel_values = load_pixels(images, image_tokenizer).to(image_tokenizer.device)
-    reconstructions = image_tokenizer.decode(image_tokenizer.encode(pixel_values))
-    return reconstruction_sheet(images_from_pixels(pixel_values.cpu()), images_from_pixels(reconstructions.cpu()))
-
-
-def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Image.Image:
-    """A sheet of what codes `b n` show after the first of them, the second and so on, `STAGES_SHOWN` columns at most."""
-    stages = [
-        images_from_pixels(stage.cpu()) for stage in image_tokenizer.decode_stages(codes.to(image_tokenizer.device))
-    ]
-    columns = min(STAGES_SHOWN, len(stages))
-    shown = sorted({round(len(stages) ** (column / max(1, columns - 1))) for column in range(columns)})
-    num_codes = list(accumulate(image_tokenizer.code_groups))[-len(stages) :]
-    rows = list(zip(*(stages[count - 1] for count in shown), strict=True))
-    return stage_sheet(rows, num_codes=[num_codes[count - 1] for count in shown])
-
-
-def random_codes(image_tokenizer: DiscreteTokenizer, num_images: int, *, seed: int | None = None) -> torch.Tensor:
-    """Codes `b n` drawn evenly: what a tokenizer's pictures look like before any prior."""
-    generator = torch.Generator()
-    _ = generator.seed() if seed is None else generator.manual_seed(seed)
-    return torch.randint(image_tokenizer.codebook_size, (num_images, image_tokenizer.num_codes), generator=generator)
-
-
 def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
     """How wide to search when a data set is tokenized; 0 leaves what the tokenizer's config says.
 
@@ -326,17 +292,6 @@ def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
         raise ValueError(f"beam_size must be at least 1, or 0 for the tokenizer's own, got {beam_size}")
     if beam_size:
         image_tokenizer.config.update({"beam_size": beam_size})
-
-
-def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:
-    """A sheet of pictures with their captions."""
-    pictures: Any = pipeline(prompts, seed=seed).images
-    return captioned_sheet(pictures, prompts)
-
-
-def read_caption(text_ids: torch.Tensor, processor: Tok2ImgProcessor) -> str:
-    """The caption that text ids `t` stand for."""
-    return processor.text_tokenizer.decode([int(each) for each in text_ids if each != processor.layout.pad_id])
 
 
 def pictures_of(sources: list[str], *, split: str, num_images: int) -> list[Any]:

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer, Distillation, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, ModelWithLoss, VQDrawForText
 from tokenizers_vq.quantizer import CodeUsage
+from tokenizers_vq.with_loss import inner_of
 
 from .plots import save_image, write_atomically
-from .prior import PriorWithLoss
 from .processing import load_pixels
 
 ROWS_TO_START_FROM = 2**14
@@ -31,7 +31,7 @@ VALUES_TO_START_FROM = 2**25
 
 
 class Trainer(transformers.Trainer):
-    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` on pictures,
+    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` or a `TokenizerWithLoss` on pictures,
     or a `PriorWithLoss` on `text_ids` and `image_codes`.
 
     Args:
@@ -67,12 +67,11 @@ class Trainer(transformers.Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """Train; a tokenizer that starts afresh first looks at some of its data."""
-        if (
-            not resume_from_checkpoint
-            and isinstance(self.model, DiscreteTokenizer)
-            and not is_stream(self.train_dataset)
-        ):
-            self.start_from_data(self.model)
+        model: Any = self.model
+        tokenizer = inner_of(model)
+        afresh = not resume_from_checkpoint and not is_stream(self.train_dataset)
+        if afresh and isinstance(tokenizer, DiscreteTokenizer):
+            self.start_from_data(tokenizer)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:
@@ -144,9 +143,9 @@ class Trainer(transformers.Trainer):
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:
     """Put the weights of a checkpoint folder into a model that is already built."""
-    inner = model.prior if isinstance(model, PriorWithLoss) else model
-    inner = inner.student if isinstance(inner, Distillation) else inner
-    safetensors.torch.load_model(inner, Path(str(folder), "model.safetensors"))
+    safetensors.torch.load_model(inner_of(model), Path(str(folder), "model.safetensors"))
+    if isinstance(model, ModelWithLoss):
+        model.load_loss(str(folder))
 
 
 def is_stream(dataset: Any) -> bool:

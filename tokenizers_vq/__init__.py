@@ -2,30 +2,38 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .adversarial import AdversarialLoss, PatchDiscriminator
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
 from .fsq import FSQ
 from .images import ImageError, load_image
 from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
 from .quantizer import QuantizerOutput, VectorQuantizer
+from .reconstruction import PerceptualLoss
 from .residual import ResidualQuantizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE
 from .vqvae_config import VQVAEConfig
+from .with_loss import ModelWithLoss, TokenizerWithLoss
 
 __all__ = [
     "FSQ",
     "VQVAE",
+    "AdversarialLoss",
     "DiscreteTokenizer",
     "DiscreteTokenizerConfig",
     "Distillation",
     "ImageError",
+    "ModelWithLoss",
+    "PatchDiscriminator",
+    "PerceptualLoss",
     "PretrainedImageTokenizer",
     "PretrainedImageTokenizerConfig",
     "QuantizerOutput",
     "ResidualQuantizer",
     "TokenizerOutput",
+    "TokenizerWithLoss",
     "VQDrawForImages",
     "VQDrawForText",
     "VQDrawImageConfig",

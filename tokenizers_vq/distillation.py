@@ -15,6 +15,7 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, c
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
 from .normalization import PixelNormalization
 from .vqdraw_image import VQDrawForImages
+from .with_loss import ModelWithLoss
 
 STRIDE = 4
 
@@ -171,12 +172,14 @@ class CodePredictor(nn.Module):
         return normed + F.relu(self.mix(normed) + stage)
 
 
-class Distillation(nn.Module):
+class Distillation(ModelWithLoss):
     """A student as the trainer sees it, with the teacher beside it: pictures in, loss out.
 
     The student learns from each batch of real pictures and as many pictures of random codes, of which there is no end: to name the
     teacher's codes (cross entropy), and to draw what the teacher draws (squared error).
     """
+
+    kept = "student"
 
     def __init__(self, student: VQDrawStudent, teacher: VQDrawForImages):
         super().__init__()
@@ -222,9 +225,3 @@ class Distillation(nn.Module):
         metrics["student_mse"] = F.mse_loss(reconstruction, pixel_values)
         metrics["student_to_teacher_mse"] = F.mse_loss(self.teacher.decode(own), pixel_values)
         return TokenizerOutput(loss, reconstruction, own, metrics)
-
-    def save_pretrained(self, folder: Any, **arguments: Any) -> None:
-        """Save the student."""
-        state = arguments.pop("state_dict", None) or {}
-        inner = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
-        self.student.save_pretrained(str(folder), state_dict=inner or None, **arguments)

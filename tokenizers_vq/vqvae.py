@@ -16,6 +16,7 @@ from .base import DiscreteTokenizer, TokenizerOutput
 from .convolution import ResidualBlock, downsampling, group_norm, upsampling
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
+from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
 from .residual import ResidualQuantizer
 from .vectors import VectorView
 from .vqvae_config import Quantizer, VQVAEConfig, build_quantizer
@@ -43,7 +44,7 @@ class CoarserGrid(nn.Module):
 
 
 class VQVAE(DiscreteTokenizer):
-    """Codes on grids: one a cell, or several that add up. `forward` gives squared error in normalised pixels plus the codebooks' loss.
+    """Codes on grids: one a cell, or several that add up. `forward` gives an error of normalised pixels plus the codebooks' loss.
 
     It codes pictures of every size that its stride divides; `num_codes` and `code_shape` are those of `config.image_size`.
     """
@@ -162,14 +163,15 @@ class VQVAE(DiscreteTokenizer):
         for last in range(step, codes.shape[1] + 1, step):
             yield self.decode(codes[:, :last])
 
-    def forward(self, pixel_values: Tensor) -> TokenizerOutput:
-        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
+    def forward(self, pixel_values: Tensor, reconstruction_loss: ReconstructionLoss | None = None) -> TokenizerOutput:
+        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
         target = self.normalize(pixel_values)
         normalized, codes, loss = self._code(target)
         metrics = [grid.quantizer.metrics() for grid in self.grids()]
         means = {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
+        measure = PIXEL_LOSSES[self.config.reconstruction] if reconstruction_loss is None else reconstruction_loss
         return TokenizerOutput(
-            loss=(normalized - target).square().mean() + loss,
+            loss=measure(normalized, target) + loss,
             reconstruction=self.normalize.inverse(normalized),
             codes=in_sequence(codes),
             metrics={"mse": self.normalize.squared_error(normalized, target), **means},

@@ -6,6 +6,7 @@ from dataclasses import field
 from .base import DiscreteTokenizerConfig, check_choice, check_image_size
 from .fsq import FSQ
 from .quantizer import VectorQuantizer
+from .reconstruction import PIXEL_LOSSES
 from .residual import ResidualQuantizer
 from .vectors import GRADIENTS
 
@@ -30,6 +31,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
         fsq_levels: of an FSQ, whose codebook size is their product.
         commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
         gradient, revive, cosine: see `VectorQuantizer`.
+        reconstruction: "squared" or "l1": error of normalised pixels that training lowers, where `forward` is given no other.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
 
@@ -55,6 +57,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
     gradient: str = "straight_through"
     revive: bool = True
     cosine: bool = False
+    reconstruction: str = "squared"
     pixel_mean: float = 0.5
     pixel_std: float = 0.25
 
@@ -63,6 +66,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
         check_image_size(self.image_size, self.stride)
         check_choice("quantizer", self.quantizer, QUANTIZERS)
         check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("reconstruction", self.reconstruction, PIXEL_LOSSES)
         if self.quantizer == "fsq":
             self.codebook_size = math.prod(self.fsq_levels)
 

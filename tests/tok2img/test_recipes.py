@@ -183,3 +183,14 @@ def test_counts_below_their_least_are_refused_by_their_key(key, least):
     assert getattr(read_recipe(PriorRecipe, None, {key: least}), key) == least
     with pytest.raises(ValueError, match=f"key '{key}' must be at least {least}, got"):
         read_recipe(PriorRecipe, None, {key: least - 1})
+
+
+@pytest.mark.parametrize("key", ["adversarial_start", "perceptual"])
+def test_losses_of_a_vqvae_are_refused_for_other_tokenizers(key):
+    with pytest.raises(ValueError, match=f"key '{key}' is for the tokenizer 'vqvae', got 'vqdraw'"):
+        read_recipe(TokenizerRecipe, None, {"tokenizer": "vqdraw", key: 3})
+
+
+def test_a_discriminator_that_would_never_start_is_refused():
+    with pytest.raises(ValueError, match="key 'adversarial_start' must be below max_steps 10, got 10"):
+        read_recipe(TokenizerRecipe, None, {"adversarial_start": 10, "max_steps": 10})

@@ -126,10 +126,19 @@ def test_the_average_is_short_at_first_and_never_longer_than_decay():
     module = trained_from(torch.zeros(1, 1), decay=0.9, revive=False)
     module.num_batches.zero_()
     counts = torch.ones(())
-    for batch in range(1, 120):
-        module(torch.full((3, 1), float(batch)))
-        counts = torch.lerp(counts, torch.tensor(3.0), 1 - min(0.9, (1 + batch) / (10 + batch)))
+    for batch in range(1, 400):
+        module(torch.full((8, 1), float(batch)))
+        counts = torch.lerp(counts, torch.tensor(8.0), max(1 - (1 + batch) / (30 + batch), 1 - 0.9))
         torch.testing.assert_close(module.counts[0], counts)
+
+
+def test_a_batch_of_few_vectors_does_not_throw_a_good_codebook_away():
+    codebook = 10 * torch.randn(256, 4)
+    module = trained_from(codebook)
+    module.num_batches.zero_()
+    for _ in range(20):
+        module(codebook[torch.randint(256, (16,))] + 0.01 * torch.randn(16, 4))
+    assert torch.cdist(codebook, module.codebook).min(dim=1).values.median() < 0.1
 
 
 def test_in_training_the_vectors_given_are_those_the_codes_were_nearest_to():

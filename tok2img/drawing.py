@@ -1,0 +1,64 @@
+"""Sheets of what models make: of pictures, of codes and of captions."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from tokenizers_vq import DiscreteTokenizer, VQDrawForText
+from tokenizers_vq.images import images_from_pixels
+
+from .pipeline import TextToImagePipeline
+from .plots import captioned_sheet, reconstruction_sheet, stage_sheet
+from .processing import Tok2ImgProcessor, load_pixels
+from .text_reports import text_sheet
+
+NUM_SAMPLES = 16
+STAGES_SHOWN = 8
+
+
+def draw_held_out(tokenizer: DiscreteTokenizer, held_out: Dataset) -> Image.Image | str:
+    """What becomes of a few held-out pictures, or captions."""
+    if isinstance(tokenizer, VQDrawForText):
+        return text_sheet(tokenizer, held_out["caption"][:NUM_SAMPLES])
+    return draw_reconstructions(tokenizer, held_out["image"][:NUM_SAMPLES])
+
+
+def draw_reconstructions(image_tokenizer: DiscreteTokenizer, images: Sequence[Any]) -> Image.Image:
+    """A sheet of pictures above what becomes of them."""
+    pixel_values = load_pixels(images, image_tokenizer).to(image_tokenizer.device)
+    reconstructions = image_tokenizer.decode(image_tokenizer.encode(pixel_values))
+    return reconstruction_sheet(images_from_pixels(pixel_values.cpu()), images_from_pixels(reconstructions.cpu()))
+
+
+def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Image.Image:
+    """A sheet of what codes `b n` show after the first of them, the second and so on, `STAGES_SHOWN` columns at most."""
+    stages = [
+        images_from_pixels(stage.cpu()) for stage in image_tokenizer.decode_stages(codes.to(image_tokenizer.device))
+    ]
+    columns = min(STAGES_SHOWN, len(stages))
+    shown = sorted({round(len(stages) ** (column / max(1, columns - 1))) for column in range(columns)})
+    num_codes = list(accumulate(image_tokenizer.code_groups))[-len(stages) :]
+    rows = list(zip(*(stages[count - 1] for count in shown), strict=True))
+    return stage_sheet(rows, num_codes=[num_codes[count - 1] for count in shown])
+
+
+def random_codes(image_tokenizer: DiscreteTokenizer, num_images: int, *, seed: int | None = None) -> torch.Tensor:
+    """Codes `b n` drawn evenly: what a tokenizer's pictures look like before any prior."""
+    generator = torch.Generator()
+    _ = generator.seed() if seed is None else generator.manual_seed(seed)
+    return torch.randint(image_tokenizer.codebook_size, (num_images, image_tokenizer.num_codes), generator=generator)
+
+
+def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:
+    """A sheet of pictures with their captions."""
+    pictures: Any = pipeline(prompts, seed=seed).images
+    return captioned_sheet(pictures, prompts)
+
+
+def read_caption(text_ids: torch.Tensor, processor: Tok2ImgProcessor) -> str:
+    """The caption that text ids `t` stand for."""
+    return processor.text_tokenizer.decode([int(each) for each in text_ids if each != processor.layout.pad_id])
