@@ -23,17 +23,25 @@ from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImage
 
 IMAGE_SIZE, BATCH_SIZE = 32, 32
 ROWS_TO_START_FROM = 2000
-SHARED: dict[str, Any] = {"image_size": IMAGE_SIZE, "num_encoder_blocks": 2, "num_decoder_blocks": 2}
-# 576 bits each, or a little less.
+SHARED: dict[str, Any] = {
+    "image_size": IMAGE_SIZE,
+    "num_encoder_blocks": 2,
+    "num_decoder_blocks": 2,
+    "num_downsamples": 3,
+}
+# 120 bits each, or a little less.
 VQVAES: dict[str, dict[str, Any]] = {
-    "one grid, 64 codes of 512": {},
-    "residual, 4 x 16 codes of 512": {"num_downsamples": 3, "quantizer": "residual", "num_levels": 4},
-    "two grids, 16 + 64 codes of 128": {"num_grids": 2, "codebook_size": 128},
-    "FSQ, 64 codes of 480": {"quantizer": "fsq", "fsq_levels": [8, 6, 10]},
+    "one grid, 16 codes of 181": {"codebook_size": 181},
+    "residual, 5 x 4 codes of 64": {
+        "num_downsamples": 4,
+        "quantizer": "residual",
+        "num_levels": 5,
+        "codebook_size": 64,
+    },
+    "two grids, 4 + 16 codes of 64": {"num_grids": 2, "codebook_size": 64},
+    "FSQ, 16 codes of 180": {"quantizer": "fsq", "fsq_levels": [6, 6, 5]},
 }
-VQDRAWS: dict[str, dict[str, Any]] = {
-    "VQ-DRAW, 96 codes of 64": {"num_stages": 96, "codebook_size": 64, "segment_length": 12}
-}
+VQDRAWS: dict[str, dict[str, Any]] = {"VQ-DRAW, 20 codes of 64": {"num_stages": 20, "codebook_size": 64}}
 LEARNING_RATES = {VQVAE: 1e-3, VQDrawForImages: 2e-3}
 
 
@@ -41,7 +49,7 @@ def build(name: str) -> DiscreteTokenizer:
     """A model with fresh weights."""
     torch.manual_seed(0)
     if name in VQVAES:
-        return VQVAE(VQVAEConfig(**SHARED, **VQVAES[name]))
+        return VQVAE(VQVAEConfig(**SHARED | VQVAES[name]))
     return VQDrawForImages(VQDrawImageConfig(image_size=IMAGE_SIZE, **VQDRAWS[name]))
 
 
