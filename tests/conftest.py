@@ -53,9 +53,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def smooth_pictures() -> Tensor:
-    """Six smooth coloured pictures, `6 3 8 8` in [0, 1], all different."""
-    corners = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+def smooth_pictures(num: int = 6) -> Tensor:
+    """Smooth coloured pictures, `num 3 8 8` in [0, 1], all different."""
+    corners = torch.rand(num, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.interpolate(corners, size=8, mode="bilinear", align_corners=True)
 
 
@@ -65,41 +65,40 @@ def images() -> Tensor:
     return smooth_pictures()
 
 
-def small_vqvae(images: Tensor, **settings: Any) -> VQVAE:
+def small_vqvae(**settings: Any) -> VQVAE:
     """2x2 cells, 16 entries a codebook, in eval mode, its codebooks placed on data."""
     torch.manual_seed(0)
     sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
-    model = VQVAE(VQVAEConfig(**sizes, **settings)).train()
-    with torch.no_grad():
-        model(images)
-    return model.eval()
+    model = VQVAE(VQVAEConfig(**sizes, **settings)).eval()
+    model.start_from_data(smooth_pictures(100))
+    return model
 
 
 @pytest.fixture
-def tiny_vqvae(images) -> VQVAE:
+def tiny_vqvae() -> VQVAE:
     """2x2 codes of 16 entries."""
-    return small_vqvae(images)
+    return small_vqvae()
 
 
 @pytest.fixture
-def tiny_residual(images) -> VQVAE:
+def tiny_residual() -> VQVAE:
     """Two levels of 2x2 codes that add up."""
-    return small_vqvae(images, quantizer="residual", num_levels=2)
+    return small_vqvae(quantizer="residual", num_levels=2)
 
 
 @pytest.fixture
-def tiny_fsq(images) -> VQVAE:
+def tiny_fsq() -> VQVAE:
     """2x2 codes without a codebook, of numbers spread over its levels."""
-    model = small_vqvae(images, quantizer="fsq", fsq_levels=[4, 3, 2])
+    model = small_vqvae(quantizer="fsq", fsq_levels=[4, 3, 2])
     with torch.no_grad():
         model.quantizer.view.project_in.weight.mul_(50)
     return model
 
 
 @pytest.fixture
-def tiny_vqvae2(images) -> VQVAE:
+def tiny_vqvae2() -> VQVAE:
     """One code for the whole picture, then 2x2."""
-    return small_vqvae(images, num_grids=2)
+    return small_vqvae(num_grids=2)
 
 
 @pytest.fixture

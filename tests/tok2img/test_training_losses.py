@@ -57,7 +57,11 @@ def test_a_recipe_trains_with_a_discriminator_and_saves_none(recipe, tmp_path):
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == tokenizer.state_dict().keys()
     assert load_image_tokenizer(tmp_path / "out").config.reconstruction == "l1"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "training_log.json",
+    }
 
 
 def test_keys_of_a_recipe_reach_the_loss(recipe, rows, classifier_folder):

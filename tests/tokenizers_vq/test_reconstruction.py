@@ -115,5 +115,5 @@ def test_a_plain_function_is_a_loss_too(tiny_vqvae, images):
 
 
 def reconstruct(model, images):
-    quantized = model.quantizer(model._latents(model.normalize(images)))
-    return model._reconstruct(quantized.quantized), quantized
+    quantized = model.quantizer(model.to_code(model.encoder(model.normalize(images))))
+    return model.decoder(model.from_code(quantized.quantized)), quantized
