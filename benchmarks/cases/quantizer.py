@@ -1,5 +1,6 @@
 """Nearest-neighbour quantization: ours, the textbook form, and vector-quantize-pytorch.
 
+A search is measured beside the matrix product that it cannot do without, a stack of four codebooks beside the peer's.
 All give the codes, the vectors they stand for and (the peer in training only) the commitment loss; training adds the gradient and the
 moving average. Ours also revives dead codes; the others leave them where they are.
 """
@@ -12,28 +13,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizers_vq.clustering import SCORES_PER_CHUNK, SMALLEST_CHUNK, nearest_codes
 from tokenizers_vq.quantizer import QuantizerOutput, VectorQuantizer
+from tokenizers_vq.residual import ResidualQuantizer
 
 from ..harness import Case, Comparison, import_peer
 
 COMMITMENT, DECAY = 0.25, 0.99
+PEER = "vector-quantize-pytorch"
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Encoding and a training step, with a small codebook and a large one."""
+    """Search, encoding and a training step, with a small codebook and a large one; and four codebooks, one after another."""
     num_vectors, code_dim = (64, 4) if tiny else (16_384, 64)
     vectors = torch.randn(num_vectors, code_dim, generator=torch.Generator().manual_seed(0))
     peer = import_peer("vector_quantize_pytorch")
     for codebook_size in (8,) if tiny else (512, 8192):
         codebook = vectors[:codebook_size] + 0.1
+        size = f"{num_vectors} x {code_dim}, K={codebook_size}"
+        yield search_comparison(f"search, {size}", vectors, codebook)
         quantizers = {"ours": our_quantizer(codebook), "plain": PlainQuantizer(codebook)}
         if peer is not None:
-            quantizers["vector-quantize-pytorch"] = PeerQuantizer(peer, codebook)
-        size = f"{num_vectors} x {code_dim}, K={codebook_size}"
-        encoding = [encode_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
-        yield Comparison(f"encode, {size}", encoding, "plain")
-        training = [training_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
-        yield Comparison(f"training step, {size}", training, "plain")
+            quantizers[PEER] = PeerQuantizer(peer, codebook)
+        yield from both(size, quantizers, vectors, baseline="plain")
+    if peer is not None:
+        codebook_size, num_levels = (8, 2) if tiny else (512, 4)
+        stacks = {
+            "ours": our_stack(vectors, codebook_size, num_levels),
+            PEER: PeerStack(peer, vectors, codebook_size, num_levels),
+        }
+        yield from both(
+            f"{num_vectors} x {code_dim}, {num_levels} of K={codebook_size}", stacks, vectors, baseline=PEER
+        )
+
+
+def both(size: str, quantizers: dict[str, nn.Module], vectors: Tensor, *, baseline: str) -> Iterator[Comparison]:
+    """Encoding and a training step of the same quantizers."""
+    encoding = [encode_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
+    yield Comparison(f"encode, {size}", encoding, baseline)
+    training = [training_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
+    yield Comparison(f"training step, {size}", training, baseline)
+
+
+def search_comparison(title: str, vectors: Tensor, codebook: Tensor) -> Comparison:
+    """The search beside its scores alone, made in pieces that stay in the cache."""
+    columns, rows = codebook.T.contiguous(), max(SMALLEST_CHUNK, SCORES_PER_CHUNK // len(codebook))
+    scores = torch.empty(min(rows, len(vectors)), len(codebook))
+
+    def multiply() -> None:
+        for chunk in vectors.split(rows):
+            torch.mm(chunk, columns, out=scores[: len(chunk)])
+
+    cases = [Case("ours", lambda: nearest_codes(vectors, codebook)), Case("matrix product", multiply)]
+    return Comparison(title, cases, "matrix product")
 
 
 class PlainQuantizer(nn.Module):
@@ -81,13 +113,49 @@ class PeerQuantizer(nn.Module):
         return QuantizerOutput(*self.inner(x))
 
 
+class PeerStack(nn.Module):
+    """The peer's residual quantizer with our settings."""
+
+    def __init__(self, peer: Any, vectors: Tensor, codebook_size: int, num_levels: int):
+        super().__init__()
+        self.inner = peer.ResidualVQ(
+            dim=vectors.shape[1],
+            num_quantizers=num_levels,
+            codebook_size=codebook_size,
+            decay=DECAY,
+            commitment_weight=COMMITMENT,
+            rotation_trick=False,
+        )
+        for layer in self.inner.layers:
+            layer.codebook = vectors[:codebook_size] + 0.1
+
+    def forward(self, x: Tensor) -> QuantizerOutput:
+        """`n d` -> quantized `n d`, codes `n l`, loss."""
+        quantized, codes, losses = self.inner(x)
+        return QuantizerOutput(quantized, codes, losses.mean())
+
+
+def our_stack(vectors: Tensor, codebook_size: int, num_levels: int) -> nn.Module:
+    """Our residual quantizer, past its k-means."""
+    stack = ResidualQuantizer(codebook_size, vectors.shape[1], num_levels, commitment=COMMITMENT, decay=DECAY)
+    for level in stack.quantizers():
+        place(level, vectors[:codebook_size] + 0.1)
+    return stack
+
+
 def our_quantizer(codebook: Tensor) -> nn.Module:
     """Our quantizer, past its k-means."""
     quantizer = VectorQuantizer(*codebook.shape, commitment=COMMITMENT, decay=DECAY)
+    place(quantizer, codebook)
+    return quantizer
+
+
+def place(quantizer: VectorQuantizer, codebook: Tensor) -> None:
+    """Put a codebook where k-means would have."""
     quantizer.codebook.copy_(codebook)
     quantizer.sums.copy_(codebook)
+    quantizer.counts.fill_(1)
     quantizer.started.fill_(True)
-    return quantizer
 
 
 def encode_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:

@@ -134,6 +134,7 @@ def test_a_peer_can_be_a_checkout(own_path, tmp_path):
     stand_in = "from torch import nn\n"
     stand_in += "class VectorQuantize(nn.Module):\n    def __init__(self, **_): super().__init__()\n"
     stand_in += "    def forward(self, x): return x, x, x.sum()\n"
+    stand_in += "class ResidualVQ(VectorQuantize):\n    layers = ()\n"
     (tmp_path / f"{PEER}.py").write_text(stand_in)
     assert "| vector-quantize-pytorch |" in invoke("quantizer", "--tiny", "--rounds", "1", "--peer", str(tmp_path))
 
@@ -153,6 +154,8 @@ def test_what_is_compared_gives_the_same(name):
             if case.setup is not None:
                 case.setup()
             answers.append(case.run())
+        if comparison.baseline == "matrix product":  # which is only a part of the work
+            continue
         for answer in answers:
             torch.testing.assert_close(answer, answers[0])
 
