@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenizers_vq.quantizer import perplexity
+
 from .plots import save_image
 
 if TYPE_CHECKING:
@@ -45,9 +47,10 @@ def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
         _draw_usage_lines(axes, share)
     else:
         _draw_usage_map(figure, axes, share)
-    perplexity = torch.special.entr(share).sum(dim=1).exp().mean().item()
     of_each = "mean " if len(share) > 1 else ""
-    axes.set_title(f"{int((counts > 0).sum())} of {counts.numel()} codes in use, {of_each}perplexity {perplexity:.1f}")
+    axes.set_title(
+        f"{int((counts > 0).sum())} of {counts.numel()} codes in use, {of_each}perplexity {perplexity(counts).mean():.1f}"
+    )
     save_image(_picture(figure), path)
 
 

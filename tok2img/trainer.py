@@ -25,7 +25,6 @@ from tokenizers_vq.with_loss import inner_of
 from .plots import save_image, write_atomically
 from .processing import load_pixels
 
-ROWS_TO_START_FROM = 2**14
 MAX_DECODED_BYTES = 2**31
 VALUES_TO_START_FROM = 2**25
 
@@ -75,11 +74,13 @@ class Trainer(transformers.Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:
-        """Show a tokenizer the first rows of a fixed shuffle of its training data."""
+        """Show a tokenizer the first rows of a fixed shuffle of its training data, as many as it wants."""
+        if not tokenizer.rows_to_start_from:
+            return
         rows: Any = self.train_dataset
         column = tokenizer.main_input_name
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        num_rows = min(ROWS_TO_START_FROM, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
+        num_rows = min(tokenizer.rows_to_start_from, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
         chosen = [rows[int(row)][column] for row in order[:num_rows]]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)

@@ -36,10 +36,8 @@ class DiscreteTokenizerConfig(PreTrainedConfig):
 
     def __post_init__(self, **other: Any) -> None:
         known = {field.name for field in fields(type(self))}
-        for name in other.keys() - WRITTEN_BY_TRANSFORMERS:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(own_fields(type(self)))}"
-            raise ValueError(f"{type(self).__name__} has no setting {name!r}{hint}")
+        unknown = other.keys() - WRITTEN_BY_TRANSFORMERS
+        refuse_unknown(type(self).__name__, unknown, known, listed=own_fields(type(self)))
         for name in own_fields(type(self)):
             default = 0 if name in self.may_be_zero else getattr(type(self), name, None)
             check_number(type(self).__name__, name, getattr(self, name), default)
@@ -50,6 +48,14 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     """Names of the settings that a tokenizer's config adds to those of transformers."""
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return [field.name for field in fields(config_class) if field.name not in inherited]
+
+
+def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], *, listed: Iterable[str]) -> None:
+    """Refuse the first of the names, none of which the owner knows, with the nearest that it does, or else those listed."""
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(listed)}"
+        raise ValueError(f"{owner} has no setting {name!r}{hint}")
 
 
 def check_number(owner: str, name: str, value: Any, default: Any) -> None:
@@ -161,6 +167,11 @@ class DiscreteTokenizer(PreTrainedModel):
     def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
         """The picture `b c h w` after each of the codes `b n` that changes it: here all at once, in one stage."""
         yield self.decode(codes)
+
+    @property
+    def rows_to_start_from(self) -> int:
+        """How many examples `start_from_data` is to be shown, at most; 0 where nothing is placed by data."""
+        return 0
 
     def start_from_data(self, pixel_values: Tensor, /) -> None:
         """Place what is placed by looking at data, from a batch of the training set, before the first step."""

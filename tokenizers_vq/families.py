@@ -4,7 +4,6 @@ All of them descend from VQ-GAN (Esser et al. 2021): an encoder makes a grid of 
 a decoder draws the entries. They differ in what stands between these parts, which is all that is written here.
 """
 
-import difflib
 import importlib
 import inspect
 import json
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .base import check_choice, check_number, first_line, own_fields, refuse_non_model, unfilled_tensors
+from .base import check_choice, check_number, first_line, own_fields, refuse_non_model, refuse_unknown, unfilled_tensors
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,7 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     known, config = default_settings(name), config_class(name)
     if not isinstance(settings, dict):
         raise ValueError(f"{name}: model_settings must be a mapping, got {settings!r}")
-    for key in sorted(settings.keys() - known.keys()):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-        raise ValueError(f"{name} has no setting {key!r}, {hint}")
+    refuse_unknown(name, settings.keys() - known.keys(), known, listed=known)
     for key, value in settings.items():
         check_number(name, key, value, known[key])
     if config is not None:

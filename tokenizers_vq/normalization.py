@@ -37,15 +37,12 @@ class PixelNormalization:
         """ValueError for pictures of another size or number of channels."""
         channels, side = self.config.num_channels, self.config.image_size
         shape = tuple(pixel_values.shape)
-        sides = "h w" if self.stride else f"{side} {side}"
-        if len(shape) != 4 or shape[1] != channels or not (self.stride or shape[2:] == (side, side)):
-            raise ValueError(f"pixel_values must be `b {channels} {sides}`, got {shape}")
-        if self.stride and (0 in shape[2:] or any(each % self.stride for each in shape[2:])):
-            below, above = zip(*(nearest_multiples(each, self.stride) for each in shape[2:]), strict=True)
-            nearest = [f"{height} x {width}" for height, width in (below, above) if height and width]
-            raise ValueError(
-                f"height and width must be multiples of {self.stride}, got {shape[2]} x {shape[3]}; the nearest: {', '.join(nearest)}"
-            )
+        wanted = (channels, "h", "w") if self.stride else (channels, side, side)
+        sides = shape[2:] if self.stride else (side, side)
+        if len(shape) != 4 or shape[1:] != (channels, *sides):
+            raise ValueError(f"pixel_values must be `b {' '.join(map(str, wanted))}`, got {shape}")
+        if self.stride:
+            check_sides(shape[2], shape[3], self.stride)
 
     def inverse(self, normalized: Tensor) -> Tensor:
         """Normalised `b c h w` -> pixels, clamped to [0, 1]."""
@@ -54,3 +51,13 @@ class PixelNormalization:
     def squared_error(self, normalized: Tensor, target: Tensor) -> Tensor:
         """Mean squared error of two normalised batches in units of pixels, a detached scalar."""
         return (normalized.detach() - target).square().mean() * self.config.pixel_std**2
+
+
+def check_sides(height: int, width: int, stride: int) -> None:
+    """Refuse pictures that a grid of this stride does not cover, and name the nearest sizes that it does."""
+    if height % stride or width % stride or not height * width:
+        sizes = zip(nearest_multiples(height, stride), nearest_multiples(width, stride), strict=True)
+        nearest = ", ".join(f"{rows} x {columns}" for rows, columns in sizes if rows and columns)
+        raise ValueError(
+            f"height and width must be multiples of {stride}, got {height} x {width}; the nearest: {nearest}"
+        )

@@ -14,6 +14,7 @@ from .clustering import nearest_codes
 from .families import FAMILIES, Family, build, check_settings, family_of, load_original, settings_of
 from .normalization import PixelNormalization
 from .quantizer import perplexity
+from .vectors import straight_through
 from .vqvae import evaluating
 
 COMMITMENT = 0.25
@@ -163,8 +164,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
         vectors, codebook = self.family.latents(self.model, target).float(), self.family.codebook(self.model)
         codes = self._nearest(vectors, codebook)
         entries = self._lookup(codes, codebook)
-        # The sum of an entry and exactly zero, whose gradient is the encoder's: straight through, to the last bit.
-        normalized = self.family.draw(self.model, entries.detach() + (vectors - vectors.detach()))
+        normalized = self.family.draw(self.model, straight_through(vectors, entries))
         towards_entries, towards_vectors = F.mse_loss(vectors, entries.detach()), F.mse_loss(entries, vectors.detach())
         return TokenizerOutput(
             loss=F.mse_loss(normalized.float(), target) + towards_vectors + COMMITMENT * towards_entries,

@@ -153,7 +153,8 @@ class VectorQuantizer(nn.Module):
         flat = vectors.flat.detach()
         if self.training and self.needs_start():
             self.start(flat[vectors.kept])
-        codes, entries = self.nearest(flat), self.entries()
+        entries = self.entries()
+        codes = nearest_codes(flat, entries)
         chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
         errors = (vectors.flat - chosen.detach()).square().sum(dim=1)
         loss = self.commitment * vectors.mean(errors) / self.code_dim
@@ -162,10 +163,6 @@ class VectorQuantizer(nn.Module):
         if self.training:
             self._learn(flat, codes, vectors.kept, errors.detach())
         return chosen, codes, loss
-
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Vectors `n d` -> codes `n`."""
-        return nearest_codes(vectors, self.entries().detach())
 
     def entries(self) -> Tensor:
         """The codebook `k d` as vectors are compared with it."""
@@ -181,9 +178,10 @@ class VectorQuantizer(nn.Module):
 
     def needs_start(self) -> bool:
         """Whether k-means is still to come; looks at the device once, and never in a compiled graph, which starts from what stands."""
-        if not self.stands and not torch.compiler.is_compiling():
-            self.stands = bool(self.started)
-        return not self.stands and not torch.compiler.is_compiling()
+        if self.stands or torch.compiler.is_compiling():
+            return False
+        self.stands = bool(self.started)
+        return not self.stands
 
     def start_from_data(self, x: Tensor) -> None:
         """Put the codebook on the vectors of `... d` (or `b d h w`), as the first batches of training do."""
@@ -196,13 +194,14 @@ class VectorQuantizer(nn.Module):
         self.first_vectors.append(vectors)
         shown = torch.cat(self.first_vectors)
         enough = torch.tensor(len(shown) >= VECTORS_PER_CODE * self.codebook_size, device=vectors.device)
-        centres = self.codebook.detach().clone()
+        centres = self.codebook
         if len(shown):
             centres = self.scaled(kmeans(shown, self.codebook_size, num_steps=KMEANS_STEPS if enough else 0))
-        self.codebook.data.copy_(of_first_rank(centres))
+        self.codebook.data.copy_(centres)
+        of_first_rank(self.codebook.data)
         # As if one batch had been shared evenly: nothing is out of use yet, and soon forgotten.
-        self.counts.fill_(len(vectors) / self.codebook_size)
-        self.sums.copy_(self.codebook * of_first_rank(self.counts)[:, None])
+        of_first_rank(self.counts.fill_(len(vectors) / self.codebook_size))
+        self.sums.copy_(self.codebook * self.counts[:, None])
         if of_first_rank(enough):
             self.started.fill_(True)
             self.first_vectors.clear()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import check_choice, check_number
+from .clustering import nearest_codes
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vectors import GRADIENTS, VectorView
 
@@ -77,7 +78,7 @@ class ResidualQuantizer(nn.Module):
         """Codes `... n`, or those of the first levels alone, -> sums of entries `... d` (or `b d h w`).
 
         Args:
-            known: `... n`, false where a code is still to come and adds nothing.
+            known: `n`, or `... n`, false where a code is still to come and adds nothing.
 
         Raises:
             ValueError: for no level, or more than there are.
@@ -106,7 +107,7 @@ class ResidualQuantizer(nn.Module):
         rest = vectors.flat[vectors.kept]
         for level in self.quantizers():
             level.start(rest)
-            rest = rest - F.embedding(level.nearest(rest), level.entries())
+            rest = rest - F.embedding(nearest_codes(rest, level.entries()), level.entries())
 
     def metrics(self) -> dict[str, Tensor]:
         """Perplexity and share of codes given, means over the levels."""

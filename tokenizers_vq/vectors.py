@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import check_number
@@ -113,7 +114,7 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     e, q = vectors.detach(), chosen.detach()
     e_norm, q_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (e, q))
     e, q = e / e_norm.clamp_min(1e-12), q / q_norm.clamp_min(1e-12)
-    middle = torch.nn.functional.normalize(e + q, dim=1)
+    middle = F.normalize(e + q, dim=1)
     reflected = vectors - 2 * middle * (vectors * middle).sum(dim=1, keepdim=True)
     turned = reflected + 2 * q * (vectors * e).sum(dim=1, keepdim=True)
     has_direction = (e_norm > 1e-6) & (q_norm > 1e-6)

@@ -19,6 +19,7 @@ from .clustering import draw_by_error, kmeans, nearest_codes
 from .options import BiasedOptions, DenseOptions, Options, SharedOptions
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
+ROWS_TO_START_FROM = 2**14
 DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
 
 Refiner = Callable[[Tensor, int], Options]

@@ -21,7 +21,7 @@ from .errors import BernoulliError, GaussianError, SquaredError
 from .normalization import PixelNormalization
 from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
 from .refiners import ConvRefiner, in_segments
-from .vqdraw import VQDraw
+from .vqdraw import ROWS_TO_START_FROM, VQDraw
 
 ERRORS = ("squared", "gaussian", "bernoulli")
 REFINERS = ("conv", *PRESETS)
@@ -165,6 +165,11 @@ class VQDrawForImages(DiscreteTokenizer):
     def prefixes_decode(self) -> bool:
         """They do: codes go from coarse to fine."""
         return True
+
+    @property
+    def rows_to_start_from(self) -> int:
+        """Enough for k-means at every stage."""
+        return ROWS_TO_START_FROM
 
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""

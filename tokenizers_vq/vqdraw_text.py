@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_choice, check_stages
 from .errors import IGNORED, CrossEntropyError
 from .refiners import DilatedConvRefiner, in_segments
-from .vqdraw import VQDraw
+from .vqdraw import ROWS_TO_START_FROM, VQDraw
 
 logger = logging.getLogger(__name__)
 VALUES_TO_START_FROM = 2**24
@@ -270,6 +270,11 @@ class VQDrawForText(DiscreteTokenizer):
     def _by_stage(self, codes: Tensor) -> Tensor:
         """Codes of spans `(b s) n` -> codes of texts `b (n s)`."""
         return rearrange(codes, "(b s) n -> b (n s)", s=self.num_spans)
+
+    @property
+    def rows_to_start_from(self) -> int:
+        """Enough for k-means at every stage."""
+        return ROWS_TO_START_FROM
 
     def start_from_data(self, symbols: Tensor) -> None:
         """Start as a residual quantizer of `b t`; see `VQDraw.start_from_data`."""

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -115,11 +116,15 @@ class VQVAE(DiscreteTokenizer):
         """The codebook of each group of codes, `k d`."""
         return [vectors for grid in self.grids() for vectors in grid.quantizer.codebooks()]
 
+    @property
+    def rows_to_start_from(self) -> int:
+        """As many as have enough cells for k-means."""
+        return max(1, VECTORS_SHOWN // math.prod(self.cells()[-1]))
+
     @torch.no_grad()
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Put the codebooks on latents of the pictures `b c h w`; those of finer grids on what is left when coarser ones are coded."""
-        cells = math.prod(self.cells()[-1])
-        shown = pixel_values[: max(1, VECTORS_SHOWN // cells)]
+        shown = pixel_values[: self.rows_to_start_from]
         with evaluating(self):
             self._code(self.normalize(shown), starting=True, reconstruct=False)
 
@@ -205,13 +210,13 @@ class VQVAE(DiscreteTokenizer):
         """Codes `b n` of a grid -> latents `b d h w`."""
         if not isinstance(quantizer, ResidualQuantizer):
             return quantizer.lookup(rearrange(codes, "b (h w) -> b h w", h=rows))
-        missing = self.num_levels * rows * columns - codes.shape[1]
-        known = torch.ones_like(codes, dtype=torch.bool)
-        padded = [
-            rearrange(nn.functional.pad(each, (0, missing)), "b (n h w) -> b h w n", h=rows, w=columns)
-            for each in (codes, known)
-        ]
-        return quantizer.lookup(padded[0], padded[1] if missing else None)
+        num_codes = self.num_levels * rows * columns
+        known = torch.arange(num_codes, device=codes.device) < codes.shape[1]
+        padded = F.pad(codes, (0, num_codes - codes.shape[1]))
+        return quantizer.lookup(
+            rearrange(padded, "b (n h w) -> b h w n", h=rows, w=columns),
+            None if codes.shape[1] == num_codes else rearrange(known, "(n h w) -> h w n", h=rows, w=columns),
+        )
 
 
 def plus(x: Tensor, context: Tensor | None) -> Tensor:
