@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tok2img.plots import write_atomically
+from tok2img.whole_files import write_atomically
 from tokenizers_vq.images import ImageSource, load_image, pixels_from_images
 
 MAX_CAPTIONS = 1000

@@ -242,9 +242,9 @@ def evaluate(
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
-    from .plots import write_atomically
     from .reports import open_unseen, report_on_model, report_on_tokenizer
     from .text_codes import is_text_model
+    from .whole_files import write_atomically
 
     of_text = bool(tokenizer) and is_text_model(tokenizer)
     rows = open_unseen(
@@ -286,7 +286,7 @@ def main() -> None:
     """Run the command line: errors that a user can mend are one line, and exit code 2."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except (UsageError, ValueError, OSError) as error:
         message = getattr(error, "format_message", error.__str__)()

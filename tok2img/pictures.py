@@ -18,9 +18,10 @@ from tokenizers_vq.images import images_from_pixels
 
 from .charts import plot_code_usage, plot_codebook, plot_curves
 from .drawing import draw_reconstructions, draw_stages
-from .plots import captioned_sheet, save_image, write_atomically
+from .plots import captioned_sheet, save_image
 from .processing import load_pixels
 from .text_reports import random_texts, text_sheet
+from .whole_files import write_atomically
 
 NUM_PICTURES = 16
 NUM_SAMPLES = 32

@@ -1,18 +1,18 @@
-"""Sheets of pictures, drawn with Pillow alone, and how files are written whole.
+"""Sheets of pictures, drawn with Pillow alone.
 
 A sheet is a table of tiles; captions and headers are tiles too.
 """
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from PIL import Image, ImageDraw, ImageFont
+
+from .whole_files import write_atomically
 
 T = TypeVar("T")
 MIN_TILE_SIZE = 96
@@ -80,21 +80,6 @@ def check_suffix(path: str | PathLike[str]) -> str:
     if image_format is None or image_format not in Image.SAVE:
         raise ValueError(f"cannot write {path}: its suffix {suffix!r} names no picture format; use .png, .webp or .jpg")
     return image_format
-
-
-def write_atomically(path: str | PathLike[str], content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it, so that readers see the old or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _table(rows: Sequence[Sequence[Image.Image]], *, gap: int) -> Image.Image:

@@ -27,6 +27,8 @@ class RunSettings:
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.
         bf16: compute in bfloat16 where it is safe. compile: through torch.compile.
+        save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss.
+        resume: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
         report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
     """
 
@@ -47,6 +49,8 @@ class RunSettings:
     eval_rows: int = 1000
     sample_every: int = 500
     log_every: int = 50
+    save_every: int = 0
+    resume: bool = True
     bf16: bool = False
     compile: bool = False
     num_workers: int = 0
@@ -59,6 +63,10 @@ class RunSettings:
             least = 1 if each.name in AT_LEAST_ONE else 0
             if isinstance(value, int | float) and value < least:
                 raise ValueError(f"key {each.name!r} must be at least {least}, got {value}")
+        if self.eval_every and self.save_every % self.eval_every:
+            raise ValueError(
+                f"key 'save_every' must be a multiple of eval_every {self.eval_every}, got {self.save_every}"
+            )
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,14 @@ from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
+from .resumption import checkpoints_of, close_run, open_run
 from .text import SubwordTokenizer, TextTokenizer
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import PictureRows, TextRows, Trainer
 from .training_log import save_log
 from .training_losses import with_losses
+from .whole_files import added_to
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
@@ -57,6 +58,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=recipe.vocab_size)
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
+    open_run(recipe)
     model = build_model(recipe, rows)
     tokenizer = inner_of(model)
     training_rows, held_out = split(rows, recipe)
@@ -68,8 +70,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
     )
-    finish(trainer, recipe.out)
-    tokenizer.eval().save_pretrained(recipe.out)
+    finish(trainer, recipe, lambda folder: tokenizer.eval().save_pretrained(str(folder)))
     return tokenizer
 
 
@@ -108,7 +109,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
     settings = arguments(recipe, best_by="image_loss")
-    if not recipe.tokens:
+    resumed = open_run(recipe)
+    if not recipe.tokens and not (resumed and Path(recipe.out, "tokens").is_dir()):
         tokenize_for(recipe)
     tokens, processor = load_tokens(recipe.tokens or Path(recipe.out, "tokens"))
     if recipe.max_rows:
@@ -133,8 +135,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         draw_every=recipe.sample_every,
     )
     pipeline.to(trainer.args.device)
-    finish(trainer, recipe.out)
-    pipeline.save_pretrained(recipe.out)
+    finish(trainer, recipe, pipeline.save_pretrained)
     return pipeline
 
 
@@ -237,9 +238,9 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
     of the best held-out `best_by`, if that is named; else they are the last.
     """
-    every = recipe.eval_every
+    every, save_every = recipe.eval_every, recipe.save_every or recipe.eval_every
     return TrainingArguments(
-        output_dir=str(Path(recipe.out, "checkpoints")),
+        output_dir=str(checkpoints_of(recipe)),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
@@ -252,13 +253,14 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         adam_beta2=0.99,
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
-        save_strategy="steps" if every else "no",
-        save_steps=every or 500,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
         save_total_limit=2,
         load_best_model_at_end=bool(every and best_by),
         metric_for_best_model=best_by or None,
         greater_is_better=False,
         logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
         disable_tqdm=False,
         use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.bf16,
@@ -272,12 +274,14 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
     )
 
 
-def finish(trainer: Trainer, out: str) -> None:
-    """Train to the end, keep the log, and clear the checkpoints that served to keep the best weights."""
-    trainer.train()
+def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path], None]) -> None:
+    """Train to the end, put the result and the log into `recipe.out`, and clear the checkpoints, which nobody needs then."""
+    trainer.train(resume_from_checkpoint=True)
     if trainer.is_world_process_zero():
-        save_log(trainer.state.log_history, out)
-        shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
+        with added_to(recipe.out) as folder:
+            save(folder)
+            save_log(trainer.state.log_history, folder)
+        close_run(recipe)
 
 
 def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenizers_vq import VQDrawForText
 
 from .data import load_captioned_images
-from .plots import write_atomically
 from .processing import to_device
+from .whole_files import write_atomically
 
 BATCH_SIZE = 128
 BITS_PER_BYTE = (1, 2, 3, 4)

@@ -5,18 +5,16 @@ tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from datasets import Dataset
 
 from .dataset import tokenize_dataset
 from .processing import Tok2ImgProcessor
 from .text import SubwordTokenizer, TextTokenizer
+from .whole_files import whole_folder
 
 MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 100_000
@@ -93,24 +91,6 @@ def caption_batches(data: Dataset, size: int = 10_000) -> Iterator[list[str]]:
     """The captions of a data set, so many at a time."""
     captions = data.select_columns(["caption"])
     return (captions[first : first + size]["caption"] for first in range(0, len(captions), size))
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to build in, beside the one wanted, that takes its name when the block ends well and goes when it does not."""
-    refuse_other_use(folder)
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.parent / f".{target.name}.{uuid4().hex[:8]}"
-    building.mkdir()
-    try:
-        yield building
-        if target.exists():
-            shutil.rmtree(target)
-        building.rename(target)
-    finally:
-        if building.exists():
-            shutil.rmtree(building)
 
 
 def refuse_other_use(folder: str | Path) -> None:

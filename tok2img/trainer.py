@@ -1,6 +1,6 @@
 """One trainer for everything here whose forward returns a loss: image tokenizers and priors alike.
 
-A thin layer on `transformers.Trainer`: the parts of the loss reach the log, held-out loss is a mean over rows, pictures are drawn on the
+A thin layer on `SafeTrainer`: the parts of the loss reach the log, held-out loss is a mean over rows, pictures are drawn on the
 way, and a tokenizer looks at its data before the first step.
 """
 
@@ -9,27 +9,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer, ModelWithLoss, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, VQDrawForText
 from tokenizers_vq.quantizer import CodeUsage
 from tokenizers_vq.with_loss import inner_of
 
-from .plots import save_image, write_atomically
+from .plots import save_image
 from .processing import load_pixels
+from .safe_trainer import SafeTrainer
+from .whole_files import write_atomically
 
 MAX_DECODED_BYTES = 2**31
 VALUES_TO_START_FROM = 2**25
 
 
-class Trainer(transformers.Trainer):
+class Trainer(SafeTrainer):
     """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` or a `TokenizerWithLoss` on pictures,
     or a `PriorWithLoss` on `text_ids` and `image_codes`.
 
@@ -59,19 +59,12 @@ class Trainer(transformers.Trainer):
         if draw is not None and draw_every:
             self.add_callback(DrawSamples(draw, draw_every))
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train; a tokenizer that starts afresh first looks at some of its data."""
+    def begin(self, *, afresh: bool) -> None:
+        """A tokenizer that starts afresh looks at some of its data."""
         model: Any = self.model
         tokenizer = inner_of(model)
-        afresh = not resume_from_checkpoint and not is_stream(self.train_dataset)
-        if afresh and isinstance(tokenizer, DiscreteTokenizer):
+        if afresh and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
             self.start_from_data(tokenizer)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:
         """Show a tokenizer the first rows of a fixed shuffle of its training data, as many as it wants."""
@@ -101,6 +94,8 @@ class Trainer(transformers.Trainer):
             means = {name: torch.stack(values).float().mean().item() for name, values in self.metrics_since_log.items()}
             self.metrics_since_log.clear()
             logs = logs | means
+            if self.bad_steps.skipped:
+                logs["skipped_updates"] = float(self.bad_steps.skipped)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -125,28 +120,6 @@ class Trainer(transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
-
-    def _load_best_model(self) -> None:
-        load_weights(
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(
-            self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint
-        )
-
-
-def load_weights(model: nn.Module, folder: str | Path | None) -> None:
-    """Put the weights of a checkpoint folder into a model that is already built."""
-    safetensors.torch.load_model(inner_of(model), Path(str(folder), "model.safetensors"))
-    if isinstance(model, ModelWithLoss):
-        model.load_loss(str(folder))
 
 
 def is_stream(dataset: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import write_atomically
+from .whole_files import write_atomically
 
 LOG_FILE = "training_log.json"
 

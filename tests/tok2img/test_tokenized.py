@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from tok2img.processing import Tok2ImgProcessor
 from tok2img.text import SubwordTokenizer
-from tok2img.tokenized import MAX_TEXT_LENGTH, fit_text, load_tokens, save_tokens, whole_folder
+from tok2img.tokenized import MAX_TEXT_LENGTH, fit_text, load_tokens, save_tokens
+from tok2img.whole_files import whole_folder
 
 
 @pytest.fixture

@@ -1,0 +1,154 @@
+"""A trainer that loses nothing: checkpoints that are whole, exact resumption, and weights that no bad step can spoil."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tokenizers_vq import ModelWithLoss
+from tokenizers_vq.with_loss import inner_of
+
+from .bad_steps import BadSteps
+from .checkpoints import folder_of, newest_whole, rotate, save_checkpoint
+from .interruption import Interrupted, StopCleanly
+from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state
+
+logger = logging.getLogger(__name__)
+OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+
+
+class SafeTrainer(transformers.Trainer):
+    """`transformers.Trainer` for runs that may be killed, on disks that may be full, with losses that may be NaN."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.bad_steps, self.stop_cleanly = BadSteps(self.args.device), StopCleanly()
+        self.best_on_disk: dict[str, Any] = {}
+        self.add_callback(self.stop_cleanly)
+
+    def begin(self, *, afresh: bool) -> None:
+        """Called before the first step; `afresh` is false where a run goes on from a checkpoint."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True goes on from the newest in the output folder that is whole, if there is one.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, when all is saved.
+            DivergedError: after too many steps in a row that were not finite.
+        """
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first():
+                newest = newest_whole(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = str(newest) if newest else None
+        if resume_from_checkpoint:
+            logger.warning("going on from %s", resume_from_checkpoint)
+        self.begin(afresh=not resume_from_checkpoint)
+        try:
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.stop_cleanly.release()
+        if self.stop_cleanly.signum and self.state.global_step < self.state.max_steps:
+            logger.warning(
+                "stopped after step %d and saved; the same command goes on from there", self.state.global_step
+            )
+            raise Interrupted(self.stop_cleanly.signum)
+        return output
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of transformers, kept from steps that are not finite."""
+        optimizer = super().create_optimizer(model)
+        self.bad_steps.watch(optimizer)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; the loss is looked at before the optimizer's step."""
+        loss = super().training_step(*args, **kwargs)
+        self.bad_steps.see_loss(loss)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint that appears whole or not at all; where that fails, warn and train on."""
+        del model, trial
+        self.store_flos()
+        checkpoints, best_before = Path(str(self.args.output_dir)), dict(self.best_on_disk)
+        target = folder_of(checkpoints, self.state.global_step)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(target)
+        problem = save_checkpoint(target, self._write_parts, device=self.args.device)
+        if problem is None:
+            self.best_on_disk = {name: getattr(self.state, name) for name in BEST}
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                rotate(checkpoints, keep=self.args.save_total_limit or 2, best=Path(best) if best else None)
+            return
+        # What could not be written is not the best to go back to.
+        for name in BEST:
+            setattr(self.state, name, best_before.get(name))
+        logger.warning("no checkpoint of step %d, training goes on: %s", self.state.global_step, problem)
+
+    def _write_parts(self, folder: Path) -> None:
+        """What this process has to write into a checkpoint."""
+        save_random_state(folder / f"random-{self.args.process_index}.safetensors")
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            optimizer: Any = self.optimizer
+            save_optimizer(Path(output_dir, OPTIMIZER_FILE), optimizer)
+            schedule: Any = self.lr_scheduler
+            Path(output_dir, SCHEDULE_FILE).write_text(json.dumps(schedule.state_dict()), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        load_optimizer(Path(checkpoint, OPTIMIZER_FILE), optimizer)
+        schedule.load_state_dict(json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8")))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        file = Path(str(checkpoint), f"random-{self.args.process_index}.safetensors")
+        if file.is_file():
+            load_random_state(file)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+
+    def _load_best_model(self) -> None:
+        load_weights(
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(
+            self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint
+        )
+
+
+def load_weights(model: nn.Module, folder: str | Path | None) -> None:
+    """Put the weights of a checkpoint folder into a model that is already built."""
+    safetensors.torch.load_model(inner_of(model), Path(str(folder), "model.safetensors"))
+    if isinstance(model, ModelWithLoss):
+        model.load_loss(str(folder))

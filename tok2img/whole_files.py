@@ -1,0 +1,141 @@
+"""Files and folders that are there whole or not at all.
+
+Everything is written under a temporary name in the same folder, brought to the disk, and renamed. Files get the mode that the umask
+gives: safetensors leaves them readable by their owner alone.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from uuid import uuid4
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"  # how the names of unfinished files and folders end
+
+
+def write_atomically(path: str | PathLike[str], content: bytes) -> None:
+    """Write a file under a temporary name beside it and rename it, so that readers see the old or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to build in, beside the one wanted, that takes its place when the block ends well and goes when it does not."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is in use for something else: give another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = temporary_name(target)
+    building.mkdir()
+    try:
+        yield building
+        settle(building)
+        remove_folder(target)
+        building.rename(target)
+        bring_to_disk(target.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def added_to(folder: str | Path) -> Iterator[Path]:
+    """A folder to build in, whose files take their places in `folder` one by one when the block ends well; other files there stay."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    building = temporary_name(folder / "new")
+    building.mkdir()
+    try:
+        yield building
+        settle(building)
+        for file in files_in(building):
+            place = folder / file.relative_to(building)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        bring_to_disk(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside a path, hidden."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, so that nobody ever sees half of it."""
+    if folder.exists():
+        leaving = temporary_name(folder)
+        folder.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def sweep(folder: str | Path) -> None:
+    """Clear away what a run that was killed left unfinished in a folder."""
+    for left in Path(folder).glob(f".*{TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
+        left.unlink(missing_ok=True)
+
+
+def settle(folder: Path) -> None:
+    """Give files the mode of the umask, and bring them and their folders to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files_in(folder):
+        file.chmod(0o666 & ~umask)
+        bring_to_disk(file)
+    for each in {file.parent for file in files_in(folder)} | {folder}:
+        bring_to_disk(each)
+
+
+def bring_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files of a folder and those below, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and sha256 of every file of a folder in `manifest.json`."""
+    files = {str(file.relative_to(folder)): [file.stat().st_size, sha256_of(file)] for file in files_in(folder)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path) -> None:
+    """ValueError for a folder that is not what its manifest says, with the first file that is missing or damaged."""
+    try:
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        recorded = {name: (int(size), str(checksum)) for name, (size, checksum) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {MANIFEST} is missing or damaged") from error
+    for name, (size, checksum) in recorded.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != checksum:
+            raise ValueError(f"{folder}: {name} is missing or damaged")
+
+
+def sha256_of(file: Path) -> str:
+    """Checksum of a file's content."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
