@@ -2,13 +2,17 @@
 PYTHON ?= python3
 RUN = .venv/bin/python -m
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 demo: .venv/.installed
 	$(RUN) tok2img demo
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest
+
+# Half an hour: training runs killed again and again.
+torture: .venv/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture.py 200
 
 lint: .venv/.installed
 	$(RUN) ruff check .

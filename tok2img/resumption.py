@@ -20,22 +20,30 @@ def checkpoints_of(recipe: RunSettings) -> Path:
     return Path(recipe.out, "checkpoints")
 
 
-def open_run(recipe: RunSettings) -> bool:
-    """Prepare the place of a run; whether there are checkpoints of the same recipe to go on from.
+def goes_on(recipe: RunSettings) -> bool:
+    """Whether there are checkpoints of the same recipe to go on from.
 
     Raises:
         ValueError: for checkpoints of another recipe, with the keys that differ. Another `max_steps` is only warned of: the rate of
             learning then takes another course.
     """
+    resumed = recipe.resume and bool(by_step(checkpoints_of(recipe)))
+    if resumed:
+        refuse_other_recipe(checkpoints_of(recipe), plain(recipe))
+    return resumed
+
+
+def open_run(recipe: RunSettings) -> None:
+    """Say whose the checkpoints are that will come; those of before go, where the recipe says to start anew."""
     folder = checkpoints_of(recipe)
-    settings = json.loads(json.dumps(asdict(recipe)))
     if not recipe.resume:
         remove_folder(folder)
-    resumed = bool(by_step(folder))
-    if resumed:
-        refuse_other_recipe(folder, settings)
-    write_atomically(folder / RECIPE_FILE, (json.dumps(settings, indent=1) + "\n").encode())
-    return resumed
+    write_atomically(folder / RECIPE_FILE, (json.dumps(plain(recipe), indent=1) + "\n").encode())
+
+
+def plain(recipe: RunSettings) -> dict[str, object]:
+    """The keys of a recipe as JSON gives them back."""
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def refuse_other_recipe(folder: Path, settings: dict[str, object]) -> None:

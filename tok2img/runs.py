@@ -33,7 +33,7 @@ from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
-from .resumption import checkpoints_of, close_run, open_run
+from .resumption import checkpoints_of, close_run, goes_on, open_run
 from .text import SubwordTokenizer, TextTokenizer
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
@@ -58,7 +58,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=recipe.vocab_size)
         text_tokenizer.save_pretrained(recipe.out)
         return text_tokenizer
-    open_run(recipe)
+    goes_on(recipe)  # refuses another run's checkpoints, before long work
     model = build_model(recipe, rows)
     tokenizer = inner_of(model)
     training_rows, held_out = split(rows, recipe)
@@ -109,8 +109,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
     settings = arguments(recipe, best_by="image_loss")
-    resumed = open_run(recipe)
-    if not recipe.tokens and not (resumed and Path(recipe.out, "tokens").is_dir()):
+    if not recipe.tokens and not (goes_on(recipe) and Path(recipe.out, "tokens").is_dir()):
         tokenize_for(recipe)
     tokens, processor = load_tokens(recipe.tokens or Path(recipe.out, "tokens"))
     if recipe.max_rows:
@@ -276,6 +275,8 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
 
 def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path], None]) -> None:
     """Train to the end, put the result and the log into `recipe.out`, and clear the checkpoints, which nobody needs then."""
+    if trainer.is_world_process_zero():
+        open_run(recipe)
     trainer.train(resume_from_checkpoint=True)
     if trainer.is_world_process_zero():
         with added_to(recipe.out) as folder:

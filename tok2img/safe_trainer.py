@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.with_loss import inner_of
@@ -56,6 +59,8 @@ class SafeTrainer(transformers.Trainer):
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint:
             logger.warning("going on from %s", resume_from_checkpoint)
+            if self._was_complete(Path(str(resume_from_checkpoint))):
+                return TrainOutput(self.state.global_step, math.nan, {})
         self.begin(afresh=not resume_from_checkpoint)
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -68,11 +73,29 @@ class SafeTrainer(transformers.Trainer):
             raise Interrupted(self.stop_cleanly.signum)
         return output
 
+    def _was_complete(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the last step; then the result is loaded, where transformers would make one step too many."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        return True
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of transformers, kept from steps that are not finite."""
         optimizer = super().create_optimizer(model)
         self.bad_steps.watch(optimizer)
         return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; the sum of losses starts anew from zero, where transformers subtracts it from itself and a NaN would stay for ever."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._tr_loss.zero_()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; the loss is looked at before the optimizer's step."""

@@ -1,0 +1,315 @@
+import errno
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tok2img import safe_trainer, whole_files
+from tok2img.bad_steps import DivergedError
+from tok2img.checkpoints import by_step, newest_whole
+from tok2img.interruption import Interrupted
+from tok2img.layout import SequenceLayout
+from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.recipes import PriorRecipe
+from tok2img.runs import arguments
+from tok2img.trainer import Trainer
+
+LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
+RUN = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1, "dropout": 0.1}
+
+
+def token_rows(num: int) -> Dataset:
+    generator = torch.Generator().manual_seed(num)
+    columns = {"text_ids": (11, 3), "image_codes": (6, 4)}
+    rows = {name: torch.randint(high, (num, length), generator=generator) for name, (high, length) in columns.items()}
+    return Dataset.from_dict({name: column.tolist() for name, column in rows.items()}).with_format("torch")
+
+
+def trainer_in(out, *, best: str = "", **settings) -> Trainer:
+    """A tiny prior that draws random numbers in training: for dropout, and for the captions it hides."""
+    recipe = PriorRecipe(**({"out": str(out), "eval_every": 0, "save_every": 2} | RUN | settings))
+    prior = build_prior(LAYOUT, depth=1, dropout=recipe.dropout)
+    return Trainer(
+        PriorWithLoss(prior, LAYOUT, caption_dropout=0.5),
+        arguments(recipe, best_by=best),
+        train_dataset=token_rows(10),
+        eval_dataset=token_rows(5),
+    )
+
+
+def losses(trainer: Trainer) -> dict[int, str]:
+    """The logged loss of each step, to its last bit."""
+    lines = (line for line in trainer.state.log_history if "loss" in line)
+    return {line["step"]: struct.pack(">d", line["loss"]).hex() for line in lines}
+
+
+def weights(trainer: Trainer) -> bytes:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return b"".join(tensor.numpy().tobytes() for _, tensor in sorted(model.state_dict().items()))
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def run_until_killed(trainer: Trainer, step: int) -> None:
+    trainer.add_callback(At(step, kill))
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dropout": 0.0},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 3},
+        {"num_workers": 2},
+        {"bf16": True},
+        {"lr_schedule": "linear"},
+        {"save_every": 3, "batch_size": 5},
+        {"eval_every": 2, "save_every": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("killed_at", [3, 7])
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, settings, killed_at):
+    whole = trainer_in(tmp_path / "whole", **settings)
+    whole.train()
+    run_until_killed(trainer_in(tmp_path / "killed", **settings), killed_at)
+    resumed = trainer_in(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 8
+    assert weights(resumed) == weights(whole)
+
+
+def test_a_run_killed_again_and_again_arrives_where_one_does_that_is_not(tmp_path):
+    whole = trainer_in(tmp_path / "whole")
+    whole.train()
+    for step in (1, 3, 4, 5, 7):
+        run_until_killed(trainer_in(tmp_path / "killed"), step)
+    last = trainer_in(tmp_path / "killed")
+    last.train(resume_from_checkpoint=True)
+    assert losses(last) == losses(whole) and weights(last) == weights(whole)
+
+
+def test_checkpoints_hold_nothing_that_would_have_to_be_unpickled(tmp_path):
+    trainer_in(tmp_path).train()
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json"} and ".safetensors" in suffixes
+
+
+def test_at_least_two_checkpoints_are_kept_and_the_best(tmp_path):
+    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2)
+    trainer.train()
+    kept = by_step(tmp_path / "checkpoints")
+    assert {6, 8} <= kept.keys() and len(kept) <= 3
+    assert trainer.state.best_global_step in kept
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["model.safetensors", "optimizer.safetensors", "random-0.safetensors", "schedule.json"]
+)
+def test_a_flipped_bit_sends_the_run_back_to_the_checkpoint_before(tmp_path, pattern, caplog):
+    run_until_killed(trainer_in(tmp_path), 7)
+    damaged = tmp_path / "checkpoints" / "checkpoint-6" / pattern
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
+    assert pattern in caplog.text and "passed over" in caplog.text
+
+
+def events_of_a_save(tmp_path, monkeypatch) -> list[str]:
+    """What a save does to the file system, in order, by trying it once."""
+    events: list[str] = []
+    watch(monkeypatch, lambda name: events.append(name))
+    run_until_killed(trainer_in(tmp_path / "count", save_every=3), 4)
+    monkeypatch.undo()
+    return events
+
+
+def watch(monkeypatch, act) -> None:
+    """Call `act` before every step by which a checkpoint comes into being."""
+    for module, name in [
+        (safe_trainer, "save_random_state"),
+        (safe_trainer, "save_optimizer"),
+        (safe_trainer.SafeTrainer, "_write_parts"),
+        (whole_files.Path, "rename"),
+        (whole_files.Path, "chmod"),
+        (whole_files.Path, "write_text"),
+        (whole_files.Path, "mkdir"),
+        (whole_files, "bring_to_disk"),
+    ]:
+        plain = getattr(module, name)
+
+        def before(*args, plain=plain, name=name, **kwargs):
+            act(name)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, before)
+
+
+def test_a_crash_at_any_step_of_a_save_loses_no_run(tmp_path, monkeypatch):
+    whole = trainer_in(tmp_path / "whole", save_every=3)
+    whole.train()
+    num_events = len(events_of_a_save(tmp_path, monkeypatch))
+    assert num_events > 15
+    for crash_at in range(0, num_events, 3):
+        out, seen = tmp_path / f"crash-{crash_at}", []
+
+        def crash(name, seen=seen, crash_at=crash_at):
+            seen.append(name)
+            if len(seen) == crash_at + 1:
+                raise Killed
+
+        with monkeypatch.context() as patched:
+            watch(patched, crash)
+            with pytest.raises(Killed):
+                trainer_in(out, save_every=3).train(resume_from_checkpoint=True)
+        resumed = trainer_in(out, save_every=3)
+        resumed.train(resume_from_checkpoint=True)
+        assert losses(resumed) == losses(whole), f"crash before {crash_at}"
+
+
+def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, caplog):
+    whole = trainer_in(tmp_path / "whole", save_every=3)
+    whole.train()
+    plain, saves = safe_trainer.save_optimizer, []
+
+    def full(*args):
+        saves.append(args)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(*args)
+
+    monkeypatch.setattr(safe_trainer, "save_optimizer", full)
+    trainer = trainer_in(tmp_path / "full")
+    trainer.train()
+    assert "no checkpoint of step 4" in caplog.text and "No space left" in caplog.text
+    assert set(by_step(tmp_path / "full" / "checkpoints")) == {6, 8}
+    assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert weights(trainer) == weights(whole)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
+    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, learning_rate=1e-2)
+    plain = safe_trainer.save_checkpoint
+
+    def full_at_the_end(target, *args, **kwargs):
+        return OSError("full") if target.name == "checkpoint-8" else plain(target, *args, **kwargs)
+
+    monkeypatch.setattr(safe_trainer, "save_checkpoint", full_at_the_end)
+    trainer.train()
+    assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
+
+
+def spoil_loss(trainer: Trainer, steps: set[int], value: float) -> None:
+    """Make the loss of these steps NaN or infinite, by a factor on its way to the gradient."""
+    model = trainer.model
+    plain, calls = model.forward, []
+
+    def forward(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        if model.training:
+            calls.append(None)
+            if len(calls) in steps:
+                output.loss = output.loss * value
+        return output
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("steps", [{1}, {5}, {8}, {2, 3, 4, 5}], ids=str)
+def test_a_loss_that_is_not_finite_leaves_the_weights_finite_and_is_logged_as_it_is(tmp_path, steps, value):
+    trainer = trainer_in(tmp_path)
+    spoil_loss(trainer, steps, value)
+    trainer.train()
+    assert trainer.bad_steps.skipped == len(steps)
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    logged = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
+    assert {step for step, loss in logged.items() if not math.isfinite(loss)} == steps
+    assert trainer.state.log_history[-2]["skipped_updates"] == len(steps)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path):
+    trainer, seen = trainer_in(tmp_path), []
+    parameter = next(trainer.model.parameters())
+
+    def spoil(gradient):
+        seen.append(None)
+        return gradient * math.nan if len(seen) == 3 else gradient
+
+    parameter.register_hook(spoil)
+    trainer.train()
+    assert trainer.bad_steps.skipped == 1 and len(losses(trainer)) == 8
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_a_skipped_step_leaves_weights_and_averages_as_they_were(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=3)
+    spoil_loss(trainer, {3}, math.nan)
+    states = []
+    trainer.add_callback(At(2, lambda: states.append((weights(trainer), str(trainer.optimizer.state_dict()["state"])))))
+    trainer.train()
+    assert states == [(weights(trainer), str(trainer.optimizer.state_dict()["state"]))]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
+    trainer = trainer_in(tmp_path, max_steps=50)
+    trainer.bad_steps.most_in_a_row = 10
+    spoil_loss(trainer, set(range(4, 50)), math.nan)
+    with pytest.raises(DivergedError, match="10 steps in a row"):
+        trainer.train()
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert newest_whole(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, signum):
+    whole, handler = trainer_in(tmp_path / "whole"), signal.getsignal(signum)
+    whole.train()
+    stopped = trainer_in(tmp_path / "stopped", save_every=100)
+    stopped.add_callback(At(2, lambda: os.kill(os.getpid(), signum)))
+    with pytest.raises(Interrupted) as raised:
+        stopped.train()
+    assert raised.value.code == 128 + signum and signal.getsignal(signum) is handler
+    assert 2 <= max(by_step(Path(tmp_path, "stopped", "checkpoints"))) <= 3
+    resumed = trainer_in(tmp_path / "stopped", save_every=100)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole) and weights(resumed) == weights(whole)
+
+
+def test_runs_killed_at_random_lose_nothing():
+    script = Path(__file__).with_name("torture.py")
+    outcome = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    result = json.loads(outcome.stdout.splitlines()[-1])
+    assert result["kills"] >= 6 and result["lost"] == 0
