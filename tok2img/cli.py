@@ -11,6 +11,7 @@ from .recipes import PriorRecipe, TokenizerRecipe, describe_keys, parse_argument
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings along
+MOST_NAMED = 5  # rows that were skipped
 RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Data = Annotated[
@@ -80,13 +81,20 @@ def tokenize(
         int, typer.Option(help="Search so wide for VQ-DRAW codes; 0: as the tokenizer's config says.")
     ] = 0,
     num_proc: Annotated[int, typer.Option(help="Processes.")] = 1,
+    on_error: Annotated[
+        str, typer.Option(help="skip: leave rows out that cannot be read, and list them in manifest.json; raise: stop.")
+    ] = "skip",
+    shard: Annotated[
+        str, typer.Option(help="i/n: do the i-th of n parts, counted from 0, as one of n jobs with the same --out.")
+    ] = "0/1",
 ) -> None:
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
     from .data import load_captioned_images
     from .processing import load_image_tokenizer
     from .runs import build_processor, set_beam
-    from .tokenized import save_tokens
+    from .text import only_text
+    from .tokenized import part_of, save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
     set_beam(image_tokenizer, beam_size)
@@ -98,11 +106,22 @@ def tokenize(
         max_rows=max_rows or None,
     )
     processor = build_processor(
-        rows["caption"], image_tokenizer, text_tokenizer=text_tokenizer, vocab_size=vocab_size, text_length=text_length
+        only_text(rows["caption"]) if on_error == "skip" else rows["caption"],
+        image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        vocab_size=vocab_size,
+        text_length=text_length,
     )
-    manifest = save_tokens(rows, processor, out, num_proc=num_proc if num_proc > 1 else None)
+    manifest = save_tokens(rows, processor, out, num_proc=num_proc, on_error=on_error, part=part_of(shard))
+    if manifest is None:
+        print(f"part {shard} is done; {out} appears with the last part")
+        return
     layout = processor.layout
     print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} codes: {out}")
+    for skipped in manifest["skipped"][:MOST_NAMED]:
+        print(f"skipped row {skipped['row']}: {skipped['reason']}")
+    if len(manifest["skipped"]) > MOST_NAMED:
+        print(f"... {len(manifest['skipped'])} rows in all, see {out}/manifest.json")
     if manifest["captions_cut"]:
         print(f"{manifest['captions_cut']} captions were longer than {layout.text_length} text tokens and were cut")
 

@@ -1,22 +1,39 @@
 """Captioned pictures -> compact columns of tokens, for `datasets.map`."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from safetensors.torch import load, save
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from tokenizers_vq.base import own_fields
+from tokenizers_vq.base import first_line, own_fields
 
 from .layout import SequenceLayout
-from .processing import Tok2ImgProcessor
-from .text import TextTokenizer
+from .processing import Tok2ImgProcessor, fit_pixels, load_images
+from .text import TextTokenizer, check_text
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 MAIN_PROCESS = os.getpid()
+
+
+@dataclass
+class ReadBatch:
+    """Rows that could be read, and those that could not.
+
+    Attributes:
+        pixel_values: `b c h w` of the rows; `skipped`: numbers and reasons of the others.
+    """
+
+    rows: list[int]
+    captions: list[str]
+    pixel_values: Tensor
+    skipped: list[tuple[int, str]]
 
 
 class TokenizeBatch:
@@ -31,13 +48,41 @@ class TokenizeBatch:
 
     def __call__(self, batch: dict[str, list[Any]], rows: list[int] | None = None) -> dict[str, np.ndarray]:
         """A batch of rows -> their tokens. ValueError for a caption or picture that is none, with its row."""
+        numbers = range(len(batch[self.caption_column])) if rows is None else rows
+        read = self.read(batch, numbers, skip=False)
+        return {"text_ids": self.text_ids(read), "image_codes": self.image_codes(read)}
+
+    def read(self, batch: dict[str, list[Any]], rows: Sequence[int], *, skip: bool) -> ReadBatch:
+        """Decode a batch; a row that cannot be read is skipped, or else a ValueError with its number."""
+        pictures, read, skipped = [], ReadBatch([], [], torch.empty(0), []), []
+        for row, caption, image in zip(rows, batch[self.caption_column], batch[self.image_column], strict=True):
+            try:
+                check_text(caption, row)
+                pictures += load_images([image], rows=[row])
+            except ValueError as error:
+                if not skip:
+                    raise
+                skipped.append((row, first_line(error).removeprefix(f"row {row}: ")))
+            else:
+                read.rows.append(row)
+                read.captions.append(caption)
+        if pictures:
+            read.pixel_values = fit_pixels(pictures, self.processor.image_tokenizer)
+        return replace(read, skipped=skipped)
+
+    def text_ids(self, batch: ReadBatch) -> np.ndarray:
+        """Text `b t` of what was read."""
         layout = self.processor.layout
-        text_ids = self.processor.encode_text(batch[self.caption_column], rows=rows)
-        codes = self.processor.encode_images(batch[self.image_column], rows=rows)
-        return {
-            "text_ids": text_ids.numpy().astype(layout.text_dtype),
-            "image_codes": codes.numpy().astype(layout.code_dtype),
-        }
+        if not batch.rows:
+            return np.empty((0, layout.text_length), dtype=layout.text_dtype)
+        return self.processor.encode_text(batch.captions, rows=batch.rows).numpy().astype(layout.text_dtype)
+
+    def image_codes(self, batch: ReadBatch) -> np.ndarray:
+        """Codes `b n` of what was read."""
+        layout = self.processor.layout
+        if not batch.rows:
+            return np.empty((0, layout.num_codes), dtype=layout.code_dtype)
+        return self.processor.encode_pixels(batch.pixel_values).numpy().astype(layout.code_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tokenizer = self.processor.image_tokenizer

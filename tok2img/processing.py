@@ -85,7 +85,10 @@ class Tok2ImgProcessor:
 
     def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
         """Pictures (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
-        pixel_values = load_pixels(images, self.image_tokenizer, rows=rows)
+        return self.encode_pixels(load_pixels(images, self.image_tokenizer, rows=rows))
+
+    def encode_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Pixels `b c h w` of the tokenizer's size -> codes `b n`, on the CPU."""
         return self.image_tokenizer.encode_for_training(pixel_values.to(self.image_tokenizer.device)).cpu()
 
     def decode_images(self, codes: Tensor) -> list[Image.Image]:
@@ -137,8 +140,12 @@ def load_pixels(
     images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
 ) -> Tensor:
     """Pictures in any form -> `b c h w` of the size and channels that a tokenizer reads; errors as in `load_images`."""
+    return fit_pixels(load_images(images, rows=rows), image_tokenizer)
+
+
+def fit_pixels(pictures: list[Image.Image], image_tokenizer: DiscreteTokenizer) -> Tensor:
+    """Upright RGB pictures -> `b c h w` of the size and channels that a tokenizer reads."""
     config: Any = image_tokenizer.config
-    pictures = load_images(images, rows=rows)
     return pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
 
 

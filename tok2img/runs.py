@@ -1,5 +1,6 @@
 """Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .resumption import checkpoints_of, close_run, goes_on, open_run
-from .text import SubwordTokenizer, TextTokenizer
+from .text import SubwordTokenizer, TextTokenizer, only_text
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import PictureRows, TextRows, Trainer
@@ -42,6 +43,7 @@ from .training_log import save_log
 from .training_losses import with_losses
 from .whole_files import added_to
 
+logger = logging.getLogger(__name__)
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
 MAX_TEXT_BYTES = 96
@@ -147,13 +149,16 @@ def tokenize_for(recipe: PriorRecipe) -> None:
     if recipe.start_from_codebook:
         codebooks_of(image_tokenizer)  # refuses what has none, before long work
     processor = build_processor(
-        data["caption"],
+        only_text(data["caption"]),
         image_tokenizer,
         text_tokenizer=recipe.text_tokenizer,
         vocab_size=recipe.vocab_size,
         text_length=recipe.text_length,
     )
-    save_tokens(data, processor, Path(recipe.out, "tokens"))
+    manifest = save_tokens(data, processor, Path(recipe.out, "tokens"))
+    if manifest and manifest["skipped"]:
+        first = manifest["skipped"][0]
+        logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
 
 
 def build_processor(

@@ -4,6 +4,7 @@ A text tokenizer here owns text and nothing else: marks like [SEP] and image cod
 caption says, it is only text.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tokenizers_vq.base import first_line
 
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
+
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no bytes
 
 
 class TextTokenizer(Protocol):
@@ -144,6 +148,11 @@ def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -
     """`check_text` for each, with its number in `rows`, or its place."""
     for row, caption in zip(rows or range(len(captions)), captions, strict=True):
         check_text(caption, row)
+
+
+def only_text(captions: Iterable[object]) -> list[str]:
+    """Those of the captions that `check_text` takes."""
+    return [caption for caption in captions if isinstance(caption, str) and not HALF_CHARACTER.search(caption)]
 
 
 def check_text(caption: object, row: int) -> None:

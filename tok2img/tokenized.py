@@ -5,19 +5,20 @@ tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from .dataset import tokenize_dataset
+from .dataset import TokenizeBatch
 from .processing import Tok2ImgProcessor
 from .text import SubwordTokenizer, TextTokenizer
-from .whole_files import whole_folder
+from .token_shards import Job, clear_records, gather, tokenize_shards
+from .whole_files import remove_folder, settle, sweep, write_atomically
 
 MANIFEST = "manifest.json"
-ROWS_PER_SHARD = 100_000
+JOB_FILE = "job.json"
+ROWS_PER_SHARD = 10_000
 MAX_TEXT_LENGTH = 64
 
 
@@ -37,30 +38,77 @@ def fit_text(
 
 
 def save_tokens(
-    data: Dataset, processor: Tok2ImgProcessor, folder: str | Path, *, num_proc: int | None = None
-) -> dict[str, Any]:
-    """Tokenize columns `image` and `caption` into a folder, which appears whole or not at all.
+    data: Dataset,
+    processor: Tok2ImgProcessor,
+    folder: str | Path,
+    *,
+    num_proc: int = 1,
+    on_error: str = "skip",
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, Any] | None:
+    """Tokenize columns `image` and `caption` into a folder, which appears whole or not at all; a job that was killed goes on.
+
+    Args:
+        on_error: "skip" leaves rows out that cannot be read, and lists them in the manifest; "raise" is a ValueError with the first.
+        part: (i, n) does every n-th shard from the i-th on, in one of n jobs with the same folder; the last of them puts all together.
 
     Returns:
-        The manifest: rows, captions that were cut, fingerprint of the processor, sha256 of each shard.
+        The manifest: rows, rows skipped, captions cut, fingerprint of the processor, sha256 of each shard. None while other parts are
+        still to be done.
     """
     refuse_other_use(folder)
-    tokens = tokenize_dataset(data, processor, num_proc=num_proc)
-    with whole_folder(folder) as building:
-        processor.save_pretrained(building)
-        shards = {}
-        for number, first in enumerate(range(0, len(tokens), ROWS_PER_SHARD)):
-            path = building / f"train-{number:05d}.parquet"
-            tokens.select(range(first, min(first + ROWS_PER_SHARD, len(tokens)))).to_parquet(str(path))
-            shards[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        manifest = {
-            "rows": len(tokens),
-            "captions_cut": sum(processor.num_cut(list(captions)) for captions in caption_batches(data)),
-            "fingerprint": processor.fingerprint(),
-            "shards": shards,
-        }
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    if not len(data):
+        raise ValueError("the data set is empty")
+    target, alone = Path(folder), part == (0, 1)
+    job = Job(data, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
+    settings = {"data": data._fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
+    settings["fingerprint"] = processor.fingerprint()
+    sweep(target.parent, f"{target.name}.*")
+    begin(job, settings, alone=alone)
+    if not (job.folder / MANIFEST).is_file():
+        try:
+            tokenize_shards(job, range(part[0], job.num_shards, part[1]), num_proc=num_proc)
+        finally:
+            if alone and not any(map(job.done, range(job.num_shards))):
+                remove_folder(job.folder)  # there is nothing in it to go on from
+        if not all(map(job.done, range(job.num_shards))):
+            return None
+        manifest = gather(job) | {"fingerprint": settings["fingerprint"], "job": settings}
+        processor.save_pretrained(job.folder)
+        write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    manifest = json.loads((job.folder / MANIFEST).read_bytes())
+    clear_records(job)
+    (job.folder / JOB_FILE).unlink(missing_ok=True)
+    settle(job.folder)
+    remove_folder(target)
+    job.folder.rename(target)
     return manifest
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers; ValueError for what is none."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise ValueError(f"a part must be i/n with i from 0 to n - 1, got {text!r}")
+    return int(first), int(count)
+
+
+def begin(job: Job, settings: dict[str, Any], *, alone: bool) -> None:
+    """Prepare the folder of a job: shards of the same job stay, those of another go, unless jobs beside this one may be making them."""
+    if settings in (read_json(job.folder / JOB_FILE), read_json(job.folder / MANIFEST).get("job")):
+        return
+    if job.folder.exists() and not alone:
+        raise ValueError(f"{job.folder} holds parts of another job: remove it, or give another folder")
+    remove_folder(job.folder)
+    write_atomically(job.folder / JOB_FILE, json.dumps(settings).encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none."""
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
@@ -85,12 +133,6 @@ def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
     if processor.fingerprint() != fingerprint:
         raise ValueError(f"{folder}: the tokenizers there are not those that made the tokens: tokenize again")
     return Dataset.from_parquet([str(Path(folder, name)) for name in shards]), processor  # type: ignore[reportReturnType]
-
-
-def caption_batches(data: Dataset, size: int = 10_000) -> Iterator[list[str]]:
-    """The captions of a data set, so many at a time."""
-    captions = data.select_columns(["caption"])
-    return (captions[first : first + size]["caption"] for first in range(0, len(captions), size))
 
 
 def refuse_other_use(folder: str | Path) -> None:

@@ -73,7 +73,7 @@ def added_to(folder: str | Path) -> Iterator[Path]:
 
 def temporary_name(path: Path) -> Path:
     """A new name beside a path, hidden."""
-    return path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")
+    return path.with_name(f".{path.name.lstrip('.')}.{uuid4().hex[:12]}{TEMPORARY}")
 
 
 def remove_folder(folder: Path) -> None:
@@ -84,9 +84,9 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def sweep(folder: str | Path) -> None:
-    """Clear away what a run that was killed left unfinished in a folder."""
-    for left in Path(folder).glob(f".*{TEMPORARY}"):
+def sweep(folder: str | Path, name: str = "*") -> None:
+    """Clear away what was left unfinished in a folder, of one name or of all, when it was killed."""
+    for left in Path(folder).glob(f".{name}{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
         left.unlink(missing_ok=True)
 

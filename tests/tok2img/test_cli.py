@@ -246,7 +246,8 @@ def test_a_caption_column_that_is_not_there_is_refused_by_name(refused, data, to
 
 def test_a_caption_that_is_null_is_refused_by_its_row(refused, tokenizer, tmp_path):
     data = parquet(tmp_path / "train.parquet", ["a", "b", None])
-    refused("tokenize", data, "--tokenizer", tokenizer, "--out", "tokens", names="row 2")
+    words = ["tokenize", data, "--tokenizer", tokenizer, "--out", "tokens"]
+    refused(*words, "--on-error", "raise", names="row 2")
 
 
 def test_captions_that_are_numbers_are_refused_by_their_column(refused, tokenizer, tmp_path):

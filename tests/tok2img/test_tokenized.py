@@ -91,7 +91,7 @@ def test_a_folder_without_a_whole_manifest_is_refused_by_name(folder, content):
 def test_a_failure_leaves_nothing_behind(processor, pictures, tmp_path):
     data = Dataset.from_dict({"image": pictures[:2], "caption": ["a", None]})
     with pytest.raises(ValueError, match="row 1"):
-        save_tokens(data, processor, tmp_path / "new" / "tokens")
+        save_tokens(data, processor, tmp_path / "new" / "tokens", on_error="raise")
     assert not list(tmp_path.rglob("*tokens*"))
 
 
