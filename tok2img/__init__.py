@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import TokenizeBatch, tokenize_dataset
+    from .extend import extend_prior
     from .generation import LayoutLogitsProcessor, Sampling, generate
     from .layout import SequenceLayout
     from .pipeline import TextToImagePipeline
@@ -36,6 +37,7 @@ HOME = {
     "Trainer": "trainer",
     "VQDrawTextTokenizer": "text_codes",
     "build_prior": "prior",
+    "extend_prior": "extend",
     "generate": "generation",
     "load_text_tokenizer": "text_codes",
     "shapes_dataset": "shapes",
@@ -55,6 +57,7 @@ __all__ = [
     "Trainer",
     "VQDrawTextTokenizer",
     "build_prior",
+    "extend_prior",
     "generate",
     "load_text_tokenizer",
     "shapes_dataset",

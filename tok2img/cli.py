@@ -54,7 +54,7 @@ def train_prior(context: typer.Context) -> None:
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(PriorRecipe, path, overrides)
     quiet()
-    from .runs import train_prior
+    from .prior_runs import train_prior
 
     train_prior(recipe)
     print(f"model: {recipe.out}")
@@ -66,7 +66,11 @@ def tokenize(
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
     out: Annotated[str, typer.Option(help="Folder for the tokens.")],
     text_tokenizer: Annotated[
-        str, typer.Option(help="Folder or hub name of a text tokenizer; without it, BPE is learned.")
+        str,
+        typer.Option(help="Folder or hub name of a text tokenizer; without it, that of the base, or BPE is learned."),
+    ] = "",
+    base: Annotated[
+        str, typer.Option(help="Folder or hub name of a pretrained language model that is to be the prior.")
     ] = "",
     vocab_size: Annotated[int, typer.Option(help="Of that BPE.")] = 4096,
     text_length: Annotated[
@@ -84,8 +88,8 @@ def tokenize(
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
     from .data import load_captioned_images
+    from .prior_runs import build_processor, set_beam
     from .processing import load_image_tokenizer
-    from .runs import build_processor, set_beam
     from .tokenized import save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
@@ -98,7 +102,12 @@ def tokenize(
         max_rows=max_rows or None,
     )
     processor = build_processor(
-        rows["caption"], image_tokenizer, text_tokenizer=text_tokenizer, vocab_size=vocab_size, text_length=text_length
+        rows["caption"],
+        image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        base=base,
+        vocab_size=vocab_size,
+        text_length=text_length,
     )
     manifest = save_tokens(rows, processor, out, num_proc=num_proc if num_proc > 1 else None)
     layout = processor.layout

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
@@ -58,9 +58,14 @@ def build_prior(
         raise ValueError(
             f"architecture {architecture!r} makes no causal language model: {first_line(error)}"
         ) from error
-    prior.generation_config = GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
+    prior.generation_config = generation_config_for(layout)
     check_fits(prior, layout)
     return prior
+
+
+def generation_config_for(layout: SequenceLayout) -> GenerationConfig:
+    """What stock `generate` has to know of a layout."""
+    return GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
 
 
 def check_architecture(architecture: str) -> None:
@@ -99,18 +104,33 @@ def shape_settings(architecture: str, layout: SequenceLayout, depth: int, dropou
 
 def load_prior(folder: str | Path, layout: SequenceLayout) -> PreTrainedModel:
     """Load a saved prior; ValueError for a folder that is none, missing or non-finite tensors, or a vocabulary that does not fit."""
+    prior = load_causal_lm(folder, what="prior", refused_keys=("missing_keys", "mismatched_keys", "unexpected_keys"))
+    check_fits(prior, layout)
+    return prior
+
+
+def load_causal_lm(folder: str | Path, *, what: str, refused_keys: tuple[str, ...], **settings: Any) -> PreTrainedModel:
+    """Load a saved causal language model, in eval mode.
+
+    Args:
+        what: the model's part in this project, for errors.
+        refused_keys: of what transformers reports about loading, what may not be.
+        settings: for `from_pretrained`.
+
+    Raises:
+        ValueError: for a folder that holds none, tensors that may not be missing or there, and weights that are not finite.
+    """
     refuse_non_model(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **settings)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load a prior from {folder}: {first_line(error)}") from error
-    prior, info = loaded
-    wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
+        raise ValueError(f"cannot load a {what} from {folder}: {first_line(error)}") from error
+    model, info = loaded
+    wrong = sorted(str(name) for key in refused_keys for name in info[key])
     if wrong:
-        raise ValueError(f"{folder} does not hold a whole prior: missing or unknown tensors {wrong[:3]}")
-    refuse_non_finite(prior, folder)
-    check_fits(prior, layout)
-    return prior.eval()
+        raise ValueError(f"{folder} does not hold a whole {what}: missing or unknown tensors {wrong[:3]}")
+    refuse_non_finite(model, folder)
+    return model.eval()
 
 
 def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
@@ -119,12 +139,19 @@ def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
     if head is None or head.weight.shape[0] < layout.vocab_size:
         rows = 0 if head is None else head.weight.shape[0]
         raise ValueError(f"the layout needs {layout.vocab_size} ids, but the model's head has {rows} rows")
-    context = getattr(prior.config, "max_position_embeddings", layout.sequence_length)
-    if context < layout.sequence_length:
-        raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}")
+    check_context(prior.config, layout)
     if getattr(prior.config, "final_logit_softcapping", None) or not head_is_plain(prior, layout):
         kind = prior.config.model_type
         raise ValueError(f"{kind} models change their logits after the head; use one that does not, such as qwen3")
+
+
+def check_context(config: PreTrainedConfig, layout: SequenceLayout) -> None:
+    """ValueError for a model that does not read as many positions as the layout has."""
+    context = getattr(config, "max_position_embeddings", layout.sequence_length)
+    if context < layout.sequence_length:
+        room = context - (layout.sequence_length - layout.text_length)
+        way_out = f"give a text_length of {room} at most" if room > 0 else "take an image tokenizer of fewer codes"
+        raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}: {way_out}")
 
 
 @torch.no_grad()

@@ -106,7 +106,10 @@ class PriorRecipe(RunSettings):
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
         beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
-        architecture, depth, dropout: see `build_prior`.
+        base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
+            wants a learning rate of 1e-4 or so.
+        lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
+        architecture, depth, dropout: see `build_prior`; a base has its own.
         start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
         caption_dropout, image_weight: see `PriorWithLoss`.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
@@ -118,6 +121,8 @@ class PriorRecipe(RunSettings):
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0
+    base: str = ""
+    lora_rank: int = 0
     architecture: str = "qwen3"
     depth: int = 4
     dropout: float = 0.1
@@ -129,6 +134,11 @@ class PriorRecipe(RunSettings):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and not self.base:
+            raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
 
 
 def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -4,6 +4,7 @@ A text tokenizer here owns text and nothing else: marks like [SEP] and image cod
 caption says, it is only text.
 """
 
+import string
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,7 +88,11 @@ class SubwordTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(name), split_special_tokens=True, use_fast=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
-        return cls(tokenizer)
+        loaded = cls(tokenizer)
+        if not any(loaded.encode([string.printable])):
+            # What transformers makes of a folder with a model's config and no tokenizer beside it.
+            raise ValueError(f"{name} holds no text tokenizer: what is there knows no letter")
+        return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer into a folder."""
