@@ -187,6 +187,27 @@ def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None
 
 
 @app.command()
+def caption(
+    images: Annotated[list[str], typer.Argument(help="Picture files.")],
+    model: Annotated[str, typer.Option(help="Folder of a model trained with --caption-share.")],
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest words.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest text tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest text tokens with this probability together.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same captions.")] = None,
+) -> None:
+    """Say what pictures show: a caption a line."""
+    quiet()
+    from .image_to_text import ImageToTextPipeline
+    from .processing import to_device
+
+    pipeline = to_device(ImageToTextPipeline.from_pretrained(model))
+    for text in pipeline(images, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+        print(" ".join(text.split()))
+
+
+@app.command()
 def reconstruct(
     sources: Annotated[list[str], typer.Argument(help="A data set, or picture files; texts for a text VQ-DRAW.")],
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")],

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from tokenizers_vq import DiscreteTokenizer
 
+from .captioning import CAPTION_KEY
 from .codebook_start import codebooks_of, start_from_codebook
 from .drawing import NUM_SAMPLES, draw_samples, read_caption
 from .extend import extend_prior, text_rows
@@ -35,6 +36,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     tokens = source if recipe.tokens else tokenize_into(Path(recipe.out, "tokens"), source, processor)
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling = sampling
+    if recipe.caption_share:
+        setattr(prior.generation_config, CAPTION_KEY, True)
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
     prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
     trainer = Trainer(
@@ -132,7 +135,13 @@ def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedMo
 def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgProcessor) -> PriorWithLoss:
     """The prior with the recipe's loss."""
     kind = LoraPriorWithLoss if recipe.lora_rank else PriorWithLoss
-    return kind(prior, processor.layout, caption_dropout=recipe.caption_dropout, image_weight=recipe.image_weight)
+    return kind(
+        prior,
+        processor.layout,
+        caption_dropout=recipe.caption_dropout,
+        image_weight=recipe.image_weight,
+        caption_share=recipe.caption_share,
+    )
 
 
 def tokenize_into(folder: Path, data: Dataset, processor: Tok2ImgProcessor) -> Dataset:

@@ -111,7 +111,7 @@ class PriorRecipe(RunSettings):
         lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
         architecture, depth, dropout: see `build_prior`; a base has its own.
         start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
-        caption_dropout, image_weight: see `PriorWithLoss`.
+        caption_dropout, image_weight, caption_share: see `PriorWithLoss`; with a share above 0 the model captions pictures too.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
 
@@ -129,6 +129,7 @@ class PriorRecipe(RunSettings):
     start_from_codebook: bool = False
     caption_dropout: float = 0.1
     image_weight: float = 7.0
+    caption_share: float = 0.0
     weight_decay: float = 0.1
     guidance_scale: float = 3.0
     temperature: float = 1.0
@@ -139,6 +140,10 @@ class PriorRecipe(RunSettings):
         super().__post_init__()
         if self.lora_rank and not self.base:
             raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
+        if self.caption_share >= 1:
+            raise ValueError(
+                f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"
+            )
 
 
 def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
