@@ -20,6 +20,7 @@ Data = Annotated[
 Split = Annotated[str, typer.Option(help="Split of the data.")]
 ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
 CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, from a few steps; write nothing.")]
 MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
 
 
@@ -37,11 +38,16 @@ def demo(
 
 
 @app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
-def train_tokenizer(context: typer.Context) -> None:
+def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(TokenizerRecipe, path, overrides)
     quiet()
+    if dry_run:
+        from .dry_run import estimate_tokenizer
+
+        print(estimate_tokenizer(recipe))
+        return
     from .runs import train_tokenizer
 
     train_tokenizer(recipe)
@@ -49,11 +55,16 @@ def train_tokenizer(context: typer.Context) -> None:
 
 
 @app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
-def train_prior(context: typer.Context) -> None:
+def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(PriorRecipe, path, overrides)
     quiet()
+    if dry_run:
+        from .dry_run import estimate_prior
+
+        print(estimate_prior(recipe))
+        return
     from .prior_runs import train_prior
 
     train_prior(recipe)
