@@ -101,7 +101,13 @@ def take_steps(model: nn.Module, rows: Any, recipe: RunSettings) -> Estimate:
     """Train on these rows for a few steps, as the recipe says, and count and time."""
     clock = StepClock()
     with TemporaryDirectory() as folder:
-        changed = {"out": folder, "max_steps": NUM_STEPS, "eval_every": 0, "log_every": NUM_STEPS, "report_to": "none"}
+        changed = {
+            "out": folder,
+            "max_steps": NUM_STEPS,
+            "eval_every": 0,
+            "log_every": NUM_STEPS + 1,
+            "report_to": "none",
+        }
         kept = {each.name: getattr(recipe, each.name) for each in fields(RunSettings)}
         trainer = Trainer(model, arguments(RunSettings(**kept | changed)), train_dataset=rows)
         trainer.add_callback(clock)
