@@ -8,8 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .captioning import caption
     from .dataset import TokenizeBatch, tokenize_dataset
+    from .extend import extend_prior
     from .generation import LayoutLogitsProcessor, Sampling, generate
+    from .image_to_text import ImageToTextPipeline
     from .layout import SequenceLayout
     from .pipeline import TextToImagePipeline
     from .prior import PriorWithLoss, build_prior
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 HOME = {
+    "ImageToTextPipeline": "image_to_text",
     "LayoutLogitsProcessor": "generation",
     "PriorWithLoss": "prior",
     "Sampling": "generation",
@@ -36,6 +40,8 @@ HOME = {
     "Trainer": "trainer",
     "VQDrawTextTokenizer": "text_codes",
     "build_prior": "prior",
+    "caption": "captioning",
+    "extend_prior": "extend",
     "generate": "generation",
     "load_text_tokenizer": "text_codes",
     "shapes_dataset": "shapes",
@@ -43,6 +49,7 @@ HOME = {
 }
 __version__ = "0.1.0"
 __all__ = [
+    "ImageToTextPipeline",
     "LayoutLogitsProcessor",
     "PriorWithLoss",
     "Sampling",
@@ -55,6 +62,8 @@ __all__ = [
     "Trainer",
     "VQDrawTextTokenizer",
     "build_prior",
+    "caption",
+    "extend_prior",
     "generate",
     "load_text_tokenizer",
     "shapes_dataset",

@@ -21,6 +21,7 @@ Data = Annotated[
 Split = Annotated[str, typer.Option(help="Split of the data.")]
 ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
 CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, from a few steps; write nothing.")]
 MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
 
 
@@ -38,11 +39,16 @@ def demo(
 
 
 @app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
-def train_tokenizer(context: typer.Context) -> None:
+def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(TokenizerRecipe, path, overrides)
     quiet()
+    if dry_run:
+        from .dry_run import estimate_tokenizer
+
+        print(estimate_tokenizer(recipe))
+        return
     from .runs import train_tokenizer
 
     train_tokenizer(recipe)
@@ -50,12 +56,17 @@ def train_tokenizer(context: typer.Context) -> None:
 
 
 @app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
-def train_prior(context: typer.Context) -> None:
+def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(PriorRecipe, path, overrides)
     quiet()
-    from .runs import train_prior
+    if dry_run:
+        from .dry_run import estimate_prior
+
+        print(estimate_prior(recipe))
+        return
+    from .prior_runs import train_prior
 
     train_prior(recipe)
     print(f"model: {recipe.out}")
@@ -67,7 +78,11 @@ def tokenize(
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer.")],
     out: Annotated[str, typer.Option(help="Folder for the tokens.")],
     text_tokenizer: Annotated[
-        str, typer.Option(help="Folder or hub name of a text tokenizer; without it, BPE is learned.")
+        str,
+        typer.Option(help="Folder or hub name of a text tokenizer; without it, that of the base, or BPE is learned."),
+    ] = "",
+    base: Annotated[
+        str, typer.Option(help="Folder or hub name of a pretrained language model that is to be the prior.")
     ] = "",
     vocab_size: Annotated[int, typer.Option(help="Of that BPE.")] = 4096,
     text_length: Annotated[
@@ -91,8 +106,8 @@ def tokenize(
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
     from .data import load_captioned_images
+    from .prior_runs import build_processor, set_beam
     from .processing import load_image_tokenizer
-    from .runs import build_processor, set_beam
     from .text import only_text
     from .tokenized import part_of, save_tokens
 
@@ -109,6 +124,7 @@ def tokenize(
         only_text(rows["caption"]) if on_error == "skip" else rows["caption"],
         image_tokenizer,
         text_tokenizer=text_tokenizer,
+        base=base,
         vocab_size=vocab_size,
         text_length=text_length,
     )
@@ -194,6 +210,27 @@ def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None
     images = images_from_pixels(image_tokenizer.decode(random_codes(image_tokenizer, num_images, seed=seed)))
     save_image(image_grid(images, min(8, len(images))), out)
     print(out)
+
+
+@app.command()
+def caption(
+    images: Annotated[list[str], typer.Argument(help="Picture files.")],
+    model: Annotated[str, typer.Option(help="Folder of a model trained with --caption-share.")],
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest words.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest text tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest text tokens with this probability together.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same captions.")] = None,
+) -> None:
+    """Say what pictures show: a caption a line."""
+    quiet()
+    from .image_to_text import ImageToTextPipeline
+    from .processing import to_device
+
+    pipeline = to_device(ImageToTextPipeline.from_pretrained(model))
+    for text in pipeline(images, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+        print(" ".join(text.split()))
 
 
 @app.command()

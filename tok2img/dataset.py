@@ -93,7 +93,9 @@ class TokenizeBatch:
         text = self.processor.text_tokenizer
         columns = {"image_column": self.image_column, "caption_column": self.caption_column}
         model_type = tokenizer.config.model_type
-        return rebuild, (model_type, settings, weights, text, self.processor.layout.text_length, columns)
+        layout = self.processor.layout
+        sizes = {"text_length": layout.text_length, "text_vocab_size": layout.text_vocab_size}
+        return rebuild, (model_type, settings, weights, text, sizes, columns)
 
 
 def rebuild(
@@ -101,7 +103,7 @@ def rebuild(
     settings: dict[str, Any],
     weights: bytes,
     text: TextTokenizer,
-    text_length: int,
+    sizes: dict[str, int],
     columns: dict[str, str],
 ) -> TokenizeBatch:
     """Make a `TokenizeBatch` again from its pickle."""
@@ -110,7 +112,7 @@ def rebuild(
         torch.set_num_threads(1)
     image_tokenizer = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
     image_tokenizer.load_state_dict(load(weights))
-    return TokenizeBatch(Tok2ImgProcessor.build(image_tokenizer, text, text_length=text_length), **columns)
+    return TokenizeBatch(Tok2ImgProcessor.build(image_tokenizer, text, **sizes), **columns)
 
 
 def token_features(layout: SequenceLayout) -> Features:

@@ -18,10 +18,11 @@ from .drawing import draw_reconstructions, draw_stages
 from .evaluation import caption_accuracy, evaluate_tokenizer, repeated_share
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, save_image
+from .prior_runs import train_prior
 from .processing import load_image_tokenizer, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe
 from .reports import codes_of, report_on_losses
-from .runs import train_prior, train_tokenizer
+from .runs import train_tokenizer
 from .shapes import shapes_dataset
 from .shapes_judge import judge
 from .whole_files import write_atomically

@@ -83,7 +83,8 @@ def generate(
     codes = torch.empty(len(text_ids), layout.num_codes, dtype=torch.int64, device=prior.device)
     step_ids = sequence
     for position, first in enumerate(layout.image.position_offsets().tolist()):
-        logits = next_code_logits(prior, step_ids, cache, first=first, codebook_size=layout.codebook_size)
+        hidden = next_state(prior, step_ids, cache)
+        logits = segment_logits(prior, hidden, first, first + layout.codebook_size).float()
         code = draw_codes(guided(logits, sampling.guidance_scale), uniforms[:, position], sampling)
         codes[:, position] = code
         if on_code is not None:
@@ -94,12 +95,10 @@ def generate(
     return codes
 
 
-def next_code_logits(
-    prior: PreTrainedModel, input_ids: Tensor, cache: DynamicCache | None, *, first: int, codebook_size: int
-) -> Tensor:
-    """Logits of the codes whose ids start at `first`, `b k`, after these ids `b s` (and those in the cache)."""
+def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: DynamicCache | None) -> Tensor:
+    """The state `b d` under the head after these ids `b s` (and those in the cache)."""
     hidden = prior.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-    return segment_logits(prior, hidden[:, -1], first, first + codebook_size).float()
+    return hidden[:, -1]
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What every id of the prior's sequence means; nothing else in the project knows an offset.
 
-    [BOS] text ... [PAD] [SEP] image codes
+    [BOS] text ... [PAD] [SEP] image codes      a picture of a caption
+    [BOS] image codes [SEP] text ... [PAD]      a caption of a picture, which its first [PAD] ends
 
 Text ids come first and keep the values that the text tokenizer gave them; [BOS], [SEP] and [PAD] follow; image ids come last. The text
 has a fixed length and pads are attended like any token, so there is no attention mask and every image code keeps its position.
@@ -71,7 +72,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The sequence `[BOS] text [SEP] image` and its vocabulary.
+    """The sequences `[BOS] text [SEP] image` and `[BOS] image [SEP] text`, and their vocabulary.
 
     Attributes:
         text_vocab_size: ids of the text tokenizer, 0 and up.
@@ -159,6 +160,11 @@ class SequenceLayout:
         return self.text_length + 2
 
     @property
+    def caption_prompt_length(self) -> int:
+        """Positions up to and including [SEP] where the picture comes first."""
+        return self.num_codes + 2
+
+    @property
     def sequence_length(self) -> int:
         """Positions of text, picture and marks."""
         return self.prompt_length + self.num_codes
@@ -190,12 +196,26 @@ class SequenceLayout:
         """Text `b t` -> `[BOS] text [SEP]`, `b s`."""
         if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
             raise ValueError(f"text ids must be `b {self.text_length}`, got {tuple(text_ids.shape)}")
-        marks = text_ids.new_tensor([self.bos_id, self.sep_id], dtype=torch.int64).expand(len(text_ids), 2)
-        return torch.cat([marks[:, :1], text_ids.long(), marks[:, 1:]], dim=1)
+        return self._between_marks(text_ids.long())
 
     def sequence(self, text_ids: Tensor, codes: Tensor) -> Tensor:
         """Text `b t` and codes `b n` -> `[BOS] text [SEP] image`, `b s`."""
         return torch.cat([self.prompt(text_ids), self.image.codes_to_ids(codes)], dim=1)
+
+    def caption_prompt(self, codes: Tensor) -> Tensor:
+        """Codes `b n` -> `[BOS] image [SEP]`, `b s`."""
+        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
+            raise ValueError(f"codes must be `b {self.num_codes}`, got {tuple(codes.shape)}")
+        return self._between_marks(self.image.codes_to_ids(codes))
+
+    def caption_sequence(self, text_ids: Tensor, codes: Tensor) -> Tensor:
+        """Text `b t` and codes `b n` -> `[BOS] image [SEP] text`, `b s`."""
+        return torch.cat([self.caption_prompt(codes), text_ids.long()], dim=1)
+
+    def _between_marks(self, ids: Tensor) -> Tensor:
+        """`[BOS] ids [SEP]`."""
+        marks = ids.new_tensor([self.bos_id, self.sep_id]).expand(len(ids), 2)
+        return torch.cat([marks[:, :1], ids, marks[:, 1:]], dim=1)
 
     def without_caption(self, num: int, device: torch.device | None = None) -> Tensor:
         """Text of the prompt that says nothing, `num t`."""

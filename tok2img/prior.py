@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
@@ -58,9 +58,14 @@ def build_prior(
         raise ValueError(
             f"architecture {architecture!r} makes no causal language model: {first_line(error)}"
         ) from error
-    prior.generation_config = GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
+    prior.generation_config = generation_config_for(layout)
     check_fits(prior, layout)
     return prior
+
+
+def generation_config_for(layout: SequenceLayout) -> GenerationConfig:
+    """What stock `generate` has to know of a layout."""
+    return GenerationConfig(do_sample=True, bos_token_id=layout.bos_id, pad_token_id=layout.pad_id)
 
 
 def check_architecture(architecture: str) -> None:
@@ -99,18 +104,33 @@ def shape_settings(architecture: str, layout: SequenceLayout, depth: int, dropou
 
 def load_prior(folder: str | Path, layout: SequenceLayout) -> PreTrainedModel:
     """Load a saved prior; ValueError for a folder that is none, missing or non-finite tensors, or a vocabulary that does not fit."""
+    prior = load_causal_lm(folder, what="prior", refused_keys=("missing_keys", "mismatched_keys", "unexpected_keys"))
+    check_fits(prior, layout)
+    return prior
+
+
+def load_causal_lm(folder: str | Path, *, what: str, refused_keys: tuple[str, ...], **settings: Any) -> PreTrainedModel:
+    """Load a saved causal language model, in eval mode.
+
+    Args:
+        what: the model's part in this project, for errors.
+        refused_keys: of what transformers reports about loading, what may not be.
+        settings: for `from_pretrained`.
+
+    Raises:
+        ValueError: for a folder that holds none, tensors that may not be missing or there, and weights that are not finite.
+    """
     refuse_non_model(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **settings)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load a prior from {folder}: {first_line(error)}") from error
-    prior, info = loaded
-    wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
+        raise ValueError(f"cannot load a {what} from {folder}: {first_line(error)}") from error
+    model, info = loaded
+    wrong = sorted(str(name) for key in refused_keys for name in info[key])
     if wrong:
-        raise ValueError(f"{folder} does not hold a whole prior: missing or unknown tensors {wrong[:3]}")
-    refuse_non_finite(prior, folder)
-    check_fits(prior, layout)
-    return prior.eval()
+        raise ValueError(f"{folder} does not hold a whole {what}: missing or unknown tensors {wrong[:3]}")
+    refuse_non_finite(model, folder)
+    return model.eval()
 
 
 def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
@@ -119,12 +139,19 @@ def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
     if head is None or head.weight.shape[0] < layout.vocab_size:
         rows = 0 if head is None else head.weight.shape[0]
         raise ValueError(f"the layout needs {layout.vocab_size} ids, but the model's head has {rows} rows")
-    context = getattr(prior.config, "max_position_embeddings", layout.sequence_length)
-    if context < layout.sequence_length:
-        raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}")
+    check_context(prior.config, layout)
     if getattr(prior.config, "final_logit_softcapping", None) or not head_is_plain(prior, layout):
         kind = prior.config.model_type
         raise ValueError(f"{kind} models change their logits after the head; use one that does not, such as qwen3")
+
+
+def check_context(config: PreTrainedConfig, layout: SequenceLayout) -> None:
+    """ValueError for a model that does not read as many positions as the layout has."""
+    context = getattr(config, "max_position_embeddings", layout.sequence_length)
+    if context < layout.sequence_length:
+        room = context - (layout.sequence_length - layout.text_length)
+        way_out = f"give a text_length of {room} at most" if room > 0 else "take an image tokenizer of fewer codes"
+        raise ValueError(f"the layout needs {layout.sequence_length} positions, but the model has {context}: {way_out}")
 
 
 @torch.no_grad()
@@ -185,6 +212,7 @@ class PriorWithLoss(ModelWithLoss):
         prior: a causal language model that fits the layout.
         caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
         image_weight: weight of the mean loss of image codes against 1 for text.
+        caption_share: share of the training rows that learn to caption: the picture comes first, and the text after it is all they learn.
     """
 
     kept = "prior"
@@ -196,25 +224,61 @@ class PriorWithLoss(ModelWithLoss):
         *,
         caption_dropout: float = 0.1,
         image_weight: float = IMAGE_WEIGHT,
+        caption_share: float = 0.0,
     ):
         super().__init__()
         check_fits(prior, layout)
         self.prior, self.layout = prior, layout
-        self.caption_dropout, self.image_weight = caption_dropout, image_weight
+        self.caption_dropout, self.image_weight, self.caption_share = caption_dropout, image_weight, caption_share
 
     def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
-        """Text `b t` and codes `b n` -> the weighted loss; each segment's own head rows only, which is the masked loss exactly."""
+        """Text `b t` and codes `b n` -> the weighted loss; each segment's own head rows only, which is the masked loss exactly.
+
+        In training the first rows of a batch, whose order is random, learn to caption and the others to draw; in eval mode all do both.
+        """
+        text_ids, layout = text_ids.long(), self.layout
+        num = self.num_captioning(len(text_ids))
+        drawing = slice(num, None) if self.training else slice(None)
+        drawn_text, drawn_codes = self.hide(text_ids[drawing]), image_codes[drawing]
+        sequences = layout.sequence(drawn_text, drawn_codes)
+        if num:
+            sequences = torch.cat([sequences, layout.caption_sequence(text_ids[:num], image_codes[:num])])
+        hidden = trunk(self.prior, sequences[:, :-1])
+        losses, metrics = [], {}
+        share = num / len(text_ids) if self.training else self.caption_share
+        if len(drawn_text):
+            loss, metrics = self.drawing_loss(hidden[: len(drawn_text)], drawn_text, drawn_codes)
+            losses.append((1 - share) * loss)
+        if num:
+            metrics["caption_loss"] = self.captioning_loss(hidden[len(drawn_text) :], text_ids[:num])
+            losses.append(share * metrics["caption_loss"])
+        return PriorOutput(
+            loss=torch.stack(losses).sum(), metrics={name: part.detach() for name, part in metrics.items()}
+        )
+
+    def num_captioning(self, num_rows: int) -> int:
+        """How many rows learn to caption: in training the share of them, rounded up or down by chance; in eval mode all or none."""
+        if not self.training or not self.caption_share:
+            return num_rows if self.caption_share else 0
+        return int(self.caption_share * num_rows + torch.rand(()).item())
+
+    def drawing_loss(self, hidden: Tensor, text_ids: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of text `b t` and the codes `b n` after it, given states `b s d` of all positions but the last; and its two parts."""
         text, image = self.layout.text, self.layout.image
-        text_ids = self.hide(text_ids.long())
-        hidden = trunk(self.prior, self.layout.sequence(text_ids, image_codes)[:, :-1])
         text_logits = segment_logits(self.prior, hidden[:, : text.length], text.offset, text.num_ids)
-        labels = text_ids.masked_fill(text_ids == self.layout.pad_id, -100)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        text_loss = text_loss / (labels >= 0).sum().clamp_min(1)
+        text_loss = mean_loss(text_logits, text_ids.masked_fill(text_ids == self.layout.pad_id, -100))
         image_logits = code_logits(self.prior, hidden[:, self.layout.prompt_length - 1 :], image)
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), image_codes.long().flatten())
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.long().flatten())
         loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
-        return PriorOutput(loss=loss, metrics={"text_loss": text_loss.detach(), "image_loss": image_loss.detach()})
+        return loss, {"text_loss": text_loss, "image_loss": image_loss}
+
+    def captioning_loss(self, hidden: Tensor, text_ids: Tensor) -> Tensor:
+        """Of text `b t` after a picture, up to and including the first [PAD], given states `b s d` of all positions but the last."""
+        is_pad = text_ids == self.layout.pad_id
+        labels = text_ids.masked_fill(is_pad & (is_pad.cumsum(dim=1) > 1), -100)
+        return mean_loss(
+            caption_logits(self.prior, hidden[:, self.layout.caption_prompt_length - 1 :], self.layout), labels
+        )
 
     def hide(self, text_ids: Tensor) -> Tensor:
         """In training, caption dropout: `b t` -> `b t` with some captions all [PAD]."""
@@ -222,3 +286,16 @@ class PriorWithLoss(ModelWithLoss):
             return text_ids
         hidden = torch.rand(len(text_ids), 1, device=text_ids.device) < self.caption_dropout
         return text_ids.masked_fill(hidden, self.layout.pad_id)
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of `b n k` and labels `b n`, a mean over those that are not -100; 0 where none is."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return loss / (labels >= 0).sum().clamp_min(1)
+
+
+def caption_logits(prior: PreTrainedModel, hidden: Tensor, layout: SequenceLayout) -> Tensor:
+    """Logits of the ids that a caption may have, text and the [PAD] that ends it: `... d` -> `... v`, others at minus infinity."""
+    logits = segment_logits(prior, hidden, 0, layout.pad_id + 1)
+    others = torch.tensor([layout.bos_id, layout.sep_id], device=logits.device)
+    return logits.index_fill(-1, others, float("-inf"))

@@ -34,22 +34,35 @@ class Tok2ImgProcessor:
     Args:
         image_tokenizer: pictures <-> codes.
         text_tokenizer: captions <-> text ids.
-        layout: how both make one sequence; it must fit the two.
+        layout: how both make one sequence; it must fit the two, but may keep more ids for text than the text tokenizer has, as language
+            models do.
     """
 
     def __init__(self, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, layout: SequenceLayout):
+        text_vocab_size = max(layout.text_vocab_size, text_tokenizer.vocab_size)
         fitting = SequenceLayout.for_tokenizers(
-            image_tokenizer, text_vocab_size=text_tokenizer.vocab_size, text_length=layout.text_length
+            image_tokenizer, text_vocab_size=text_vocab_size, text_length=layout.text_length
         )
         if fitting != layout:
             raise ValueError(f"these tokenizers need {fitting}, got {layout}")
         self.image_tokenizer, self.text_tokenizer, self.layout = image_tokenizer.eval(), text_tokenizer, layout
 
     @classmethod
-    def build(cls, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, *, text_length: int) -> Self:
-        """A processor with the layout that follows from the two tokenizers."""
+    def build(
+        cls,
+        image_tokenizer: DiscreteTokenizer,
+        text_tokenizer: TextTokenizer,
+        *,
+        text_length: int,
+        text_vocab_size: int = 0,
+    ) -> Self:
+        """A processor with the layout that follows from the two tokenizers.
+
+        Args:
+            text_vocab_size: ids kept for text; 0: as many as the text tokenizer has.
+        """
         layout = SequenceLayout.for_tokenizers(
-            image_tokenizer, text_vocab_size=text_tokenizer.vocab_size, text_length=text_length
+            image_tokenizer, text_vocab_size=text_vocab_size or text_tokenizer.vocab_size, text_length=text_length
         )
         return cls(image_tokenizer, text_tokenizer, layout)
 

@@ -114,9 +114,12 @@ class PriorRecipe(RunSettings):
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
         beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
-        architecture, depth, dropout: see `build_prior`.
+        base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
+            wants a learning rate of 1e-4 or so.
+        lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
+        architecture, depth, dropout: see `build_prior`; a base has its own.
         start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
-        caption_dropout, image_weight: see `PriorWithLoss`.
+        caption_dropout, image_weight, caption_share: see `PriorWithLoss`; with a share above 0 the model captions pictures too.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
 
@@ -126,17 +129,29 @@ class PriorRecipe(RunSettings):
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0
+    base: str = ""
+    lora_rank: int = 0
     architecture: str = "qwen3"
     depth: int = 4
     dropout: float = 0.1
     start_from_codebook: bool = False
     caption_dropout: float = 0.1
     image_weight: float = 7.0
+    caption_share: float = 0.0
     weight_decay: float = 0.1
     guidance_scale: float = 3.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and not self.base:
+            raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
+        if self.caption_share >= 1:
+            raise ValueError(
+                f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"
+            )
 
 
 def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:

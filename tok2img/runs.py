@@ -1,7 +1,6 @@
-"""Carries recipes out: a tokenizer from pictures, a prior from tokens, ending in a folder that loads as it stands."""
+"""Carries recipes for tokenizers out, ending in a folder that loads as it stands; and what every training run has in common."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,17 @@ from tokenizers_vq import (
 from tokenizers_vq.vqdraw_text import UNKNOWN
 from tokenizers_vq.with_loss import inner_of
 
-from .codebook_start import codebooks_of, start_from_codebook
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
-from .drawing import NUM_SAMPLES, draw_held_out, draw_samples, read_caption
-from .generation import Sampling
-from .pipeline import TextToImagePipeline
-from .prior import PriorWithLoss, build_prior, check_architecture
-from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
-from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
+from .drawing import draw_held_out
+from .processing import load_image_tokenizer, load_images, load_pixels
+from .recipes import RunSettings, TokenizerRecipe, require
 from .resumption import checkpoints_of, close_run, goes_on, open_run
-from .text import SubwordTokenizer, TextTokenizer, only_text
-from .text_codes import load_text_tokenizer
-from .tokenized import fit_text, load_tokens, save_tokens
+from .text import SubwordTokenizer, TextTokenizer
 from .trainer import PictureRows, TextRows, Trainer
 from .training_log import save_log
 from .training_losses import with_losses
 from .whole_files import added_to
 
-logger = logging.getLogger(__name__)
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
 MAX_TEXT_BYTES = 96
@@ -103,76 +95,6 @@ def load_teacher(path: str) -> VQDrawForImages:
 def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
     """Rows as a tokenizer trains on them."""
     return TextRows(rows, tokenizer) if isinstance(tokenizer, VQDrawForText) else PictureRows(rows, tokenizer)
-
-
-def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
-    """Train a prior on tokens (making them first where only data is given) and save the whole model to `recipe.out`."""
-    require(recipe, "out")
-    check_architecture(recipe.architecture)
-    sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
-    settings = arguments(recipe, best_by="image_loss")
-    if not recipe.tokens and not (goes_on(recipe) and Path(recipe.out, "tokens").is_dir()):
-        tokenize_for(recipe)
-    tokens, processor = load_tokens(recipe.tokens or Path(recipe.out, "tokens"))
-    if recipe.max_rows:
-        tokens = tokens.select(range(min(recipe.max_rows, len(tokens))))
-    layout = processor.layout
-    prior = build_prior(
-        layout, architecture=recipe.architecture, depth=recipe.depth, dropout=recipe.dropout, seed=recipe.seed
-    )
-    if recipe.start_from_codebook:
-        start_from_codebook(prior, layout, codebooks_of(processor.image_tokenizer), seed=recipe.seed)
-    model = PriorWithLoss(prior, layout, caption_dropout=recipe.caption_dropout, image_weight=recipe.image_weight)
-    pipeline = TextToImagePipeline(prior, processor)
-    pipeline.default_sampling = sampling
-    training_rows, held_out = split(tokens.with_format("torch"), recipe)
-    prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
-    trainer = Trainer(
-        model,
-        settings,
-        train_dataset=training_rows,
-        eval_dataset=held_out,
-        draw=lambda: draw_samples(pipeline, prompts),
-        draw_every=recipe.sample_every,
-    )
-    pipeline.to(trainer.args.device)
-    finish(trainer, recipe, pipeline.save_pretrained)
-    return pipeline
-
-
-def tokenize_for(recipe: PriorRecipe) -> None:
-    """Tokenize the recipe's data into `out/tokens`."""
-    require(recipe, "data", "image_tokenizer")
-    data = open_data(recipe)
-    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    set_beam(image_tokenizer, recipe.beam_size)
-    if recipe.start_from_codebook:
-        codebooks_of(image_tokenizer)  # refuses what has none, before long work
-    processor = build_processor(
-        only_text(data["caption"]),
-        image_tokenizer,
-        text_tokenizer=recipe.text_tokenizer,
-        vocab_size=recipe.vocab_size,
-        text_length=recipe.text_length,
-    )
-    manifest = save_tokens(data, processor, Path(recipe.out, "tokens"))
-    if manifest and manifest["skipped"]:
-        first = manifest["skipped"][0]
-        logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
-
-
-def build_processor(
-    captions: Sequence[str],
-    image_tokenizer: DiscreteTokenizer,
-    *,
-    text_tokenizer: str = "",
-    vocab_size: int = 4096,
-    text_length: int = 0,
-) -> Tok2ImgProcessor:
-    """A processor for these captions: a saved text tokenizer, or BPE learned from them; on a GPU where there is one."""
-    given = load_text_tokenizer(text_tokenizer) if text_tokenizer else None
-    text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
-    return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length)
 
 
 def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: bool = True) -> Dataset:
@@ -288,20 +210,6 @@ def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path], None]) 
             save(folder)
             save_log(trainer.state.log_history, folder)
         close_run(recipe)
-
-
-def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
-    """How wide to search when a data set is tokenized; 0 leaves what the tokenizer's config says.
-
-    Raises:
-        ValueError: for a tokenizer that does not search, and a beam below 0.
-    """
-    if beam_size and not hasattr(image_tokenizer.config, "beam_size"):
-        raise ValueError(f"a {type(image_tokenizer).__name__} has no beam to search with, got beam_size {beam_size}")
-    if beam_size < 0:
-        raise ValueError(f"beam_size must be at least 1, or 0 for the tokenizer's own, got {beam_size}")
-    if beam_size:
-        image_tokenizer.config.update({"beam_size": beam_size})
 
 
 def pictures_of(sources: list[str], *, split: str, num_images: int) -> list[Any]:

@@ -5,6 +5,7 @@ caption says, it is only text.
 """
 
 import re
+import string
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -91,7 +92,11 @@ class SubwordTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(name), split_special_tokens=True, use_fast=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
-        return cls(tokenizer)
+        loaded = cls(tokenizer)
+        if not any(loaded.encode([string.printable])):
+            # What transformers makes of a folder with a model's config and no tokenizer beside it.
+            raise ValueError(f"{name} holds no text tokenizer: what is there knows no letter")
+        return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer into a folder."""

@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 import tok2img
 from tok2img.data import held_out_split, load_captioned_images
+from tok2img.prior_runs import build_processor
 from tok2img.recipes import TokenizerRecipe
-from tok2img.runs import build_processor, build_tokenizer
+from tok2img.runs import build_tokenizer
 from tok2img.trainer import PictureRows
 
 

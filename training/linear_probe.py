@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from tok2img.data import load_captioned_images
+from tok2img.prior_runs import set_beam
 from tok2img.probe import linear_probe
 from tok2img.processing import load_image_tokenizer, load_pixels
-from tok2img.runs import load_teacher, set_beam
+from tok2img.runs import load_teacher
 from tokenizers_vq import DiscreteTokenizer
 
 

@@ -5,8 +5,8 @@ from datasets import Dataset
 from tok2img.codebook_start import codebooks_of, start_from_codebook
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior
+from tok2img.prior_runs import train_prior
 from tok2img.recipes import PriorRecipe
-from tok2img.runs import train_prior
 
 
 @pytest.fixture

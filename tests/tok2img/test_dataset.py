@@ -102,6 +102,14 @@ def test_another_text_length_is_not_in_the_cache(processor, rows):
     assert tokenize_dataset(rows, processor)._fingerprint != tokenize_dataset(rows, longer)._fingerprint
 
 
+def test_ids_kept_for_text_beyond_those_of_the_tokenizer_survive_the_pickle(processor, captions, pictures):
+    text = processor.text_tokenizer
+    wider = Tok2ImgProcessor.build(processor.image_tokenizer, text, text_length=6, text_vocab_size=5000)
+    again = pickle.loads(pickle.dumps(TokenizeBatch(wider))).processor
+    assert again.layout == wider.layout and again.layout.pad_id == 5002
+    assert again(captions, pictures)["input_ids"].equal(wider(captions, pictures)["input_ids"])
+
+
 def test_a_pickled_callable_gives_the_same_tokens(any_processor, captions, pictures):
     work, batch = TokenizeBatch(any_processor), {"image": pictures, "caption": captions}
     again = pickle.loads(pickle.dumps(work))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tok2img.prior_runs import train_prior
 from tok2img.processing import Tok2ImgProcessor, load_image_tokenizer
 from tok2img.recipes import PriorRecipe
-from tok2img.runs import train_prior
 from tokenizers_vq import PretrainedImageTokenizer
 
 

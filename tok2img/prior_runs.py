@@ -1,0 +1,164 @@
+"""Carries recipes for priors out: tokens from pictures, a prior from tokens, ending in a folder that loads as it stands."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from tokenizers_vq import DiscreteTokenizer
+
+from .captioning import CAPTION_KEY
+from .codebook_start import codebooks_of, start_from_codebook
+from .drawing import NUM_SAMPLES, draw_samples, read_caption
+from .extend import extend_prior, text_rows
+from .generation import Sampling
+from .lora import LoraPriorWithLoss, add_lora, merge_lora
+from .pipeline import TextToImagePipeline
+from .prior import PriorWithLoss, build_prior, check_architecture
+from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
+from .recipes import PriorRecipe, require
+from .resumption import goes_on
+from .runs import arguments, finish, open_data, split
+from .text import only_text
+from .text_codes import load_text_tokenizer
+from .tokenized import fit_text, load_tokens, save_tokens
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+TOKENS = "tokens"
+
+
+def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
+    """Train a prior on tokens (making them first where only data is given) and save the whole model to `recipe.out`."""
+    require(recipe, "out")
+    check_architecture(recipe.architecture)
+    sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
+    settings = arguments(recipe, best_by="image_loss")
+    source, processor = open_source(recipe)
+    prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
+    adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
+    is_tokens = "image_codes" in source.column_names
+    tokens = source if is_tokens else tokenize_into(Path(recipe.out, TOKENS), source, processor)
+    pipeline = TextToImagePipeline(prior, processor)
+    pipeline.default_sampling = sampling
+    if recipe.caption_share:
+        setattr(prior.generation_config, CAPTION_KEY, True)
+    training_rows, held_out = split(tokens.with_format("torch"), recipe)
+    prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
+    trainer = Trainer(
+        with_loss(recipe, prior, processor),
+        settings,
+        train_dataset=training_rows,
+        eval_dataset=held_out,
+        draw=lambda: draw_samples(pipeline, prompts),
+        draw_every=recipe.sample_every,
+    )
+    pipeline.to(trainer.args.device)
+
+    def save(folder: Path) -> None:
+        if adapted is not None:
+            merge_lora(adapted)
+        pipeline.save_pretrained(folder)
+
+    finish(trainer, recipe, save)
+    return pipeline
+
+
+def open_source(recipe: PriorRecipe) -> tuple[Dataset, Tok2ImgProcessor]:
+    """The rows that a recipe names, tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
+    made_before = Path(recipe.out, TOKENS)
+    if recipe.tokens or (goes_on(recipe) and made_before.is_dir()):
+        tokens, processor = load_tokens(recipe.tokens or made_before)
+        return tokens.select(range(min(recipe.max_rows or len(tokens), len(tokens)))), processor
+    require(recipe, "data", "image_tokenizer")
+    data = open_data(recipe)
+    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
+    set_beam(image_tokenizer, recipe.beam_size)
+    processor = build_processor(
+        only_text(data["caption"]),
+        image_tokenizer,
+        text_tokenizer=recipe.text_tokenizer,
+        base=recipe.base,
+        vocab_size=recipe.vocab_size,
+        text_length=recipe.text_length,
+    )
+    return data, processor
+
+
+def build_processor(
+    captions: Sequence[str],
+    image_tokenizer: DiscreteTokenizer,
+    *,
+    text_tokenizer: str = "",
+    base: str = "",
+    vocab_size: int = 4096,
+    text_length: int = 0,
+) -> Tok2ImgProcessor:
+    """A processor for these captions, on a GPU where there is one.
+
+    Args:
+        text_tokenizer: a saved one; without it that of the base, and without a base BPE learned from the captions.
+        base: a pretrained language model that is to become the prior: text keeps as many ids as it has rows for.
+    """
+    name = text_tokenizer or base
+    given = load_text_tokenizer(name) if name else None
+    rows = text_rows(base) if base else 0
+    if given is not None and base and given.vocab_size > rows:
+        raise ValueError(
+            f"the text tokenizer in {name} has {given.vocab_size} ids, but the language model in {base} has {rows}: "
+            "give the one that it was trained with"
+        )
+    text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
+    return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length, text_vocab_size=rows)
+
+
+def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
+    """How wide to search when a data set is tokenized; 0 leaves what the tokenizer's config says.
+
+    Raises:
+        ValueError: for a tokenizer that does not search, and a beam below 0.
+    """
+    if beam_size and not hasattr(image_tokenizer.config, "beam_size"):
+        raise ValueError(f"a {type(image_tokenizer).__name__} has no beam to search with, got beam_size {beam_size}")
+    if beam_size < 0:
+        raise ValueError(f"beam_size must be at least 1, or 0 for the tokenizer's own, got {beam_size}")
+    if beam_size:
+        image_tokenizer.config.update({"beam_size": beam_size})
+
+
+def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:
+    """The prior as it starts: a base extended, or one with random weights; codes from the codebook, where the recipe says so."""
+    layout = processor.layout
+    codebooks = codebooks_of(processor.image_tokenizer) if recipe.start_from_codebook else None
+    if recipe.base:
+        prior = extend_prior(recipe.base, layout, seed=recipe.seed)
+    else:
+        prior = build_prior(
+            layout, architecture=recipe.architecture, depth=recipe.depth, dropout=recipe.dropout, seed=recipe.seed
+        )
+    if codebooks is not None:
+        start_from_codebook(prior, layout, codebooks, seed=recipe.seed)
+    return prior
+
+
+def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgProcessor) -> PriorWithLoss:
+    """The prior with the recipe's loss."""
+    kind = LoraPriorWithLoss if recipe.lora_rank else PriorWithLoss
+    return kind(
+        prior,
+        processor.layout,
+        caption_dropout=recipe.caption_dropout,
+        image_weight=recipe.image_weight,
+        caption_share=recipe.caption_share,
+    )
+
+
+def tokenize_into(folder: Path, data: Dataset, processor: Tok2ImgProcessor) -> Dataset:
+    """Tokenize captioned pictures into a folder, and read it."""
+    manifest = save_tokens(data, processor, folder)
+    if manifest and manifest["skipped"]:
+        first = manifest["skipped"][0]
+        logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
+    return load_tokens(folder)[0]
