@@ -23,7 +23,7 @@ from tokenizers_vq import (
     VQDrawTextConfig,
     VQVAEConfig,
 )
-from tokenizers_vq.vqdraw_text import UNKNOWN
+from tokenizers_vq.text_spans import UNKNOWN
 from tokenizers_vq.with_loss import inner_of
 
 from .codebook_start import codebooks_of, start_from_codebook

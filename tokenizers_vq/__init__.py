@@ -11,6 +11,7 @@ from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .reconstruction import PerceptualLoss
 from .residual import ResidualQuantizer
+from .text_spans import TextSpanConfig, TextSpanTokenizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE
@@ -32,6 +33,8 @@ __all__ = [
     "PretrainedImageTokenizerConfig",
     "QuantizerOutput",
     "ResidualQuantizer",
+    "TextSpanConfig",
+    "TextSpanTokenizer",
     "TokenizerOutput",
     "TokenizerWithLoss",
     "VQDrawForImages",
