@@ -16,6 +16,7 @@ from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE
 from .vqvae_config import VQVAEConfig
+from .vqvae_text import VQVAEForText, VQVAETextConfig
 from .with_loss import ModelWithLoss, TokenizerWithLoss
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "VQDrawStudentConfig",
     "VQDrawTextConfig",
     "VQVAEConfig",
+    "VQVAEForText",
+    "VQVAETextConfig",
     "VectorQuantizer",
     "load_image",
 ]
@@ -52,6 +55,7 @@ for config_class, model_class in (
     (VQVAEConfig, VQVAE),
     (VQDrawImageConfig, VQDrawForImages),
     (VQDrawTextConfig, VQDrawForText),
+    (VQVAETextConfig, VQVAEForText),
     (VQDrawStudentConfig, VQDrawStudent),
     (PretrainedImageTokenizerConfig, PretrainedImageTokenizer),
 ):
