@@ -57,8 +57,8 @@ class DilatedStack(nn.Module):
 class VQVAEForText(TextSpanTokenizer):
     """Codes of spans from a codebook, or from several that add up; `forward` gives the cross entropy of bytes plus the codebooks' loss.
 
-    With a residual quantizer any prefix of the codes decodes: in training half of the texts end after some of their codes (as in
-    SoundStream, Zeghidour et al. 2021, section III.C).
+    With a residual quantizer any prefix of the codes decodes: in training texts stop after some of their levels (as in SoundStream,
+    Zeghidour et al. 2021, section III.C).
     """
 
     config_class = VQVAETextConfig
@@ -115,7 +115,7 @@ class VQVAEForText(TextSpanTokenizer):
         latents = self._latents(symbols)
         live = self.live_spans(symbols)
         if isinstance(self.quantizer, ResidualQuantizer):
-            coded = self.quantizer(latents, live, self._known(live))
+            coded = self.quantizer(latents, live, self._known(len(live)))
         else:
             coded = self.quantizer(latents, live)
         logits = self._logits(torch.where(live[..., None], coded.quantized, self._after_the_end()))
@@ -162,16 +162,13 @@ class VQVAEForText(TextSpanTokenizer):
         codes = torch.zeros(1, 1, self.config.codes_per_vector, dtype=torch.long, device=self.device)
         return self._look_up(codes, codes == 0).detach().view(-1)
 
-    def _known(self, live: Tensor) -> Tensor | None:
-        """Which codes the decoder is shown in training, `b s n`, of texts whose spans are `live`, `b s`: all, or a prefix of any length."""
+    def _known(self, num_texts: int) -> Tensor | None:
+        """Which codes the decoder is shown in training, `b s n`: the first levels of each text, as many as chance has it; None: all."""
         if not (self.training and torch.is_grad_enabled()):
             return None
-        num_levels, num_live = self.config.codes_per_vector, live.sum(dim=1)
-        draw = torch.rand(len(live), 2, device=live.device)
-        last = torch.where(draw[:, 0] < 0.5, 1.0, draw[:, 1]) * num_levels * num_live
-        levels, spans = (torch.arange(count, device=live.device) for count in (num_levels, self.num_spans))
-        places = rearrange(num_live, "b -> b 1 1") * levels + rearrange(spans, "s -> s 1")
-        return places < rearrange(last, "b -> b 1 1")
+        last = torch.randint(self.config.codes_per_vector, (num_texts, 1, 1), device=self.device)
+        levels = torch.arange(self.config.codes_per_vector, device=self.device)
+        return (levels <= last).expand(-1, self.num_spans, -1)
 
     def _in_sequence(self, codes: Tensor, live: Tensor) -> Tensor:
         """Codes `b s n`, or `b s`, -> `b (n s)`, 0 where spans are not `live`, `b s`."""
