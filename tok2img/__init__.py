@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .processing import Tok2ImgProcessor
     from .shapes import shapes_dataset
     from .text import SubwordTokenizer, TextTokenizer
-    from .text_codes import VQDrawTextTokenizer, load_text_tokenizer
+    from .text_codes import SpanTextTokenizer, load_text_tokenizer
     from .trainer import Trainer
 
 # Large pages for large tensors, which torch reads when it first allocates one: a training step of a small prior on a CPU took 1.0 s
@@ -32,13 +32,13 @@ HOME = {
     "PriorWithLoss": "prior",
     "Sampling": "generation",
     "SequenceLayout": "layout",
+    "SpanTextTokenizer": "text_codes",
     "SubwordTokenizer": "text",
     "TextToImagePipeline": "pipeline",
     "TextTokenizer": "text",
     "Tok2ImgProcessor": "processing",
     "TokenizeBatch": "dataset",
     "Trainer": "trainer",
-    "VQDrawTextTokenizer": "text_codes",
     "build_prior": "prior",
     "caption": "captioning",
     "extend_prior": "extend",
@@ -54,13 +54,13 @@ __all__ = [
     "PriorWithLoss",
     "Sampling",
     "SequenceLayout",
+    "SpanTextTokenizer",
     "SubwordTokenizer",
     "TextToImagePipeline",
     "TextTokenizer",
     "Tok2ImgProcessor",
     "TokenizeBatch",
     "Trainer",
-    "VQDrawTextTokenizer",
     "build_prior",
     "caption",
     "extend_prior",

@@ -235,8 +235,8 @@ def caption(
 
 @app.command()
 def reconstruct(
-    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files; texts for a text VQ-DRAW.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")],
+    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files; texts for a model of text.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a model of text.")],
     out: Annotated[str, typer.Option(help="Picture file to write; a .txt file for texts.")],
     num_images: Annotated[int, typer.Option(help="Pictures, or texts, of a data set.")] = 16,
     stages: Annotated[
@@ -278,7 +278,7 @@ def evaluate(
         str, typer.Option(help="Folder for pictures and curves; by default metrics_pictures beside a metrics.json.")
     ] = "",
     model: Annotated[str, typer.Option(help="Folder of a trained model.")] = "",
-    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a text VQ-DRAW.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a model of text.")] = "",
     tokens: Annotated[
         str, typer.Option(help="Folder of the training tokens: counts pictures that repeat one of them.")
     ] = "",

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from tokenizers_vq import DiscreteTokenizer, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.images import images_from_pixels
 
 from .pipeline import TextToImagePipeline
@@ -22,7 +22,7 @@ STAGES_SHOWN = 8
 
 def draw_held_out(tokenizer: DiscreteTokenizer, held_out: Dataset) -> Image.Image | str:
     """What becomes of a few held-out pictures, or captions."""
-    if isinstance(tokenizer, VQDrawForText):
+    if isinstance(tokenizer, TextSpanTokenizer):
         return text_sheet(tokenizer, held_out["caption"][:NUM_SAMPLES])
     return draw_reconstructions(tokenizer, held_out["image"][:NUM_SAMPLES])
 

@@ -13,7 +13,7 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_vq import DiscreteTokenizer, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.images import images_from_pixels
 
 from .charts import plot_code_usage, plot_codebook, plot_curves
@@ -60,7 +60,7 @@ def picture_image_tokenizer(
 
 
 def picture_text_tokenizer(
-    model: VQDrawForText, texts: Sequence[str], histogram: Tensor, *, log: Log, folder: Path
+    model: TextSpanTokenizer, texts: Sequence[str], histogram: Tensor, *, log: Log, folder: Path
 ) -> list[str]:
     """As `picture_image_tokenizer` for texts: what some of them say stage by stage, and what random codes say, is a text file."""
     sheet = (

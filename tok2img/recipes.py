@@ -74,11 +74,12 @@ class TokenizerRecipe(RunSettings):
     """A run of `tok2img train-tokenizer`.
 
     Attributes:
-        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for pictures, "vqdraw_text" or "bpe" for captions.
+        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for pictures, "vqdraw_text", "vqvae_text" or "bpe" for captions.
         teacher: folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original's.
-        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig` and `VQDrawTextConfig`. Where they
-            are left out, image_size and num_channels are those of the first pictures, pixel_mean and pixel_std are measured, max_length is
-            that of the longest caption (96 bytes at most), and the alphabet is the bytes that captions hold.
+        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig`, `VQDrawTextConfig` and
+            `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first pictures, pixel_mean and
+            pixel_std are measured, max_length is that of the longest caption (96 bytes at most), and the alphabet is the bytes that
+            captions hold.
         perceptual: folder of a saved `CaptionClassifier`, whose features a VQ-VAE's reconstructions should have too.
         adversarial_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
             at the end are then the last: least error on held-out pictures would choose those of least influence.

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_vq import DiscreteTokenizer, VQDrawForText, load_image
+from tokenizers_vq import DiscreteTokenizer, load_image
 from tokenizers_vq.images import pixels_from_images
 
 from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier
@@ -25,7 +25,7 @@ from .prior import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes
-from .text_codes import is_text_model
+from .text_codes import is_text_model, load_text_model
 from .text_reports import measure_text_tokenizer
 from .tokenized import load_tokens
 from .training_log import load_log
@@ -61,7 +61,7 @@ def report_on_tokenizer(folder: str | Path, rows: Dataset, *, pictures: str | Pa
     """
     log = load_log(folder)
     if is_text_model(folder):
-        model = to_device(VQDrawForText.from_pretrained(folder)).eval()
+        model = to_device(load_text_model(folder))
         report, histogram = measure_text_tokenizer(model, rows["caption"][:])
         if pictures:
             report["pictures"] = picture_text_tokenizer(

@@ -14,15 +14,14 @@ from tokenizers_vq import (
     DiscreteTokenizer,
     Distillation,
     ModelWithLoss,
+    TextSpanTokenizer,
     VQDrawForImages,
-    VQDrawForText,
     VQDrawImageConfig,
     VQDrawStudent,
     VQDrawStudentConfig,
-    VQDrawTextConfig,
     VQVAEConfig,
 )
-from tokenizers_vq.vqdraw_text import UNKNOWN
+from tokenizers_vq.text_spans import UNKNOWN
 from tokenizers_vq.with_loss import inner_of
 
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
@@ -31,13 +30,14 @@ from .processing import load_image_tokenizer, load_images, load_pixels
 from .recipes import RunSettings, TokenizerRecipe, require
 from .resumption import checkpoints_of, close_run, goes_on, open_run
 from .text import SubwordTokenizer, TextTokenizer
+from .text_codes import TEXT_MODELS
 from .trainer import PictureRows, TextRows, Trainer
 from .training_log import save_log
 from .training_losses import with_losses
 from .whole_files import added_to
 
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
-TEXT_TOKENIZERS = ("vqdraw_text", "bpe")
+TEXT_TOKENIZERS = (*TEXT_MODELS, "bpe")
 MAX_TEXT_BYTES = 96
 HELD_OUT_SHARE = 0.05
 PICTURES_LOOKED_AT = 512
@@ -70,7 +70,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
 
 def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:
     """What is to be trained on the rows; a student with its teacher beside it, a VQ-VAE with its losses."""
-    if recipe.tokenizer in TEXT_TOKENIZERS:
+    if recipe.tokenizer in TEXT_MODELS:
         return build_text_model(recipe, rows)
     if recipe.tokenizer != "vqdraw_student":
         tokenizer = build_tokenizer(recipe, rows)
@@ -94,7 +94,7 @@ def load_teacher(path: str) -> VQDrawForImages:
 
 def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
     """Rows as a tokenizer trains on them."""
-    return TextRows(rows, tokenizer) if isinstance(tokenizer, VQDrawForText) else PictureRows(rows, tokenizer)
+    return TextRows(rows, tokenizer) if isinstance(tokenizer, TextSpanTokenizer) else PictureRows(rows, tokenizer)
 
 
 def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: bool = True) -> Dataset:
@@ -127,17 +127,18 @@ def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer
     return draft
 
 
-def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> VQDrawForText:
-    """A text VQ-DRAW of the recipe's settings; its alphabet and length, where they are not set, read from the captions."""
+def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> TextSpanTokenizer:
+    """A text model of the recipe's kind and settings; its alphabet and length, where they are not set, read from the captions."""
+    model_class, config_class = TEXT_MODELS[recipe.tokenizer]
     texts = [caption.encode() for caption in rows["caption"]]
     settings: dict[str, Any] = {"alphabet": sorted({UNKNOWN}.union(*texts))} | recipe.model
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         if "max_length" not in settings:
-            span = settings.get("span_length", VQDrawTextConfig.span_length)
-            smallest = VQDrawForText(VQDrawTextConfig(**settings | {"max_length": span}))
+            span = settings.get("span_length", config_class.span_length)
+            smallest = model_class(config_class(**settings | {"max_length": span}))
             settings["max_length"] = span * max(len(smallest.pieces(text[:MAX_TEXT_BYTES])) for text in texts)
-        return VQDrawForText(VQDrawTextConfig(**settings))
+        return model_class(config_class(**settings))
 
 
 def shape_of(rows: Dataset) -> dict[str, Any]:

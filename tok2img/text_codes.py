@@ -1,6 +1,6 @@
-"""A text VQ-DRAW as a text tokenizer like any other: captions -> ids, as many as the caption is long.
+"""A model of a text's spans as a text tokenizer like any other: captions -> ids, as many as the caption is long.
 
-id = stage x codebook_size + code, all stages of the first span, then all of the second, up to the span in which the text ends
+id = stage (or level) x codebook_size + code, all stages of the first span, then all of the second, up to the span in which the text ends
 """
 
 import json
@@ -13,18 +13,20 @@ import torch
 from einops import rearrange
 from safetensors.torch import load, save
 
-from tokenizers_vq import VQDrawForText, VQDrawTextConfig
+from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
 from tokenizers_vq.base import own_fields
 
 from .text import SubwordTokenizer, TextTokenizer, check_texts
 
 BATCH_SIZE = 64
+TEXT_MODELS = {"vqdraw_text": (VQDrawForText, VQDrawTextConfig), "vqvae_text": (VQVAEForText, VQVAETextConfig)}
+MODELS_BY_TYPE = {classes[1].model_type: classes for classes in TEXT_MODELS.values()}
 
 
-class VQDrawTextTokenizer:
-    """A `VQDrawForText` as a `TextTokenizer`."""
+class SpanTextTokenizer:
+    """A `VQDrawForText` or `VQVAEForText` as a `TextTokenizer`."""
 
-    def __init__(self, model: VQDrawForText):
+    def __init__(self, model: TextSpanTokenizer):
         self.model = model.eval()
 
     @property
@@ -82,7 +84,7 @@ class VQDrawTextTokenizer:
         self.model.save_pretrained(str(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return text_tokenizer_of, (self.state(),)
+        return text_tokenizer_of, (self.model.config.model_type, self.state())
 
     def _offsets(self) -> torch.Tensor:
         """Id of code 0 at each place of `b (n s)`."""
@@ -90,25 +92,42 @@ class VQDrawTextTokenizer:
         return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
 
 
-def text_tokenizer_of(state: bytes) -> VQDrawTextTokenizer:
-    """Make a `VQDrawTextTokenizer` again from its `state`."""
+def text_tokenizer_of(model_type: str, state: bytes) -> SpanTextTokenizer:
+    """Make a `SpanTextTokenizer` again from the type of its model and its `state`."""
+    model_class, config_class = MODELS_BY_TYPE[model_type]
     settings, _, weights = state.partition(b"\0")
-    model = VQDrawForText(VQDrawTextConfig(**json.loads(settings)))
+    model = model_class(config_class(**json.loads(settings)))
     model.load_state_dict(load(weights))
-    return VQDrawTextTokenizer(model)
+    return SpanTextTokenizer(model)
 
 
 def load_text_tokenizer(name: str | Path) -> TextTokenizer:
     """Load any saved text tokenizer from a folder or the hub; ValueError where there is none."""
     if is_text_model(name):
-        return VQDrawTextTokenizer(VQDrawForText.from_pretrained(name))
+        return SpanTextTokenizer(load_text_model(name))
     return SubwordTokenizer.from_pretrained(name)
 
 
 def is_text_model(folder: str | Path) -> bool:
-    """Whether a folder holds a text VQ-DRAW."""
+    """Whether a folder holds a model of text."""
+    return model_type_of(folder) in MODELS_BY_TYPE
+
+
+def load_text_model(folder: str | Path) -> TextSpanTokenizer:
+    """Load a saved model of text, of whichever kind, in eval mode; ValueError for a folder that holds none."""
+    model_type = model_type_of(folder)
+    if model_type not in MODELS_BY_TYPE:
+        raise ValueError(
+            f"{folder} holds no model of text; `tok2img train-tokenizer --tokenizer vqdraw_text` makes one"
+        )
+    model_class, _ = MODELS_BY_TYPE[model_type]
+    return model_class.from_pretrained(folder).eval()
+
+
+def model_type_of(folder: str | Path) -> str:
+    """What kind of model a folder says it holds; nothing where it does not say."""
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == VQDrawTextConfig.model_type
+        return ""
+    return str(config.get("model_type")) if isinstance(config, dict) else ""

@@ -1,4 +1,4 @@
-"""What a text VQ-DRAW can do: figures on held-out text, texts stage by stage, and texts of random codes."""
+"""What a model of text can do: figures on held-out text, texts stage by stage, and texts of random codes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,17 +9,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokenizers_vq import VQDrawForText
+from tokenizers_vq import TextSpanTokenizer
 
 from .data import load_captioned_images
 from .processing import to_device
+from .text_codes import load_text_model
 from .whole_files import write_atomically
 
 BATCH_SIZE = 128
 BITS_PER_BYTE = (1, 2, 3, 4)
 
 
-def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[str, Any]:
+def evaluate_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> dict[str, Any]:
     """Measure how well texts survive their codes, after every stage, and how well the codes are used.
 
     Returns:
@@ -34,7 +35,7 @@ def evaluate_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> dict[
 
 
 @torch.inference_mode()
-def measure_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+def measure_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
     """What `evaluate_text_tokenizer` returns, and how often each option of each stage was used, `n k`."""
     if not texts:
         raise ValueError("got no texts to evaluate")
@@ -44,10 +45,9 @@ def measure_text_tokenizer(model: VQDrawForText, texts: Sequence[str]) -> tuple[
     for first in range(0, len(texts), BATCH_SIZE):
         symbols = model.symbols(texts[first : first + BATCH_SIZE])
         codes, live = model.encode(symbols), model.live_spans(symbols)
-        stages = list(model.symbols_after_stages(codes))
-        by_stage.add(model, symbols, stages)
+        by_stage.add(model, symbols, model.symbols_after_stages(codes))
         budgets = (first_codes(model, symbols, bits) for bits in BITS_PER_BYTE)
-        by_rate.add(model, symbols, (read_in_part(model, stages, given) for given in budgets))
+        by_rate.add(model, symbols, (model.symbols_given(codes, given) for given in budgets))
         live_codes = rearrange(codes, "b (n s) -> n b s", s=model.num_spans)[:, live].cpu()
         histogram.scatter_add_(1, live_codes, torch.ones_like(live_codes))
         num_live += int(live.sum())
@@ -73,7 +73,7 @@ class Tally:
         self.right, self.exact = torch.zeros(num_readings), torch.zeros(num_readings)
         self.num_bytes = self.num_texts = 0
 
-    def add(self, model: VQDrawForText, symbols: Tensor, readings: Iterable[Tensor]) -> None:
+    def add(self, model: TextSpanTokenizer, symbols: Tensor, readings: Iterable[Tensor]) -> None:
         """Compare symbols `b t` with what each reading says, `b t`."""
         is_text, is_free = symbols != model.end, ~model.live(symbols)
         for number, seen in enumerate(readings):
@@ -94,23 +94,14 @@ class Tally:
         return [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
 
 
-def first_codes(model: VQDrawForText, symbols: Tensor, bits_per_byte: float) -> Tensor:
+def first_codes(model: TextSpanTokenizer, symbols: Tensor, bits_per_byte: float) -> Tensor:
     """As many of the first codes of each text `b t` as so many bits for each of its bytes pay for: booleans `b (n s)`."""
     budget = (symbols != model.end).sum(dim=1) * bits_per_byte / math.log2(model.codebook_size)
     live = model.live_spans(symbols).repeat(1, model.code_shape[0])
     return live & (live.cumsum(dim=1) <= budget[:, None])
 
 
-def read_in_part(model: VQDrawForText, stages: Sequence[Tensor], given: Tensor) -> Tensor:
-    """What spans say after the last of their `given` codes, booleans `b (n s)`; `stages` are the symbols `b t` after each stage."""
-    read = torch.zeros_like(stages[0])  # what a state of zeros says: the first symbol
-    by_stage = rearrange(given, "b (n s) -> n b s", s=model.num_spans).repeat_interleave(model.span_length, dim=2)
-    for seen, is_given in zip(stages, by_stage, strict=True):
-        read = torch.where(is_given, seen, read)
-    return read
-
-
-def text_sheet(model: VQDrawForText, texts: Sequence[str]) -> str:
+def text_sheet(model: TextSpanTokenizer, texts: Sequence[str]) -> str:
     """Each text, and under it what its codes say after one stage, after two and so on."""
     stages = list(zip(*model.decode_stages(model.encode(list(texts))), strict=True))
     blocks = []
@@ -120,7 +111,7 @@ def text_sheet(model: VQDrawForText, texts: Sequence[str]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def random_texts(model: VQDrawForText, num_texts: int, *, seed: int | None = None) -> str:
+def random_texts(model: TextSpanTokenizer, num_texts: int, *, seed: int | None = None) -> str:
     """What codes drawn evenly say, a line each."""
     generator = torch.Generator()
     _ = generator.seed() if seed is None else generator.manual_seed(seed)
@@ -139,6 +130,6 @@ def write_text_sheet(folder: str | Path, sources: list[str], out: str | Path, *,
     if is_data:
         rows = load_captioned_images(sources[0], split=split, with_images=False, max_rows=num_texts)
         texts = rows["caption"][:]
-    model = to_device(VQDrawForText.from_pretrained(folder)).eval()
+    model = to_device(load_text_model(folder))
     sheet = f"{text_sheet(model, texts)}\nrandom codes\n{random_texts(model, num_texts, seed=0)}"
     write_atomically(out, sheet.encode())

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer, VQDrawForText
+from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.quantizer import CodeUsage
 from tokenizers_vq.with_loss import inner_of
 
@@ -222,7 +222,7 @@ class PictureRows(Dataset[dict[str, Tensor]]):
 class TextRows(Dataset[dict[str, Tensor]]):
     """Captions of a data set as `symbols` `t` for a text tokenizer, read once."""
 
-    def __init__(self, dataset: Any, text_model: VQDrawForText, caption_column: str = "caption"):
+    def __init__(self, dataset: Any, text_model: TextSpanTokenizer, caption_column: str = "caption"):
         self.symbols = text_model.symbols(dataset[caption_column][:]).short()
 
     def __len__(self) -> int:

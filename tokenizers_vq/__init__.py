@@ -11,10 +11,12 @@ from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .reconstruction import PerceptualLoss
 from .residual import ResidualQuantizer
+from .text_spans import TextSpanConfig, TextSpanTokenizer
 from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
 from .vqdraw_text import VQDrawForText, VQDrawTextConfig
 from .vqvae import VQVAE
 from .vqvae_config import VQVAEConfig
+from .vqvae_text import VQVAEForText, VQVAETextConfig
 from .with_loss import ModelWithLoss, TokenizerWithLoss
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "PretrainedImageTokenizerConfig",
     "QuantizerOutput",
     "ResidualQuantizer",
+    "TextSpanConfig",
+    "TextSpanTokenizer",
     "TokenizerOutput",
     "TokenizerWithLoss",
     "VQDrawForImages",
@@ -41,6 +45,8 @@ __all__ = [
     "VQDrawStudentConfig",
     "VQDrawTextConfig",
     "VQVAEConfig",
+    "VQVAEForText",
+    "VQVAETextConfig",
     "VectorQuantizer",
     "load_image",
 ]
@@ -49,6 +55,7 @@ for config_class, model_class in (
     (VQVAEConfig, VQVAE),
     (VQDrawImageConfig, VQDrawForImages),
     (VQDrawTextConfig, VQDrawForText),
+    (VQVAETextConfig, VQVAEForText),
     (VQDrawStudentConfig, VQDrawStudent),
     (PretrainedImageTokenizerConfig, PretrainedImageTokenizer),
 ):

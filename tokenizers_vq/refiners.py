@@ -114,6 +114,12 @@ class DilatedBlock(nn.Module):
         return x + self.merge(self.spread(near).relu_())
 
 
+def check_dilations(dilations: Sequence[int]) -> None:
+    """Refuse no block at all, and positions that are none."""
+    if not dilations or min(dilations) < 1:
+        raise ValueError(f"dilations must be whole numbers of at least 1, got {dilations}")
+
+
 class DilatedConvRefiner(nn.Module):
     """Proposes steps for text, seen from both sides: dilated convolutions over what each position is believed to hold.
 

@@ -56,21 +56,27 @@ class ResidualQuantizer(nn.Module):
         """Vectors that were not finite, in training."""
         return self.view.skipped
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+    def forward(self, x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> QuantizerOutput:
         """`... d` (or `b d h w`) -> the sum of one entry a level, codes `... n` (`b h w n`), and the mean loss of the levels.
 
         Errors and `mask` as of `VectorQuantizer`.
+
+        Args:
+            known: `... n`, as of `lookup`: false where an entry is left out of the sum, so that a decoder learns to do with the first
+                few; its level learns from the vector nonetheless.
         """
         with torch.autocast(x.device.type, enabled=False):
             vectors = self.view.open(x, mask)
             total, codes, losses = torch.zeros_like(vectors.flat), [], []
-            for level in self.quantizers():
+            shown = total
+            for number, level in enumerate(self.quantizers()):
                 # Every level's term draws the encoder; none of them another level.
                 chosen, level_codes, loss = level.assign(vectors.minus(total))
                 total = total + chosen.detach()
+                shown = total if known is None else shown + chosen.detach() * known[..., number].reshape(-1, 1)
                 codes.append(level_codes)
                 losses.append(loss)
-            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, total), vectors)
+            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, shown), vectors)
         stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_levels)
         return QuantizerOutput(quantized, stacked, torch.stack(losses).mean())
 

@@ -1,38 +1,27 @@
 """VQ-DRAW for text: bytes as codes from coarse to fine, seen from both sides."""
 
-import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_choice, check_stages
+from .base import TokenizerOutput, check_stages
 from .errors import IGNORED, CrossEntropyError
-from .refiners import DilatedConvRefiner, in_segments
+from .refiners import DilatedConvRefiner, check_dilations, in_segments
+from .text_spans import TextSpanConfig, TextSpanTokenizer
 from .vqdraw import ROWS_TO_START_FROM, VQDraw
 
-logger = logging.getLogger(__name__)
 VALUES_TO_START_FROM = 2**24
-SPAN_UNITS = ("bytes", "words", "word")
-WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
-UNKNOWN = ord("?")  # stands for every byte outside the alphabet
 
 
-class VQDrawTextConfig(DiscreteTokenizerConfig):
+class VQDrawTextConfig(TextSpanConfig):
     """Settings of a `VQDrawForText`; a text takes `num_stages` codes of `codebook_size` options for each of its spans.
 
     Attributes:
-        max_length: bytes that all spans together have room for; longer texts are cut.
-        span_length: bytes that one code covers, a divisor of `max_length`; `max_length` itself is the whole text, as in the original.
-            Short spans search far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
-        span_unit: what a span is filled with: "bytes", whatever they are; "words", as many whole ones as fit, which is the shortest for
-            running text; "word", a single one, which then has the same codes wherever it stands.
-        alphabet: the byte values that the model tells apart, in order; none given: all 256. Others are read as "?".
+        max_length, span_length, span_unit, alphabet: see `TextSpanConfig`. In the original one span is the whole text; short ones search
+            far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
         hidden_channels, feature_channels, embedding_dim, dilations: size of the refiner, see `DilatedConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them.
         active_stages: go through the first so many stages only; 0: all.
@@ -43,10 +32,6 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
     model_type = "tok2img_vqdraw_text"
     may_be_zero = frozenset({"num_aux_options"})
 
-    max_length: int = 96
-    span_length: int = 6
-    span_unit: str = "bytes"
-    alphabet: list[int] | None = None
     num_stages: int = 4
     codebook_size: int = 64
     hidden_channels: int = 128
@@ -66,13 +51,7 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        if self.max_length % self.span_length:
-            raise ValueError(f"max_length {self.max_length} is no multiple of span_length {self.span_length}")
-        check_choice("span_unit", self.span_unit, SPAN_UNITS)
-        if self.alphabet is not None:
-            check_alphabet(self.alphabet)
-        if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"dilations must be whole numbers of at least 1, got {self.dilations}")
+        check_dilations(self.dilations)
         check_stages(
             self.num_stages,
             self.segment_length,
@@ -81,7 +60,7 @@ class VQDrawTextConfig(DiscreteTokenizerConfig):
         )
 
 
-class VQDrawForText(DiscreteTokenizer):
+class VQDrawForText(TextSpanTokenizer):
     """Codes that spell a text out more and more exactly; any prefix of them decodes.
 
     Codes are `b (n s)`: all spans at the first stage, then all at the second. A span past the end of its text has code 0 at every stage.
@@ -89,13 +68,9 @@ class VQDrawForText(DiscreteTokenizer):
 
     config_class = VQDrawTextConfig
     config: VQDrawTextConfig
-    main_input_name = "symbols"
 
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
-        self.alphabet = list(range(256)) if config.alphabet is None else list(config.alphabet)
-        self.symbol_of_byte = [self.alphabet.index(byte if byte in self.alphabet else UNKNOWN) for byte in range(256)]
-        self.span_length, self.num_spans = config.span_length, config.max_length // config.span_length
         self.error = CrossEntropyError(self.num_symbols)
         self.draw = VQDraw(
             build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans),
@@ -121,24 +96,9 @@ class VQDrawForText(DiscreteTokenizer):
             module.counts.zero_()
 
     @property
-    def num_symbols(self) -> int:
-        """Bytes of the alphabet, and the end of a text."""
-        return len(self.alphabet) + 1
-
-    @property
-    def end(self) -> int:
-        """The symbol that fills a text up."""
-        return len(self.alphabet)
-
-    @property
     def code_shape(self) -> tuple[int, ...]:
         """Active stages and spans."""
         return (self.draw.num_stages, self.num_spans)
-
-    @property
-    def codebook_size(self) -> int:
-        """Options at each stage."""
-        return self.config.codebook_size
 
     @property
     def code_groups(self) -> tuple[int, ...]:
@@ -150,109 +110,33 @@ class VQDrawForText(DiscreteTokenizer):
         """They do: codes go from coarse to fine."""
         return True
 
-    def symbols(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> symbols `b t`, cut or filled up with `end`.
+    def encode_symbols(self, symbols: Tensor) -> Tensor:
+        """Symbols `b t` -> codes `b (n s)`."""
+        return self._by_stage(self.draw(self.target(symbols)).codes)
 
-        Raises:
-            ValueError: for a text that has no bytes: what is no string, or holds half a character.
-        """
-        rows, num_cut = [], 0
-        for number, text in enumerate(texts):
-            try:
-                content = text.encode()
-            except (AttributeError, UnicodeEncodeError) as error:
-                raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
-            pieces = self.pieces(content)
-            if len(pieces) > self.num_spans:
-                num_cut += 1
-                pieces = self.pieces(whole_characters(b"".join(pieces[: self.num_spans])))
-            spans = ([self.symbol_of_byte[byte] for byte in piece] for piece in pieces)
-            row = [symbol for span in spans for symbol in span + [self.end] * (self.span_length - len(span))]
-            rows.append(row + [self.end] * (self.config.max_length - len(row)))
-        if num_cut:
-            logger.warning("%d of %d texts are longer than %d spans and were cut", num_cut, len(texts), self.num_spans)
-        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
-
-    def pieces(self, content: bytes) -> list[bytes]:
-        """Bytes as what the spans of a text hold."""
-        unit = self.config.span_unit
-        words = [content] if unit == "bytes" else WORD.findall(content)
-        if unit == "words":
-            words = list(joined(words, self.span_length))
-        starts = ((word, first) for word in words for first in range(0, len(word), self.span_length))
-        return [word[first : first + self.span_length] for word, first in starts]
-
-    def spans_of(self, text: str) -> int:
-        """Spans that hold a text and its end; more than `num_spans` where it will be cut."""
-        pieces = self.pieces(text.encode())
-        fits_exactly = len(pieces) == self.num_spans
-        holds_end = self.config.span_unit == "bytes" and bool(pieces) and len(pieces[-1]) < self.span_length
-        return len(pieces) + (not fits_exactly and not holds_end)
-
-    def texts(self, symbols: Tensor) -> list[str]:
-        """Symbols `b t` -> texts, each up to its end; bytes that are no UTF-8 show as replacement characters."""
-        rows = zip(symbols, self.live(symbols) & (symbols != self.end), strict=True)
-        kept = (row[is_text].tolist() for row, is_text in rows)
-        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in kept]
-
-    def live(self, symbols: Tensor) -> Tensor:
-        """Where symbols `b t` are a text or its end, and not merely what fills up; `b t` booleans."""
-        if self.config.span_unit == "bytes":
-            return up_to_first(symbols == self.end)
-        ends = rearrange(symbols == self.end, "b (s t) -> b s t", t=self.span_length)
-        return (up_to_first(ends) & up_to_first(ends[:, :, 0])[..., None]).flatten(1)
-
-    def live_spans(self, symbols: Tensor) -> Tensor:
-        """Which spans of symbols `b t` hold any of the text or its end, `b s`."""
-        return rearrange(self.live(symbols), "b (s t) -> b s t", t=self.span_length).any(dim=2)
-
-    def target(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> what the spans shall hold, `(b s) t`: what merely fills up is free."""
-        if symbols.ndim != 2 or symbols.shape[1] != self.config.max_length or symbols.is_floating_point():
-            raise ValueError(
-                f"symbols must be `b {self.config.max_length}` integers, got {tuple(symbols.shape)} {symbols.dtype}"
-            )
-        if symbols.numel() and not (symbols.min() >= 0 and symbols.max() <= self.end):
-            raise ValueError(f"symbols must lie in 0..{self.end}, got {int(symbols.min())}..{int(symbols.max())}")
-        return rearrange(symbols.where(self.live(symbols), IGNORED), "b (s t) -> (b s) t", s=self.num_spans)
-
-    @torch.no_grad()
-    def encode(self, texts: Any) -> Tensor:
-        """Texts, or symbols `b t`, -> codes `b (n s)`."""
-        symbols = texts if isinstance(texts, Tensor) else self.symbols(texts)
-        with torch.autocast(symbols.device.type, enabled=False):
-            return self._by_stage(self.draw(self.target(symbols)).codes)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Any:
-        """Codes `b (n s)`, or the first few of each text's, -> texts."""
-        return self.texts(self.decode_symbols(codes))
-
-    @torch.no_grad()
-    def decode_symbols(self, codes: Tensor) -> Tensor:
-        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
-        *_, last = self.symbols_after_stages(codes)
-        return last
-
-    @torch.no_grad()
-    def decode_stages(self, codes: Tensor) -> Iterator[Any]:
-        """The texts after each stage of the codes `b (n s)`, one after another."""
-        for symbols in self.symbols_after_stages(codes):
-            yield self.texts(symbols)
+    def symbols_given(self, codes: Tensor, given: Tensor) -> Tensor:
+        """Codes `b (n s)`, of which some are `given`, -> symbols `b t`."""
+        *_, last = self._states(codes, given)
+        return self._observed(last)
 
     @torch.no_grad()
     def symbols_after_stages(self, codes: Tensor) -> Iterator[Tensor]:
-        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
-        self.check_codes(codes, prefix=True)
-        num_given = codes.shape[1]
-        whole = F.pad(codes.long(), (0, -num_given % self.num_spans))
-        by_span = rearrange(whole, "b (n s) -> (b s) n", s=self.num_spans)
+        """As the plain form, in one pass."""
+        for state in self._states(*self.in_whole_stages(codes)):
+            yield self._observed(state)
+
+    def _states(self, codes: Tensor, given: Tensor) -> Iterator[Tensor]:
+        """After each stage of the codes `b (n s)`, each span's state after the last of its codes that is `given`, `(b s) t v`."""
+        by_span, is_given = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, given))
         before = self.draw.first_state(len(by_span))
         with torch.autocast(codes.device.type, enabled=False):
             for stage, state in enumerate(self.draw.states(by_span)):
-                is_given = stage * self.num_spans + torch.arange(self.num_spans, device=codes.device) < num_given
-                before = torch.where(is_given.repeat(len(codes))[:, None, None], state, before)
-                yield rearrange(self.error.observed(before), "(b s) t -> b (s t)", s=self.num_spans)
+                before = torch.where(is_given[:, stage, None, None], state, before)
+                yield before
+
+    def _observed(self, state: Tensor) -> Tensor:
+        """States of spans `(b s) t v` -> the likeliest symbols `b (s t)`."""
+        return rearrange(self.error.observed(state), "(b s) t -> b (s t)", s=self.num_spans)
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:
         """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
@@ -297,33 +181,3 @@ def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int)
         dilations=config.dilations,
     )
     return in_segments(build, config.num_stages, config.segment_length)
-
-
-def check_alphabet(alphabet: Sequence[int]) -> None:
-    """Refuse what are no byte values, each once and in order, with `UNKNOWN` among them."""
-    if sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256)):
-        raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
-    if UNKNOWN not in alphabet:
-        raise ValueError(f"alphabet must hold {UNKNOWN}, the question mark that stands for all other bytes")
-
-
-def whole_characters(content: bytes) -> bytes:
-    """UTF-8 without the half of a character at its end."""
-    return content.decode(errors="ignore").encode()
-
-
-def joined(words: Iterable[bytes], length: int) -> Iterator[bytes]:
-    """Neighbouring words as one where they have at most `length` bytes together."""
-    together = b""
-    for word in words:
-        if together and len(together) + len(word) > length:
-            yield together
-            together = b""
-        together += word
-    if together:
-        yield together
-
-
-def up_to_first(is_end: Tensor) -> Tensor:
-    """Booleans `... t` -> where none before is true."""
-    return is_end.cumsum(dim=-1) - is_end.long() == 0

@@ -78,7 +78,7 @@ class VQVAE(DiscreteTokenizer):
     @property
     def num_levels(self) -> int:
         """Codes of a cell."""
-        return self.config.num_levels if self.config.quantizer == "residual" else 1
+        return self.config.codes_per_vector
 
     @property
     def code_shape(self) -> tuple[int, ...]:

@@ -15,8 +15,46 @@ QUANTIZERS = ("vector", "residual", "fsq")
 Quantizer = VectorQuantizer | ResidualQuantizer | FSQ
 
 
-class VQVAEConfig(DiscreteTokenizerConfig):
-    """Settings of a `VQVAE`.
+class QuantizerConfig(DiscreteTokenizerConfig):
+    """Settings of the quantizer of a VQ-VAE, whatever that codes.
+
+    Attributes:
+        quantizer: "vector", "residual" or "fsq".
+        code_dim: length of a codebook vector. projected_dim: of those that are searched, behind a linear layer; 0: the same.
+        num_levels: codebooks of a residual quantizer, whose entries add up.
+        fsq_levels: of an FSQ, whose codebook size is their product.
+        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
+        gradient, revive, cosine: see `VectorQuantizer`.
+    """
+
+    quantizer: str = "vector"
+    codebook_size: int = 512
+    code_dim: int = 64
+    projected_dim: int = 0
+    num_levels: int = 4
+    fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+    commitment: float = 0.25
+    decay: float = 0.99
+    ema: bool = True
+    gradient: str = "straight_through"
+    revive: bool = True
+    cosine: bool = False
+
+    def __post_init__(self, **other: object) -> None:
+        super().__post_init__(**other)
+        check_choice("quantizer", self.quantizer, QUANTIZERS)
+        check_choice("gradient", self.gradient, GRADIENTS)
+        if self.quantizer == "fsq":
+            self.codebook_size = math.prod(self.fsq_levels)
+
+    @property
+    def codes_per_vector(self) -> int:
+        """Levels of a residual quantizer; 1 of any other."""
+        return self.num_levels if self.quantizer == "residual" else 1
+
+
+class VQVAEConfig(QuantizerConfig):
+    """Settings of a `VQVAE`; those of its quantizer: see `QuantizerConfig`.
 
     Attributes:
         image_size: height and width of the pictures, pixels; a multiple of `stride`. Others that are can be coded too.
@@ -25,12 +63,6 @@ class VQVAEConfig(DiscreteTokenizerConfig):
         num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
         num_grids: 2 or more for a VQ-VAE-2, whose further grids are each half as fine as the one before.
         hidden_channels: width of the networks at the latent grids; half of it at every finer grid.
-        quantizer: "vector", "residual" or "fsq".
-        code_dim: length of a codebook vector. projected_dim: of those that are searched, behind a linear layer; 0: the same.
-        num_levels: codebooks of a residual quantizer, whose entries add up.
-        fsq_levels: of an FSQ, whose codebook size is their product.
-        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
-        gradient, revive, cosine: see `VectorQuantizer`.
         reconstruction: "squared" or "l1": error of normalised pixels that training lowers, where `forward` is given no other.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
@@ -45,18 +77,6 @@ class VQVAEConfig(DiscreteTokenizerConfig):
     hidden_channels: int = 128
     num_encoder_blocks: int = 0
     num_decoder_blocks: int = 2
-    quantizer: str = "vector"
-    codebook_size: int = 512
-    code_dim: int = 64
-    projected_dim: int = 0
-    num_levels: int = 4
-    fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
-    commitment: float = 0.25
-    decay: float = 0.99
-    ema: bool = True
-    gradient: str = "straight_through"
-    revive: bool = True
-    cosine: bool = False
     reconstruction: str = "squared"
     pixel_mean: float = 0.5
     pixel_std: float = 0.25
@@ -64,11 +84,7 @@ class VQVAEConfig(DiscreteTokenizerConfig):
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
         check_image_size(self.image_size, self.stride)
-        check_choice("quantizer", self.quantizer, QUANTIZERS)
-        check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("reconstruction", self.reconstruction, PIXEL_LOSSES)
-        if self.quantizer == "fsq":
-            self.codebook_size = math.prod(self.fsq_levels)
 
     @property
     def stride(self) -> int:
@@ -90,12 +106,12 @@ class VQVAEConfig(DiscreteTokenizerConfig):
         ]
 
 
-def build_quantizer(config: VQVAEConfig) -> Quantizer:
-    """The quantizer that a config describes, for `b d h w`."""
+def build_quantizer(config: QuantizerConfig, *, channel_axis: int = 1) -> Quantizer:
+    """The quantizer that a config describes, for `b d h w`; for `... d` with `channel_axis=-1`."""
     if config.quantizer == "fsq":
-        return FSQ(config.fsq_levels, config.code_dim, channel_axis=1)
+        return FSQ(config.fsq_levels, config.code_dim, channel_axis=channel_axis)
     settings = {name: getattr(config, name) for name in ("commitment", "decay", "ema", "gradient", "revive", "cosine")}
-    settings |= {"projected_dim": config.projected_dim, "channel_axis": 1}
+    settings |= {"projected_dim": config.projected_dim, "channel_axis": channel_axis}
     if config.quantizer == "residual":
         return ResidualQuantizer(config.codebook_size, config.code_dim, config.num_levels, **settings)
     return VectorQuantizer(config.codebook_size, config.code_dim, **settings)

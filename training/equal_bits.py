@@ -6,14 +6,11 @@ One grid of codes, a residual quantizer on a grid half as fine, two grids (VQ-VA
 many CPU seconds on pictures of 32 pixels. Prints bits, squared error in pixels of [0, 1] and the share of codes in use on unseen pictures.
 """
 
-import math
 import sys
-import time
-from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timed import train_for
 
 from tok2img.data import load_captioned_images
 from tok2img.evaluation import evaluate_tokenizer
@@ -53,25 +50,6 @@ def build(name: str) -> DiscreteTokenizer:
     return VQDrawForImages(VQDrawImageConfig(image_size=IMAGE_SIZE, **VQDRAWS[name]))
 
 
-def train(model: DiscreteTokenizer, pixels: Tensor, *, seconds: float) -> int:
-    """AdamW with a cosine of the CPU time; the number of steps that fitted."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    started = time.process_time()
-    model.train().start_from_data(pixels[:ROWS_TO_START_FROM])
-    for step in count():
-        share = (time.process_time() - started) / seconds
-        if share >= 1:
-            return step
-        for group in optimizer.param_groups:
-            rate = LEARNING_RATES[type(model)]
-            group["lr"] = rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
-        optimizer.zero_grad()
-        model(pixels[torch.randint(len(pixels), (BATCH_SIZE,))]).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    raise AssertionError("count() has no end")
-
-
 def main(data: str, seconds: float, *, max_rows: int = 1000) -> dict[str, dict[str, Any]]:
     """Train all, one after the other, and print a line each."""
     reader = build(next(iter(VQVAES)))
@@ -82,7 +60,14 @@ def main(data: str, seconds: float, *, max_rows: int = 1000) -> dict[str, dict[s
     reports: dict[str, dict[str, Any]] = {}
     for name in [*VQVAES, *VQDRAWS]:
         model = build(name)
-        steps = train(model, pixels, seconds=seconds)
+        steps = train_for(
+            model,
+            pixels,
+            seconds=seconds,
+            learning_rate=LEARNING_RATES[type(model)],
+            batch_size=BATCH_SIZE,
+            rows_to_start_from=ROWS_TO_START_FROM,
+        )
         report = evaluate_tokenizer(model.eval(), test.split(100))
         reports[name] = {"steps": steps, **report}
         print(

@@ -1,4 +1,4 @@
-"""A text VQ-DRAW wherever a text tokenizer goes."""
+"""Models of text wherever a text tokenizer goes."""
 
 import json
 import pickle
@@ -15,26 +15,28 @@ from tok2img.processing import Tok2ImgProcessor, load_image_tokenizer
 from tok2img.recipes import TokenizerRecipe
 from tok2img.runs import train_tokenizer
 from tok2img.text import SubwordTokenizer
-from tok2img.text_codes import VQDrawTextTokenizer, load_text_tokenizer
+from tok2img.text_codes import SpanTextTokenizer, load_text_model, load_text_tokenizer
 from tok2img.text_reports import evaluate_text_tokenizer, first_codes
 from tok2img.tokenized import fit_text
-from tokenizers_vq import VQDrawForText, VQDrawTextConfig
+from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
 
-MODEL = {
-    "span_length": 4,
-    "num_stages": 3,
-    "codebook_size": 8,
-    "hidden_channels": 16,
-    "feature_channels": 8,
-    "embedding_dim": 8,
-    "dilations": [1, 2],
+SPANS = {"span_length": 4, "codebook_size": 8, "hidden_channels": 16, "dilations": [1, 2]}
+SETTINGS = {
+    "vqdraw_text": SPANS | {"num_stages": 3, "feature_channels": 8, "embedding_dim": 8},
+    "vqvae_text": SPANS | {"num_levels": 3, "code_dim": 8},
 }
+CLASSES = {"vqdraw_text": VQDrawForText, "vqvae_text": VQVAEForText}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model() -> VQDrawForText:
+def vqdraw() -> VQDrawForText:
     torch.manual_seed(0)
-    model = VQDrawForText(VQDrawTextConfig(**MODEL, max_length=16))
+    model = VQDrawForText(VQDrawTextConfig(**SETTINGS["vqdraw_text"], max_length=16))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -42,17 +44,30 @@ def model() -> VQDrawForText:
 
 
 @pytest.fixture(scope="module")
-def text_codes(model) -> VQDrawTextTokenizer:
-    return VQDrawTextTokenizer(model)
+def vqvae() -> VQVAEForText:
+    torch.manual_seed(0)
+    model = VQVAEForText(VQVAETextConfig(**SETTINGS["vqvae_text"], max_length=16)).eval()
+    model.start_from_data(model.symbols([f"{number} {number**2}" for number in range(50)]))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(kind, vqdraw, vqvae) -> TextSpanTokenizer:
+    return {"vqdraw_text": vqdraw, "vqvae_text": vqvae}[kind]
+
+
+@pytest.fixture(scope="module")
+def text_codes(model) -> SpanTextTokenizer:
+    return SpanTextTokenizer(model)
 
 
 @pytest.fixture
-def recipe(rows, tmp_path) -> TokenizerRecipe:
+def recipe(kind, rows, tmp_path) -> TokenizerRecipe:
     return TokenizerRecipe(
-        tokenizer="vqdraw_text",
+        tokenizer=kind,
         data=str(tmp_path / "rows.parquet"),
         out=str(tmp_path / "text"),
-        model=MODEL,
+        model=SETTINGS[kind],
         max_steps=4,
         batch_size=2,
         sample_every=2,
@@ -122,7 +137,7 @@ def test_ids_that_do_not_belong_are_refused(text_codes, ids):
 def test_saves_loads_and_pickles(text_codes, captions, tmp_path):
     text_codes.save_pretrained(tmp_path)
     for again in (load_text_tokenizer(tmp_path), pickle.loads(pickle.dumps(text_codes))):
-        assert isinstance(again, VQDrawTextTokenizer) and again.state() == text_codes.state()
+        assert isinstance(again, SpanTextTokenizer) and again.state() == text_codes.state()
         assert again.encode(captions) == text_codes.encode(captions)
 
 
@@ -131,10 +146,13 @@ def test_other_folders_hold_subwords(text_tokenizer, tmp_path):
     assert isinstance(load_text_tokenizer(tmp_path), SubwordTokenizer)
 
 
-def test_is_no_image_tokenizer(text_codes, tmp_path):
+def test_is_no_image_tokenizer_and_those_are_none_of_text(text_codes, model, tiny_vqvae, tmp_path):
     text_codes.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a VQDrawForText, not an image tokenizer"):
+    with pytest.raises(ValueError, match=f"holds a {type(model).__name__}, not an image tokenizer"):
         load_image_tokenizer(tmp_path)
+    tiny_vqvae.save_pretrained(tmp_path / "image")
+    with pytest.raises(ValueError, match="holds no model of text"):
+        load_text_model(tmp_path / "image")
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -149,7 +167,7 @@ def test_tokenizes_a_data_set_and_comes_back_with_the_processor(tiny_vqvae, text
 
 def test_a_recipe_trains_one_on_captions_alone(recipe, tmp_path):
     model = train_tokenizer(recipe)
-    assert isinstance(model, VQDrawForText) and model.config.max_length == 16
+    assert type(model) is CLASSES[recipe.tokenizer] and model.config.max_length == 16
     assert bytes(model.alphabet) == bytes(sorted({*b"?a red square blue disc two green cats dog"}))
     assert "text  '" in (tmp_path / "text" / "samples" / "step-000002.txt").read_text()
 
@@ -186,16 +204,28 @@ class TestReport:
 
     def test_rates_spend_what_they_may(self, model):
         texts = ["a red square", "x"]
-        symbols, codes = model.symbols(texts), model.encode(texts)
+        symbols = model.symbols(texts)
         given = first_codes(model, symbols, 2).view(2, 3, 4)
         assert given[0].tolist() == [[True] * 4, [True] * 4, [False] * 4]  # 24 bits at 3 each
         assert not given[1].any()  # 2 bits buy no code
         assert first_codes(model, symbols, 100).sum(dim=1).tolist() == [12, 3]
+
+    def test_at_a_rate_no_more_is_read_than_it_pays_for(self, model):
+        texts = ["a red square", "x"]
+        symbols, codes = model.symbols(texts), model.encode(texts)
+        paid = first_codes(model, symbols, 2)
+        seen = model.symbols_given(codes, paid)
+        assert torch.equal(seen, model.symbols_given(codes.where(paid, 5), paid))
+        right = (seen == symbols)[symbols != model.end].sum().item()
         report = evaluate_text_tokenizer(model, texts)
-        *_, second, _ = model.symbols_after_stages(codes[:1])
-        untold = model.error.observed(model.draw.first_state(1))[0, 0]
-        right = (second[0, :12] == symbols[0, :12]).sum() + (untold == symbols[1, 0])
-        assert report["at_bits_per_byte"]["2"]["byte_accuracy"] == pytest.approx(right.item() / 13)
+        assert report["at_bits_per_byte"]["2"]["byte_accuracy"] == pytest.approx(right / 13)
+
+    def test_what_nothing_is_paid_for_is_what_a_vqdraw_state_of_zeros_says(self, vqdraw):
+        symbols, codes = vqdraw.symbols(["a red square", "x"]), vqdraw.encode(["a red square", "x"])
+        *_, second, _ = vqdraw.symbols_after_stages(codes[:1])
+        seen = vqdraw.symbols_given(codes, first_codes(vqdraw, symbols, 2))
+        assert torch.equal(seen[0, :12], second[0, :12])
+        assert torch.equal(seen[1], vqdraw.error.observed(vqdraw.draw.first_state(4)).flatten())
 
     def test_needs_texts(self, model):
         with pytest.raises(ValueError, match="no texts"):

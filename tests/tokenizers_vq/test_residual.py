@@ -32,6 +32,17 @@ def test_every_prefix_decodes_and_each_level_lowers_the_error():
     assert torch.equal(module.lookup(codes), module(x).quantized)
 
 
+@pytest.mark.parametrize("projected_dim", [0, 2])
+def test_entries_that_are_not_shown_are_left_out_of_the_sum_alone(projected_dim):
+    module, x = trained(projected_dim=projected_dim)
+    known = torch.arange(3) < torch.randint(1, 4, (400, 1))
+    whole, some = module(x), module(x.requires_grad_(), known=known)
+    assert torch.equal(some.codes, whole.codes) and torch.equal(some.loss, whole.loss)
+    assert torch.equal(some.quantized, module.lookup(whole.codes, known))
+    some.quantized.sum().backward()
+    assert x.grad is not None and x.grad.any(dim=1).all()
+
+
 @pytest.mark.parametrize("num_codes", [0, 4])
 def test_codes_of_no_level_or_too_many_are_refused(num_codes):
     module, _ = trained()

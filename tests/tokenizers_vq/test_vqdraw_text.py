@@ -12,7 +12,7 @@ from transformers import AutoModel
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
 from tokenizers_vq.errors import IGNORED, CrossEntropyError
 from tokenizers_vq.options import BiasedOptions, DenseOptions, EmbeddedOptions, SharedOptions
-from tokenizers_vq.vqdraw_text import whole_characters
+from tokenizers_vq.text_spans import whole_characters
 
 TEXTS = ["a red square", "a blue disc", "", "x", "two green cats sat"]
 TINY = {
@@ -209,6 +209,12 @@ class TestCodes:
         codes = model.encode(TEXTS)
         stages = list(model.decode_stages(codes))
         assert [model.decode(codes[:, : 3 * count]) for count in (1, 2, 3)] == stages
+
+    def test_the_one_pass_through_all_stages_equals_the_plain_form(self, model):
+        codes = model.encode(TEXTS)[:, :8]
+        plain = super(VQDrawForText, model).symbols_after_stages(codes)
+        for seen, expected in zip(model.symbols_after_stages(codes), plain, strict=True):
+            assert torch.equal(seen, expected)
 
     def test_a_prefix_within_a_stage_changes_the_first_spans_only(self, model):
         codes = model.encode(TEXTS)

@@ -1,6 +1,7 @@
-"""Scripts are not in a package: tests load them by their file."""
+"""Scripts are not in a package: tests load them by their file, with their folder on the path as when they run."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 
 TRAINING = Path(__file__).parents[2] / "training"
+sys.path.insert(0, str(TRAINING))
 
 
 @pytest.fixture(scope="session")

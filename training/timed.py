@@ -1,0 +1,43 @@
+"""Training for so many CPU seconds, whatever a step costs: what comparisons at equal cost share."""
+
+import math
+import time
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vq import DiscreteTokenizer
+
+WARM_UP_STEPS = 50
+
+
+def train_for(
+    model: DiscreteTokenizer,
+    rows: Tensor,
+    *,
+    seconds: float,
+    learning_rate: float,
+    batch_size: int,
+    rows_to_start_from: int,
+) -> int:
+    """AdamW with a cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
+
+    Returns:
+        The number of steps that fitted.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    started = time.process_time()
+    model.train().start_from_data(rows[:rows_to_start_from])
+    for step in count():
+        share = (time.process_time() - started) / seconds
+        if share >= 1:
+            return step
+        for group in optimizer.param_groups:
+            warm_up = min(1, (step + 1) / WARM_UP_STEPS)
+            group["lr"] = learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * share))
+        optimizer.zero_grad()
+        model(rows[torch.randint(len(rows), (batch_size,))]).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    raise AssertionError("count() has no end")
