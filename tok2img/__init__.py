@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import TokenizeBatch, tokenize_dataset
-    from .generation import LayoutLogitsProcessor, Sampling, generate
+    from .generation import LayoutLogitsProcessor, generate
     from .layout import SequenceLayout
     from .pipeline import TextToImagePipeline
     from .prior import PriorWithLoss, build_prior
     from .processing import Tok2ImgProcessor
+    from .sampling import Sampling
     from .shapes import shapes_dataset
     from .text import SubwordTokenizer, TextTokenizer
     from .text_codes import VQDrawTextTokenizer, load_text_tokenizer
@@ -26,7 +27,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 HOME = {
     "LayoutLogitsProcessor": "generation",
     "PriorWithLoss": "prior",
-    "Sampling": "generation",
+    "Sampling": "sampling",
     "SequenceLayout": "layout",
     "SubwordTokenizer": "text",
     "TextToImagePipeline": "pipeline",

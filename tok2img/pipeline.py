@@ -15,13 +15,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .generation import Sampling, generate
+from .completion import Keep, codes_to_keep, kept_positions
+from .generation import fitting_batch, generate
+from .model_card import model_card
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
+from .sampling import Guidance, Sampling, streams_between, uniform_streams
 
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
 # that takes the last token for the prompt.
 GUIDANCE_KEY = "image_guidance_scale"
+DROPOUT_KEY = "image_caption_dropout"
+DECODED_PIXELS = 2**20
 
 # Pictures as they are after so many codes, and which of all pictures they are.
 Preview = Callable[[list[Image.Image], int, range], None]
@@ -40,6 +45,7 @@ class TextToImagePipeline:
 
     def __init__(self, prior: PreTrainedModel, processor: Tok2ImgProcessor):
         self.prior, self.processor = prior.eval(), processor
+        self._warned = False
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -61,10 +67,10 @@ class TextToImagePipeline:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What generation_config.json says, as measured for this model."""
+        """What generation_config.json says, as measured for this model; ValueError when set to a guidance that is a function."""
         config = self.prior.generation_config
         return Sampling(
-            guidance_scale=float(getattr(config, GUIDANCE_KEY, 1.0)),
+            guidance_scale=getattr(config, GUIDANCE_KEY, 1.0),
             temperature=1.0 if config.temperature is None else config.temperature,
             top_k=config.top_k or 0,
             top_p=1.0 if config.top_p is None else config.top_p,
@@ -72,65 +78,130 @@ class TextToImagePipeline:
 
     @default_sampling.setter
     def default_sampling(self, sampling: Sampling) -> None:
+        if callable(sampling.guidance_scale):
+            raise ValueError("a guidance_scale that is a function cannot be saved: give numbers")
         config = self.prior.generation_config
         config.do_sample, config.temperature = True, sampling.temperature
         config.top_k, config.top_p = sampling.top_k, sampling.top_p
-        setattr(config, GUIDANCE_KEY, sampling.guidance_scale)
+        scale = sampling.guidance_scale
+        setattr(config, GUIDANCE_KEY, list(scale) if isinstance(scale, tuple) else scale)
+
+    @property
+    def caption_dropout(self) -> float | None:
+        """Share of captions that were hidden in training, as generation_config.json says; None where it does not."""
+        return getattr(self.prior.generation_config, DROPOUT_KEY, None)
+
+    @caption_dropout.setter
+    def caption_dropout(self, share: float) -> None:
+        setattr(self.prior.generation_config, DROPOUT_KEY, share)
 
     def __call__(
         self,
         prompt: str | list[str],
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
+        guidance_scale: Guidance | None = None,
         negative_prompt: str | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | tuple[int, int] | None = None,
         output_type: str = "pil",
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: bool = False,
         preview_after: Collection[int] = (),
         on_preview: Preview | None = None,
+        image: Any = None,
+        keep: Keep | None = None,
     ) -> TextToImageOutput:
         """Draw pictures of captions.
 
         Args:
             guidance_scale, temperature, top_k, top_p: as in `Sampling`; None means the model's own default.
             negative_prompt: what guidance leads away from, instead of the empty caption.
-            seed: picture i of a seed is the same in any batch; None draws a new seed.
+            seed: picture i of a seed is the same in any batch; None draws a new seed. Two seeds: the pictures of each prompt lead from the
+                one that the first seed draws to the one of the second.
             output_type: "pil", or "np" for `b h w c` floats in [0, 1].
-            batch_size: pictures drawn at once, which bounds memory.
+            batch_size: pictures drawn at once; None takes as many as fit, see `fitting_batch`.
             preview_after: numbers of codes after which `on_preview` gets the pictures so far, and which of all pictures they are; only
                 for codes that go from coarse to fine.
+            image: a picture to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
+            keep: what stays of `image`: the first so many codes, "top" for the upper half of a grid, or a truth value for each code. Codes
+                that are drawn follow those before them alone.
 
         Raises:
-            ValueError: for no prompt, one that is not text, a setting out of range, or previews of codes that give none.
+            ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or a picture of
+                another size.
         """
         sampling = self._sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         captions = repeated(prompt, num_images_per_prompt)
         if output_type not in ("pil", "np"):
             raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
-        seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._check_previews(preview_after, on_preview)
-        text_ids = self.processor.encode_text(captions)
-        negative = self._negative(negative_prompt, sampling)
+        self._warn_of_guidance(sampling, negative_prompt)
+        kept = None if keep is None else kept_positions(keep, self.processor.image_tokenizer)
+        inputs = {
+            "given_codes": self._given(image, keep, len(captions), num_images_per_prompt),
+            "text_ids": self.processor.encode_text(captions),
+            "uniforms": self._streams(seed, len(captions), num_images_per_prompt),
+            "negative_text_ids": self._negative(negative_prompt, len(captions)),
+        }
         images, codes = [], []
         with tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress) as bar:
-            for rows in batches(len(captions), batch_size):
+            for rows in batches(len(captions), self._batch_size(batch_size, sampling)):
                 on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                codes.append(self._draw(text_ids[rows.start : rows.stop], sampling, seed, rows, negative, on_code))
-                images.extend(self.processor.decode_images(codes[-1]))
+                codes.append(self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code))
+                images.extend(self._decode(codes[-1]))
                 bar.update(len(rows))
-        pictures = images if output_type == "pil" else np.stack([as_array(image) for image in images])
+        pictures = images if output_type == "pil" else np.stack([as_array(each) for each in images])
         return TextToImageOutput(pictures, torch.cat(codes))
 
-    def _negative(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
-        if negative_prompt is None:
-            return None
+    def _draw(self, rows: range, inputs: dict[str, Any], **settings: Any) -> Tensor:
+        """Codes `b n` of some rows of the inputs, on the CPU."""
+        some = {name: given[rows.start : rows.stop] for name, given in inputs.items() if given is not None}
+        return generate(self.prior, self.processor.layout, **some, **settings).cpu()
+
+    def _streams(self, seed: int | tuple[int, int] | None, num: int, per_prompt: int) -> Tensor:
+        """Uniform numbers `b n` of a seed, of a new one, or of the way between two."""
+        num_codes = self.processor.layout.num_codes
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        if isinstance(seed, int):
+            return uniform_streams(seed, range(num), num_codes)
+        if len(seed) != 2:
+            raise ValueError(f"seed must be a whole number, or two to go between, got {seed!r}")
+        ends = [uniform_streams(each, range(num // per_prompt), num_codes) for each in seed]
+        return torch.cat([streams_between(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
+
+    def _warn_of_guidance(self, sampling: Sampling, negative_prompt: str | None) -> None:
         if sampling.guidance_scale == 1:
-            warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
-        return self.processor.encode_text([negative_prompt])
+            if negative_prompt is not None:
+                warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
+        elif self.caption_dropout == 0 and not self._warned:
+            self._warned = True
+            reason = "no caption was hidden in training (caption_dropout 0)"
+            warnings.warn(f"guidance has nothing to compare with: {reason}; use guidance_scale 1", stacklevel=3)
+
+    def _negative(self, negative_prompt: str | None, num: int) -> Tensor | None:
+        return None if negative_prompt is None else self.processor.encode_text([negative_prompt]).expand(num, -1)
+
+    def _given(self, image: Any, keep: Keep | None, num: int, per_prompt: int) -> Tensor | None:
+        """Codes `b n` of the pictures to keep codes of, where there are any."""
+        if (image is None) != (keep is None):
+            raise ValueError("image and keep go together: keep says which codes of the image stay")
+        if image is None:
+            return None
+        return codes_to_keep(image, self.processor, num // per_prompt).repeat_interleave(per_prompt, dim=0)
+
+    def _batch_size(self, batch_size: int | None, sampling: Sampling) -> int:
+        if batch_size is not None:
+            return batch_size
+        return fitting_batch(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
+
+    def _decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes `b n` -> pictures, so many at once that large ones fit in memory too."""
+        config: Any = self.processor.image_tokenizer.config
+        runs = codes.split(max(1, DECODED_PIXELS // config.image_size**2))
+        return [image for run in runs for image in self.processor.decode_images(run)]
 
     def _check_previews(self, preview_after: Collection[int], on_preview: Preview | None) -> None:
         tokenizer = self.processor.image_tokenizer
@@ -146,27 +217,7 @@ class TextToImagePipeline:
     ) -> None:
         """Hand out the pictures so far, where they are wanted."""
         if position + 1 in preview_after:
-            on_preview(self.processor.decode_images(codes[:, : position + 1]), position + 1, rows)
-
-    def _draw(
-        self,
-        text_ids: Tensor,
-        sampling: Sampling,
-        seed: int,
-        rows: range,
-        negative: Tensor | None,
-        on_code: Callable[[int, Tensor], None] | None,
-    ) -> Tensor:
-        return generate(
-            self.prior,
-            self.processor.layout,
-            text_ids,
-            sampling=sampling,
-            seed=seed,
-            indices=rows,
-            negative_text_ids=None if negative is None else negative.expand(len(rows), -1),
-            on_code=on_code,
-        ).cpu()
+            on_preview(self._decode(codes[:, : position + 1]), position + 1, rows)
 
     def _sampling(self, **chosen: Any) -> Sampling:
         default = self.default_sampling
@@ -198,27 +249,3 @@ def as_array(image: Image.Image) -> np.ndarray:
     """A picture as `h w c` floats in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return array[..., None] if array.ndim == 2 else array
-
-
-def model_card(pipeline: TextToImagePipeline) -> str:
-    """README.md of a trained folder, as the hub reads it."""
-    layout, sampling = pipeline.processor.layout, pipeline.default_sampling
-    tokenizer = type(pipeline.processor.image_tokenizer).__name__
-    return f"""---
-library_name: tok2img
-pipeline_tag: text-to-image
-tags: [tok2img, text-to-image, {pipeline.prior.config.model_type}]
----
-Draws pictures from captions: a {pipeline.prior.config.model_type} prior over {layout.num_codes} codes of a {tokenizer} with
-{layout.codebook_size} options each.
-
-```python
-from tok2img import TextToImagePipeline
-
-pipe = TextToImagePipeline.from_pretrained("path/to/this/folder")
-pipe("a caption like those it was trained on", num_images_per_prompt=4, seed=0).images[0].save("picture.png")
-```
-
-Defaults: guidance_scale {sampling.guidance_scale:g}, temperature {sampling.temperature:g}, top_k {sampling.top_k}, top_p
-{sampling.top_p:g}. The prior alone loads with `AutoModelForCausalLM.from_pretrained`.
-"""

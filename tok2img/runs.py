@@ -29,11 +29,11 @@ from tokenizers_vq.with_loss import inner_of
 from .codebook_start import codebooks_of, start_from_codebook
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .drawing import NUM_SAMPLES, draw_held_out, draw_samples, read_caption
-from .generation import Sampling
 from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss, build_prior, check_architecture
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_images, load_pixels, to_device
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
+from .sampling import Sampling
 from .text import SubwordTokenizer, TextTokenizer
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
@@ -121,7 +121,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         start_from_codebook(prior, layout, codebooks_of(processor.image_tokenizer), seed=recipe.seed)
     model = PriorWithLoss(prior, layout, caption_dropout=recipe.caption_dropout, image_weight=recipe.image_weight)
     pipeline = TextToImagePipeline(prior, processor)
-    pipeline.default_sampling = sampling
+    pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
     prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
     trainer = Trainer(
