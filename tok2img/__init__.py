@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .pipeline import TextToImagePipeline
     from .prior import PriorWithLoss, build_prior
     from .processing import Tok2ImgProcessor
+    from .ranking import ClipRanker
     from .sampling import Sampling
     from .shapes import shapes_dataset
     from .text import SubwordTokenizer, TextTokenizer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 HOME = {
+    "ClipRanker": "ranking",
     "LayoutLogitsProcessor": "generation",
     "PriorWithLoss": "prior",
     "Sampling": "sampling",
@@ -44,6 +46,7 @@ HOME = {
 }
 __version__ = "0.1.0"
 __all__ = [
+    "ClipRanker",
     "LayoutLogitsProcessor",
     "PriorWithLoss",
     "Sampling",

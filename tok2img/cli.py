@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .recipes import PriorRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
+from .recipes import PriorRecipe, RankerRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings along
@@ -58,6 +58,18 @@ def train_prior(context: typer.Context) -> None:
 
     train_prior(recipe)
     print(f"model: {recipe.out}")
+
+
+@app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(RankerRecipe))
+def train_ranker(context: typer.Context) -> None:
+    """Train a small CLIP model, which ranks pictures for generate: [RECIPE.yaml] [--key value ...]."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(RankerRecipe, path, overrides)
+    quiet()
+    from .ranker_training import train_ranker
+
+    train_ranker(recipe)
+    print(f"ranker: {recipe.out}")
 
 
 @app.command()
@@ -124,6 +136,11 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest codes with this probability together.")
     ] = None,
+    best_of: Annotated[int, typer.Option(help="Draw so many for each picture and keep the best.")] = 1,
+    ranker: Annotated[
+        str,
+        typer.Option(help="Folder or hub name of the CLIP model that says which is best; else the model's own odds."),
+    ] = "",
 ) -> None:
     """Draw pictures of captions."""
     quiet()
@@ -131,6 +148,7 @@ def generate(
     from .pipeline import TextToImagePipeline
     from .plots import captioned_sheet, check_suffix, save_image
     from .processing import to_device
+    from .ranking import ClipRanker
 
     check_suffix(out)
     if bool(captions) == random_codes:
@@ -149,6 +167,8 @@ def generate(
         top_p=top_p,
         seed=seed,
         progress=True,
+        best_of=best_of,
+        ranker=ClipRanker.from_pretrained(ranker) if ranker else None,
     )
     images: Any = output.images
     if stages:

@@ -20,6 +20,7 @@ from .generation import fitting_batch, generate
 from .model_card import model_card
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
+from .ranking import Ranker, best_of_each, likelihood_gain
 from .sampling import Guidance, Sampling, streams_between, uniform_streams
 
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
@@ -34,10 +35,12 @@ Preview = Callable[[list[Image.Image], int, range], None]
 
 @dataclass
 class TextToImageOutput:
-    """`images`, one after the other for each prompt in turn, as PIL or as `b h w c` floats; and their `codes` `b n`."""
+    """`images`, one after the other for each prompt in turn, as PIL or as `b h w c` floats; their `codes` `b n`; and with `best_of`, the
+    `scores` `b` by which they were chosen."""
 
     images: list[Image.Image] | np.ndarray
     codes: Tensor
+    scores: Tensor | None = None
 
 
 class TextToImagePipeline:
@@ -112,6 +115,8 @@ class TextToImagePipeline:
         on_preview: Preview | None = None,
         image: Any = None,
         keep: Keep | None = None,
+        best_of: int = 1,
+        ranker: Ranker | None = None,
     ) -> TextToImageOutput:
         """Draw pictures of captions.
 
@@ -127,6 +132,8 @@ class TextToImagePipeline:
             image: a picture to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
             keep: what stays of `image`: the first so many codes, "top" for the upper half of a grid, or a truth value for each code. Codes
                 that are drawn follow those before them alone.
+            best_of: draw so many candidates for each picture and keep the one of the highest score.
+            ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `likelihood_gain`.
 
         Raises:
             ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or a picture of
@@ -139,21 +146,46 @@ class TextToImagePipeline:
         self._check_previews(preview_after, on_preview)
         self._warn_of_guidance(sampling, negative_prompt)
         kept = None if keep is None else kept_positions(keep, self.processor.image_tokenizer)
+        self._check_ranking(best_of, ranker, seed=seed, previews=bool(preview_after))
+        captions = [caption for caption in captions for _ in range(best_of)]
+        per_prompt = num_images_per_prompt * best_of
         inputs = {
-            "given_codes": self._given(image, keep, len(captions), num_images_per_prompt),
+            "given_codes": self._given(image, keep, len(captions), per_prompt),
             "text_ids": self.processor.encode_text(captions),
-            "uniforms": self._streams(seed, len(captions), num_images_per_prompt),
+            "uniforms": self._streams(seed, len(captions), per_prompt),
             "negative_text_ids": self._negative(negative_prompt, len(captions)),
         }
-        images, codes = [], []
-        with tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress) as bar:
-            for rows in batches(len(captions), self._batch_size(batch_size, sampling)):
+        images, codes, scores = [], [], []
+        with tqdm(total=len(captions) // best_of, desc="generate", unit=" pictures", disable=not progress) as bar:
+            for rows in batches(len(captions), self._batch_size(batch_size, sampling), multiple=best_of):
                 on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                codes.append(self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code))
-                images.extend(self._decode(codes[-1]))
-                bar.update(len(rows))
+                drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code)
+                if best_of > 1:
+                    score = self._scores(rows, captions, inputs["text_ids"], drawn, ranker)
+                    best = best_of_each(score, best_of)
+                    drawn, scores = drawn[best], [*scores, score[best]]
+                codes.append(drawn)
+                images.extend(self._decode(drawn))
+                bar.update(len(drawn))
         pictures = images if output_type == "pil" else np.stack([as_array(each) for each in images])
-        return TextToImageOutput(pictures, torch.cat(codes))
+        return TextToImageOutput(pictures, torch.cat(codes), torch.cat(scores) if scores else None)
+
+    def _check_ranking(self, best_of: int, ranker: Ranker | None, *, seed: Any, previews: bool) -> None:
+        if best_of < 1:
+            raise ValueError(f"best_of must be at least 1, got {best_of}")
+        if best_of == 1 and ranker is not None:
+            raise ValueError("a ranker has nothing to choose from: give best_of too")
+        if best_of > 1 and (previews or isinstance(seed, tuple)):
+            raise ValueError("best_of goes neither with previews nor with two seeds")
+
+    def _scores(
+        self, rows: range, captions: list[str], text_ids: Tensor, codes: Tensor, ranker: Ranker | None
+    ) -> Tensor:
+        """How well the candidates of some rows show their captions, `b`."""
+        some = slice(rows.start, rows.stop)
+        if ranker is None:
+            return likelihood_gain(self.prior, self.processor.layout, text_ids[some], codes)
+        return torch.as_tensor(ranker(captions[some], self._decode(codes)))
 
     def _draw(self, rows: range, inputs: dict[str, Any], **settings: Any) -> Tensor:
         """Codes `b n` of some rows of the inputs, on the CPU."""
@@ -237,11 +269,12 @@ def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
     return [caption for caption in prompts for _ in range(num_images_per_prompt)]
 
 
-def batches(num: int, size: int) -> Iterator[range]:
-    """`0..num-1` in runs of nearly equal length, none longer than `size`."""
+def batches(num: int, size: int, *, multiple: int = 1) -> Iterator[range]:
+    """`0..num-1` in runs of nearly equal length, none longer than `size`, but all multiples of `multiple`, as `num` is."""
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
-    length = math.ceil(num / math.ceil(num / size))
+    units, longest = num // multiple, max(1, size // multiple)
+    length = math.ceil(units / math.ceil(units / longest)) * multiple
     return (range(first, min(first + length, num)) for first in range(0, num, length))
 
 
