@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_when_wanted
+
 if TYPE_CHECKING:
     from .dataset import TokenizeBatch, tokenize_dataset
     from .generation import LayoutLogitsProcessor, generate
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 # Large pages for large tensors, which torch reads when it first allocates one: a training step of a small prior on a CPU took 1.0 s
 # instead of 2.9 s. Nothing happens where the kernel does not offer them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# `transformers.pipeline("text-to-image", model=folder)` finds a pipeline of ours.
+register_when_wanted()
 
 HOME = {
     "ClipRanker": "ranking",

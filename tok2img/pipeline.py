@@ -1,23 +1,29 @@
 """From a caption to pictures, from one folder."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tokenizers_vq.base import first_line
+
 from .completion import Keep, codes_to_keep, kept_positions
 from .generation import fitting_batch, generate
-from .model_card import model_card
+from .model_card import SAMPLES_FILE, model_card
+from .plots import captioned_sheet, save_image
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
 from .ranking import Ranker, best_of_each, likelihood_gain
@@ -28,6 +34,7 @@ from .sampling import Guidance, Sampling, streams_between, uniform_streams
 GUIDANCE_KEY = "image_guidance_scale"
 DROPOUT_KEY = "image_caption_dropout"
 DECODED_PIXELS = 2**20
+REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Pictures as they are after so many codes, and which of all pictures they are.
 Preview = Callable[[list[Image.Image], int, range], None]
@@ -51,16 +58,45 @@ class TextToImagePipeline:
         self._warned = False
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load a trained folder; ValueError for one that is not."""
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Load a trained folder, or one of the hub by its name; ValueError for what is neither."""
+        folder = local_folder(name)
         processor = Tok2ImgProcessor.from_pretrained(folder)
         return cls(load_prior(folder, processor.layout), processor)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write prior, both tokenizers, layout and a model card: all that `from_pretrained` reads."""
+    def save_pretrained(
+        self, folder: str | Path, *, sample_prompts: list[str] | None = None, name: str | None = None
+    ) -> None:
+        """Write prior, both tokenizers, layout and a model card: all that `from_pretrained` reads.
+
+        Args:
+            sample_prompts: captions to draw for the card, into `samples.png`.
+            name: what the card's code loads, the folder when left out.
+        """
         self.prior.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
-        Path(folder, "README.md").write_text(model_card(self), encoding="utf-8")
+        if sample_prompts:
+            images: Any = self(sample_prompts, seed=0).images
+            save_image(captioned_sheet(images, sample_prompts), Path(folder, SAMPLES_FILE))
+        card = model_card(self, name=name or str(folder), prompts=sample_prompts)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload of tok2img",
+        sample_prompts: list[str] | None = None,
+    ) -> str:
+        """Upload the whole folder to the hub, in a repository that is made where there is none; returns its address."""
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, sample_prompts=sample_prompts, name=repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(address)
 
     def to(self, device: str | torch.device) -> Self:
         """Move prior and image tokenizer to a device."""
@@ -254,6 +290,18 @@ class TextToImagePipeline:
     def _sampling(self, **chosen: Any) -> Sampling:
         default = self.default_sampling
         return Sampling(**{name: getattr(default, name) if value is None else value for name, value in chosen.items()})
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder itself, or where a download of the hub's repository of that name lies; ValueError where there is none."""
+    if Path(name).exists() or not REPOSITORY_NAME.fullmatch(str(name)):
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is not a tok2img model folder, nor to be had from the hub: {first_line(error)}"
+        ) from error
 
 
 def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
