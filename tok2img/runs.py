@@ -134,6 +134,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     )
     pipeline.to(trainer.args.device)
     finish(trainer, recipe.out)
+    prior.eval()
     pipeline.save_pretrained(recipe.out, sample_prompts=prompts)
     return pipeline
 

@@ -146,7 +146,7 @@ def test_caption_dropout_of_the_command_line_reaches_training_and_the_folder(
 
     save_tokens(rows, processor, tmp_path / "tokens")
     words = ["--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "model"), "--caption-dropout", str(share)]
-    path, overrides = parse_arguments([*words, "--depth", "1", "--max-steps", "1"])
+    path, overrides = parse_arguments([*words, "--depth", "1", "--guidance-scale", "1"])
     seen = []
     monkeypatch.setattr(runs, "finish", lambda trainer, out: seen.append(trainer.model.caption_dropout))
     runs.train_prior(read_recipe(PriorRecipe, path, overrides))
