@@ -7,16 +7,20 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_when_wanted
+
 if TYPE_CHECKING:
     from .captioning import caption
     from .dataset import TokenizeBatch, tokenize_dataset
     from .extend import extend_prior
-    from .generation import LayoutLogitsProcessor, Sampling, generate
+    from .generation import LayoutLogitsProcessor, generate
     from .image_to_text import ImageToTextPipeline
     from .layout import SequenceLayout
     from .pipeline import TextToImagePipeline
     from .prior import PriorWithLoss, build_prior
     from .processing import Tok2ImgProcessor
+    from .ranking import ClipRanker
+    from .sampling import Sampling
     from .shapes import shapes_dataset
     from .text import SubwordTokenizer, TextTokenizer
     from .text_codes import SpanTextTokenizer, load_text_tokenizer
@@ -26,11 +30,15 @@ if TYPE_CHECKING:
 # instead of 2.9 s. Nothing happens where the kernel does not offer them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# `transformers.pipeline("text-to-image", model=folder)` finds a pipeline of ours.
+register_when_wanted()
+
 HOME = {
+    "ClipRanker": "ranking",
     "ImageToTextPipeline": "image_to_text",
     "LayoutLogitsProcessor": "generation",
     "PriorWithLoss": "prior",
-    "Sampling": "generation",
+    "Sampling": "sampling",
     "SequenceLayout": "layout",
     "SpanTextTokenizer": "text_codes",
     "SubwordTokenizer": "text",
@@ -49,6 +57,7 @@ HOME = {
 }
 __version__ = "0.1.0"
 __all__ = [
+    "ClipRanker",
     "ImageToTextPipeline",
     "LayoutLogitsProcessor",
     "PriorWithLoss",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .generation import Sampling, draw_codes, next_state, uniform_streams
+from .generation import next_state
 from .layout import SequenceLayout
 from .prior import caption_logits
+from .sampling import Sampling, draw_codes, uniform_streams
 
 CAPTION_KEY = "captions_images"  # the name under which generation_config.json says that a prior has learned to caption
 

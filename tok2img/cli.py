@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .recipes import PriorRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
+from .cli_training import commands as training_commands
+from .cli_training import quiet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(training_commands)
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings along
 MOST_NAMED = 5  # rows that were skipped
-RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Data = Annotated[
     str,
@@ -21,7 +22,6 @@ Data = Annotated[
 Split = Annotated[str, typer.Option(help="Split of the data.")]
 ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
 CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, from a few steps; write nothing.")]
 MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
 
 
@@ -36,40 +36,6 @@ def demo(
     from .demo import run_demo
 
     run_demo(Path(out), quick=quick)
-
-
-@app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
-def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
-    """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
-    path, overrides = parse_arguments(context.args)
-    recipe = read_recipe(TokenizerRecipe, path, overrides)
-    quiet()
-    if dry_run:
-        from .dry_run import estimate_tokenizer
-
-        print(estimate_tokenizer(recipe))
-        return
-    from .runs import train_tokenizer
-
-    train_tokenizer(recipe)
-    print(f"tokenizer: {recipe.out}")
-
-
-@app.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
-def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
-    """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
-    path, overrides = parse_arguments(context.args)
-    recipe = read_recipe(PriorRecipe, path, overrides)
-    quiet()
-    if dry_run:
-        from .dry_run import estimate_prior
-
-        print(estimate_prior(recipe))
-        return
-    from .prior_runs import train_prior
-
-    train_prior(recipe)
-    print(f"model: {recipe.out}")
 
 
 @app.command()
@@ -159,6 +125,11 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest codes with this probability together.")
     ] = None,
+    best_of: Annotated[int, typer.Option(help="Draw so many for each picture and keep the best.")] = 1,
+    ranker: Annotated[
+        str,
+        typer.Option(help="Folder or hub name of the CLIP model that says which is best; else the model's own odds."),
+    ] = "",
 ) -> None:
     """Draw pictures of captions."""
     quiet()
@@ -166,6 +137,7 @@ def generate(
     from .pipeline import TextToImagePipeline
     from .plots import captioned_sheet, check_suffix, save_image
     from .processing import to_device
+    from .ranking import ClipRanker
 
     check_suffix(out)
     if bool(captions) == random_codes:
@@ -184,6 +156,8 @@ def generate(
         top_p=top_p,
         seed=seed,
         progress=True,
+        best_of=best_of,
+        ranker=ClipRanker.from_pretrained(ranker) if ranker else None,
     )
     images: Any = output.images
     if stages:
@@ -328,14 +302,6 @@ def evaluate(
         )
     write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report, indent=2))
-
-
-def quiet() -> None:
-    """Our own progress bars say what goes on; those of transformers for loading a small file do not."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from .captioning import can_caption, caption
 from .drawing import read_caption
-from .generation import Sampling
 from .pipeline import batches
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
+from .sampling import Sampling
 
 
 class ImageToTextPipeline:

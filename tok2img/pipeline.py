@@ -1,27 +1,40 @@
 """From a caption to pictures, from one folder."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .generation import Sampling, generate
+from tokenizers_vq.base import first_line
+
+from .completion import Keep, codes_to_keep, kept_positions
+from .generation import fitting_batch, generate
+from .model_card import SAMPLES_FILE, model_card
+from .plots import captioned_sheet, save_image
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
+from .ranking import Ranker, best_of_each, likelihood_gain
+from .sampling import Guidance, Sampling, streams_between, uniform_streams
 
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
 # that takes the last token for the prompt.
 GUIDANCE_KEY = "image_guidance_scale"
+DROPOUT_KEY = "image_caption_dropout"
+DECODED_PIXELS = 2**20
+REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Pictures as they are after so many codes, and which of all pictures they are.
 Preview = Callable[[list[Image.Image], int, range], None]
@@ -29,10 +42,12 @@ Preview = Callable[[list[Image.Image], int, range], None]
 
 @dataclass
 class TextToImageOutput:
-    """`images`, one after the other for each prompt in turn, as PIL or as `b h w c` floats; and their `codes` `b n`."""
+    """`images`, one after the other for each prompt in turn, as PIL or as `b h w c` floats; their `codes` `b n`; and with `best_of`, the
+    `scores` `b` by which they were chosen."""
 
     images: list[Image.Image] | np.ndarray
     codes: Tensor
+    scores: Tensor | None = None
 
 
 class TextToImagePipeline:
@@ -40,18 +55,48 @@ class TextToImagePipeline:
 
     def __init__(self, prior: PreTrainedModel, processor: Tok2ImgProcessor):
         self.prior, self.processor = prior.eval(), processor
+        self._warned = False
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load a trained folder; ValueError for one that is not."""
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Load a trained folder, or one of the hub by its name; ValueError for what is neither."""
+        folder = local_folder(name)
         processor = Tok2ImgProcessor.from_pretrained(folder)
         return cls(load_prior(folder, processor.layout), processor)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write prior, both tokenizers, layout and a model card: all that `from_pretrained` reads."""
+    def save_pretrained(
+        self, folder: str | Path, *, sample_prompts: list[str] | None = None, name: str | None = None
+    ) -> None:
+        """Write prior, both tokenizers, layout and a model card: all that `from_pretrained` reads.
+
+        Args:
+            sample_prompts: captions to draw for the card, into `samples.png`.
+            name: what the card's code loads, the folder when left out.
+        """
         self.prior.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
-        Path(folder, "README.md").write_text(model_card(self), encoding="utf-8")
+        if sample_prompts:
+            images: Any = self(sample_prompts, seed=0).images
+            save_image(captioned_sheet(images, sample_prompts), Path(folder, SAMPLES_FILE))
+        card = model_card(self, name=name or str(folder), prompts=sample_prompts)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload of tok2img",
+        sample_prompts: list[str] | None = None,
+    ) -> str:
+        """Upload the whole folder to the hub, in a repository that is made where there is none; returns its address."""
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, sample_prompts=sample_prompts, name=repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(address)
 
     def to(self, device: str | torch.device) -> Self:
         """Move prior and image tokenizer to a device."""
@@ -61,10 +106,10 @@ class TextToImagePipeline:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What generation_config.json says, as measured for this model."""
+        """What generation_config.json says, as measured for this model; ValueError when set to a guidance that is a function."""
         config = self.prior.generation_config
         return Sampling(
-            guidance_scale=float(getattr(config, GUIDANCE_KEY, 1.0)),
+            guidance_scale=getattr(config, GUIDANCE_KEY, 1.0),
             temperature=1.0 if config.temperature is None else config.temperature,
             top_k=config.top_k or 0,
             top_p=1.0 if config.top_p is None else config.top_p,
@@ -72,65 +117,159 @@ class TextToImagePipeline:
 
     @default_sampling.setter
     def default_sampling(self, sampling: Sampling) -> None:
+        if callable(sampling.guidance_scale):
+            raise ValueError("a guidance_scale that is a function cannot be saved: give numbers")
         config = self.prior.generation_config
         config.do_sample, config.temperature = True, sampling.temperature
         config.top_k, config.top_p = sampling.top_k, sampling.top_p
-        setattr(config, GUIDANCE_KEY, sampling.guidance_scale)
+        scale = sampling.guidance_scale
+        setattr(config, GUIDANCE_KEY, list(scale) if isinstance(scale, tuple) else scale)
+
+    @property
+    def caption_dropout(self) -> float | None:
+        """Share of captions that were hidden in training, as generation_config.json says; None where it does not."""
+        return getattr(self.prior.generation_config, DROPOUT_KEY, None)
+
+    @caption_dropout.setter
+    def caption_dropout(self, share: float) -> None:
+        setattr(self.prior.generation_config, DROPOUT_KEY, share)
 
     def __call__(
         self,
         prompt: str | list[str],
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
+        guidance_scale: Guidance | None = None,
         negative_prompt: str | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | tuple[int, int] | None = None,
         output_type: str = "pil",
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: bool = False,
         preview_after: Collection[int] = (),
         on_preview: Preview | None = None,
+        image: Any = None,
+        keep: Keep | None = None,
+        best_of: int = 1,
+        ranker: Ranker | None = None,
     ) -> TextToImageOutput:
         """Draw pictures of captions.
 
         Args:
             guidance_scale, temperature, top_k, top_p: as in `Sampling`; None means the model's own default.
             negative_prompt: what guidance leads away from, instead of the empty caption.
-            seed: picture i of a seed is the same in any batch; None draws a new seed.
+            seed: picture i of a seed is the same in any batch; None draws a new seed. Two seeds: the pictures of each prompt lead from the
+                one that the first seed draws to the one of the second.
             output_type: "pil", or "np" for `b h w c` floats in [0, 1].
-            batch_size: pictures drawn at once, which bounds memory.
+            batch_size: pictures drawn at once; None takes as many as fit, see `fitting_batch`.
             preview_after: numbers of codes after which `on_preview` gets the pictures so far, and which of all pictures they are; only
                 for codes that go from coarse to fine.
+            image: a picture to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
+            keep: what stays of `image`: the first so many codes, "top" for the upper half of a grid, or a truth value for each code. Codes
+                that are drawn follow those before them alone.
+            best_of: draw so many candidates for each picture and keep the one of the highest score.
+            ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `likelihood_gain`.
 
         Raises:
-            ValueError: for no prompt, one that is not text, a setting out of range, or previews of codes that give none.
+            ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or a picture of
+                another size.
         """
         sampling = self._sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         captions = repeated(prompt, num_images_per_prompt)
         if output_type not in ("pil", "np"):
             raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
-        seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._check_previews(preview_after, on_preview)
-        text_ids = self.processor.encode_text(captions)
-        negative = self._negative(negative_prompt, sampling)
-        images, codes = [], []
-        with tqdm(total=len(captions), desc="generate", unit=" pictures", disable=not progress) as bar:
-            for rows in batches(len(captions), batch_size):
+        self._warn_of_guidance(sampling, negative_prompt)
+        kept = None if keep is None else kept_positions(keep, self.processor.image_tokenizer)
+        self._check_ranking(best_of, ranker, seed=seed, previews=bool(preview_after))
+        captions = [caption for caption in captions for _ in range(best_of)]
+        per_prompt = num_images_per_prompt * best_of
+        inputs = {
+            "given_codes": self._given(image, keep, len(captions), per_prompt),
+            "text_ids": self.processor.encode_text(captions),
+            "uniforms": self._streams(seed, len(captions), per_prompt),
+            "negative_text_ids": self._negative(negative_prompt, len(captions)),
+        }
+        images, codes, scores = [], [], []
+        with tqdm(total=len(captions) // best_of, desc="generate", unit=" pictures", disable=not progress) as bar:
+            for rows in batches(len(captions), self._batch_size(batch_size, sampling), multiple=best_of):
                 on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                codes.append(self._draw(text_ids[rows.start : rows.stop], sampling, seed, rows, negative, on_code))
-                images.extend(self.processor.decode_images(codes[-1]))
-                bar.update(len(rows))
-        pictures = images if output_type == "pil" else np.stack([as_array(image) for image in images])
-        return TextToImageOutput(pictures, torch.cat(codes))
+                drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code)
+                if best_of > 1:
+                    score = self._scores(rows, captions, inputs["text_ids"], drawn, ranker)
+                    best = best_of_each(score, best_of)
+                    drawn, scores = drawn[best], [*scores, score[best]]
+                codes.append(drawn)
+                images.extend(self._decode(drawn))
+                bar.update(len(drawn))
+        pictures = images if output_type == "pil" else np.stack([as_array(each) for each in images])
+        return TextToImageOutput(pictures, torch.cat(codes), torch.cat(scores) if scores else None)
 
-    def _negative(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
-        if negative_prompt is None:
-            return None
+    def _check_ranking(self, best_of: int, ranker: Ranker | None, *, seed: Any, previews: bool) -> None:
+        if best_of < 1:
+            raise ValueError(f"best_of must be at least 1, got {best_of}")
+        if best_of == 1 and ranker is not None:
+            raise ValueError("a ranker has nothing to choose from: give best_of too")
+        if best_of > 1 and (previews or isinstance(seed, tuple)):
+            raise ValueError("best_of goes neither with previews nor with two seeds")
+
+    def _scores(
+        self, rows: range, captions: list[str], text_ids: Tensor, codes: Tensor, ranker: Ranker | None
+    ) -> Tensor:
+        """How well the candidates of some rows show their captions, `b`."""
+        some = slice(rows.start, rows.stop)
+        if ranker is None:
+            return likelihood_gain(self.prior, self.processor.layout, text_ids[some], codes)
+        return torch.as_tensor(ranker(captions[some], self._decode(codes)))
+
+    def _draw(self, rows: range, inputs: dict[str, Any], **settings: Any) -> Tensor:
+        """Codes `b n` of some rows of the inputs, on the CPU."""
+        some = {name: given[rows.start : rows.stop] for name, given in inputs.items() if given is not None}
+        return generate(self.prior, self.processor.layout, **some, **settings).cpu()
+
+    def _streams(self, seed: int | tuple[int, int] | None, num: int, per_prompt: int) -> Tensor:
+        """Uniform numbers `b n` of a seed, of a new one, or of the way between two."""
+        num_codes = self.processor.layout.num_codes
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        if isinstance(seed, int):
+            return uniform_streams(seed, range(num), num_codes)
+        if len(seed) != 2:
+            raise ValueError(f"seed must be a whole number, or two to go between, got {seed!r}")
+        ends = [uniform_streams(each, range(num // per_prompt), num_codes) for each in seed]
+        return torch.cat([streams_between(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
+
+    def _warn_of_guidance(self, sampling: Sampling, negative_prompt: str | None) -> None:
         if sampling.guidance_scale == 1:
-            warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
-        return self.processor.encode_text([negative_prompt])
+            if negative_prompt is not None:
+                warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
+        elif self.caption_dropout == 0 and not self._warned:
+            self._warned = True
+            reason = "no caption was hidden in training (caption_dropout 0)"
+            warnings.warn(f"guidance has nothing to compare with: {reason}; use guidance_scale 1", stacklevel=3)
+
+    def _negative(self, negative_prompt: str | None, num: int) -> Tensor | None:
+        return None if negative_prompt is None else self.processor.encode_text([negative_prompt]).expand(num, -1)
+
+    def _given(self, image: Any, keep: Keep | None, num: int, per_prompt: int) -> Tensor | None:
+        """Codes `b n` of the pictures to keep codes of, where there are any."""
+        if (image is None) != (keep is None):
+            raise ValueError("image and keep go together: keep says which codes of the image stay")
+        if image is None:
+            return None
+        return codes_to_keep(image, self.processor, num // per_prompt).repeat_interleave(per_prompt, dim=0)
+
+    def _batch_size(self, batch_size: int | None, sampling: Sampling) -> int:
+        if batch_size is not None:
+            return batch_size
+        return fitting_batch(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
+
+    def _decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes `b n` -> pictures, so many at once that large ones fit in memory too."""
+        config: Any = self.processor.image_tokenizer.config
+        runs = codes.split(max(1, DECODED_PIXELS // config.image_size**2))
+        return [image for run in runs for image in self.processor.decode_images(run)]
 
     def _check_previews(self, preview_after: Collection[int], on_preview: Preview | None) -> None:
         tokenizer = self.processor.image_tokenizer
@@ -146,31 +285,23 @@ class TextToImagePipeline:
     ) -> None:
         """Hand out the pictures so far, where they are wanted."""
         if position + 1 in preview_after:
-            on_preview(self.processor.decode_images(codes[:, : position + 1]), position + 1, rows)
-
-    def _draw(
-        self,
-        text_ids: Tensor,
-        sampling: Sampling,
-        seed: int,
-        rows: range,
-        negative: Tensor | None,
-        on_code: Callable[[int, Tensor], None] | None,
-    ) -> Tensor:
-        return generate(
-            self.prior,
-            self.processor.layout,
-            text_ids,
-            sampling=sampling,
-            seed=seed,
-            indices=rows,
-            negative_text_ids=None if negative is None else negative.expand(len(rows), -1),
-            on_code=on_code,
-        ).cpu()
+            on_preview(self._decode(codes[:, : position + 1]), position + 1, rows)
 
     def _sampling(self, **chosen: Any) -> Sampling:
         default = self.default_sampling
         return Sampling(**{name: getattr(default, name) if value is None else value for name, value in chosen.items()})
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder itself, or where a download of the hub's repository of that name lies; ValueError where there is none."""
+    if Path(name).exists() or not REPOSITORY_NAME.fullmatch(str(name)):
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is not a tok2img model folder, nor to be had from the hub: {first_line(error)}"
+        ) from error
 
 
 def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
@@ -186,11 +317,12 @@ def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
     return [caption for caption in prompts for _ in range(num_images_per_prompt)]
 
 
-def batches(num: int, size: int) -> Iterator[range]:
-    """`0..num-1` in runs of nearly equal length, none longer than `size`."""
+def batches(num: int, size: int, *, multiple: int = 1) -> Iterator[range]:
+    """`0..num-1` in runs of nearly equal length, none longer than `size`, but all multiples of `multiple`, as `num` is."""
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
-    length = math.ceil(num / math.ceil(num / size))
+    units, longest = num // multiple, max(1, size // multiple)
+    length = math.ceil(units / math.ceil(units / longest)) * multiple
     return (range(first, min(first + length, num)) for first in range(0, num, length))
 
 
@@ -198,27 +330,3 @@ def as_array(image: Image.Image) -> np.ndarray:
     """A picture as `h w c` floats in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return array[..., None] if array.ndim == 2 else array
-
-
-def model_card(pipeline: TextToImagePipeline) -> str:
-    """README.md of a trained folder, as the hub reads it."""
-    layout, sampling = pipeline.processor.layout, pipeline.default_sampling
-    tokenizer = type(pipeline.processor.image_tokenizer).__name__
-    return f"""---
-library_name: tok2img
-pipeline_tag: text-to-image
-tags: [tok2img, text-to-image, {pipeline.prior.config.model_type}]
----
-Draws pictures from captions: a {pipeline.prior.config.model_type} prior over {layout.num_codes} codes of a {tokenizer} with
-{layout.codebook_size} options each.
-
-```python
-from tok2img import TextToImagePipeline
-
-pipe = TextToImagePipeline.from_pretrained("path/to/this/folder")
-pipe("a caption like those it was trained on", num_images_per_prompt=4, seed=0).images[0].save("picture.png")
-```
-
-Defaults: guidance_scale {sampling.guidance_scale:g}, temperature {sampling.temperature:g}, top_k {sampling.top_k}, top_p
-{sampling.top_p:g}. The prior alone loads with `AutoModelForCausalLM.from_pretrained`.
-"""

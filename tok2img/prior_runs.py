@@ -13,7 +13,6 @@ from .captioning import CAPTION_KEY
 from .codebook_start import codebooks_of, start_from_codebook
 from .drawing import NUM_SAMPLES, draw_samples, read_caption
 from .extend import extend_prior, text_rows
-from .generation import Sampling
 from .lora import LoraPriorWithLoss, add_lora, merge_lora
 from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss, build_prior, check_architecture
@@ -21,6 +20,7 @@ from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
 from .recipes import PriorRecipe, require
 from .resumption import goes_on
 from .runs import arguments, finish, open_data, split
+from .sampling import Sampling
 from .text import only_text
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
@@ -42,7 +42,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     is_tokens = "image_codes" in source.column_names
     tokens = source if is_tokens else tokenize_into(Path(recipe.out, TOKENS), source, processor)
     pipeline = TextToImagePipeline(prior, processor)
-    pipeline.default_sampling = sampling
+    pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
     if recipe.caption_share:
         setattr(prior.generation_config, CAPTION_KEY, True)
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
@@ -60,7 +60,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     def save(folder: Path) -> None:
         if adapted is not None:
             merge_lora(adapted)
-        pipeline.save_pretrained(folder)
+        prior.eval()
+        pipeline.save_pretrained(folder, sample_prompts=prompts, name=Path(recipe.out).name)
 
     finish(trainer, recipe, save)
     return pipeline

@@ -107,6 +107,22 @@ class TokenizerRecipe(RunSettings):
 
 
 @dataclass
+class RankerRecipe(RunSettings):
+    """A run of `tok2img train-ranker`.
+
+    Attributes:
+        depth: layers of the CLIP model's two halves; their width is 64 times that.
+        vocab_size: of the BPE that is learned from the captions.
+    """
+
+    depth: int = 2
+    vocab_size: int = 4096
+    batch_size: int = 128
+    max_steps: int = 1000
+    weight_decay: float = 0.1
+
+
+@dataclass
 class PriorRecipe(RunSettings):
     """A run of `tok2img train-prior`.
 

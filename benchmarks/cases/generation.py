@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from tok2img.generation import LayoutLogitsProcessor, Sampling, generate
+from tok2img.generation import LayoutLogitsProcessor, generate
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior
+from tok2img.sampling import Sampling
 
 from ..harness import Case, Comparison
 from .prior import captions, prior_layout

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 from tok2img.captioning import CAPTION_KEY, can_caption, caption
 from tok2img.drawing import read_caption
-from tok2img.generation import Sampling, generate
+from tok2img.generation import generate
 from tok2img.image_to_text import ImageToTextPipeline
 from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import PriorWithLoss, build_prior, caption_logits, trunk
 from tok2img.prior_runs import train_prior
 from tok2img.recipes import PriorRecipe
+from tok2img.sampling import Sampling
 from tok2img.tokenized import save_tokens
 from tok2img.training_log import load_log
 

@@ -486,3 +486,20 @@ def test_a_data_set_is_tokenized_with_the_beam_that_is_asked_for(tok2img, data, 
 def test_a_beam_for_a_tokenizer_without_one_is_refused(refused, data, tokenizer):
     refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", 2, names="a VQVAE has no beam")
     refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", -1, names="no beam")
+
+
+def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):
+    words = ["--depth", "1", "--vocab-size", "260", "--max-steps", "1", "--batch-size", "4", "--eval-every", "0"]
+    assert tok2img("train-ranker", "--data", data, "--out", tmp_path / "ranker", *words)[2] == 0
+    for rank in ([], ["--ranker", tmp_path / "ranker"]):
+        picture = tmp_path / "picture.png"
+        printed, complaint, code = tok2img(
+            "generate", "a dog", "--best-of", 3, *rank, "--model", model, "--out", picture
+        )
+        assert code == 0 and load_image(picture).size == (8, 8), complaint
+
+
+def test_a_choice_of_none_and_a_ranker_that_is_none_are_refused(refused, model, tmp_path):
+    words = ["generate", "a dog", "--model", model, "--out", "picture.png"]
+    refused(*words, "--best-of", 0, names="best_of must be at least 1")
+    refused(*words, "--best-of", 2, "--ranker", tmp_path, names=f"cannot load a CLIP model from {tmp_path}")

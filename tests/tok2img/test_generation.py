@@ -5,7 +5,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from tok2img import generation
-from tok2img.generation import LayoutLogitsProcessor, Sampling, draw_codes, generate, keep_likeliest, uniform_streams
+from tok2img.generation import LayoutLogitsProcessor, generate
+from tok2img.sampling import Sampling, draw_codes, keep_likeliest, uniform_streams
 
 GREEDY = Sampling(temperature=0.0)
 only_qwen = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tok2img.generation import Sampling, generate
+from tok2img.generation import generate
 from tok2img.pipeline import TextToImagePipeline, batches
 from tok2img.prior import build_prior
+from tok2img.sampling import Sampling
 
 REPOSITORY = Path(__file__).parents[2]
 DRAW_AGAIN = """
@@ -20,7 +21,7 @@ from tok2img import TextToImagePipeline
 
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
-    output = TextToImagePipeline.from_pretrained(folder)(["a red square", "a dog"], 2, seed=5)
+    output = TextToImagePipeline.from_pretrained(folder)(["a red square", "a dog", "", "two green cats"], 2, seed=5, batch_size=3)
     print(output.codes.tolist())
 """
 
@@ -50,13 +51,13 @@ def test_codes_are_those_of_generate(pipeline):
     assert pipeline(["a dog", "a red disc"], seed=9).codes.equal(codes)
 
 
-def test_the_same_folder_gives_the_same_codes_in_another_process(processor, stage_processor, tmp_path):
+def test_the_same_folder_gives_the_same_codes_in_another_process_and_batch(processor, stage_processor, tmp_path):
     folders, expected = [tmp_path / "grid", tmp_path / "stages"], []
     for folder, parts in zip(folders, (processor, stage_processor), strict=True):
         pipeline = TextToImagePipeline(build_prior(parts.layout, depth=1), parts)
         pipeline.default_sampling = Sampling(guidance_scale=2.0, temperature=0.7, top_k=5, top_p=0.9)
         pipeline.save_pretrained(folder)
-        expected.append(str(pipeline(["a red square", "a dog"], 2, seed=5).codes.tolist()))
+        expected.append(str(pipeline(["a red square", "a dog", "", "two green cats"], 2, seed=5).codes.tolist()))
     done = subprocess.run(
         [sys.executable, "-c", DRAW_AGAIN, *map(str, folders)],
         cwd=REPOSITORY,

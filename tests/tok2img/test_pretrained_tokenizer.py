@@ -41,6 +41,7 @@ def test_a_prior_trains_on_its_codes_and_draws_with_it(saved, rows, tmp_path):
         sample_every=2,
     )
     pipeline = train_prior(recipe)
+    assert not pipeline.prior.training
     output = pipeline("a red square", num_images_per_prompt=2, seed=0)
     assert [picture.size for picture in output.images] == [(8, 8)] * 2
     again = type(pipeline).from_pretrained(recipe.out)("a red square", num_images_per_prompt=2, seed=0)

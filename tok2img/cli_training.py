@@ -1,0 +1,65 @@
+"""The commands that carry recipes out: `tok2img train-tokenizer`, `train-prior` and `train-ranker`."""
+
+from typing import Annotated
+
+import typer
+
+from .recipes import PriorRecipe, RankerRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
+
+commands = typer.Typer()
+RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, from a few steps; write nothing.")]
+
+
+@commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
+def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
+    """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(TokenizerRecipe, path, overrides)
+    quiet()
+    if dry_run:
+        from .dry_run import estimate_tokenizer
+
+        print(estimate_tokenizer(recipe))
+        return
+    from .runs import train_tokenizer
+
+    train_tokenizer(recipe)
+    print(f"tokenizer: {recipe.out}")
+
+
+@commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
+def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
+    """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(PriorRecipe, path, overrides)
+    quiet()
+    if dry_run:
+        from .dry_run import estimate_prior
+
+        print(estimate_prior(recipe))
+        return
+    from .prior_runs import train_prior
+
+    train_prior(recipe)
+    print(f"model: {recipe.out}")
+
+
+@commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(RankerRecipe))
+def train_ranker(context: typer.Context) -> None:
+    """Train a small CLIP model, which ranks pictures for generate: [RECIPE.yaml] [--key value ...]."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(RankerRecipe, path, overrides)
+    quiet()
+    from .ranker_training import train_ranker
+
+    train_ranker(recipe)
+    print(f"ranker: {recipe.out}")
+
+
+def quiet() -> None:
+    """Our own progress bars say what goes on; those of transformers for loading a small file do not."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

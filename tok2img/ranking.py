@@ -1,0 +1,129 @@
+"""Which of several pictures shows its caption best: by the prior's own likelihoods, or by a CLIP model (Radford et al. 2021).
+
+A ranker is anything that gives captions and pictures a score each, the higher the better.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from tokenizers_vq import load_image
+from tokenizers_vq.base import first_line
+from tokenizers_vq.images import pixels_from_images
+
+from .layout import SequenceLayout
+from .prior import code_logits, trunk
+
+Ranker = Callable[[list[str], list[Image.Image]], Tensor]
+BATCH_SIZE = 64
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+@torch.inference_mode()
+def likelihood_gain(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """log p(codes | caption) - log p(codes | no caption): text `b t` and codes `b n` -> `b` float64, in nats.
+
+    What the caption says about the picture, by the prior alone; how likely the picture is anyway cancels out.
+    """
+    scores = []
+    for text, some in zip(text_ids.split(BATCH_SIZE), codes.split(BATCH_SIZE), strict=True):
+        blind = layout.without_caption(len(text), text.device)
+        informed, uninformed = log_likelihood(
+            prior, layout, torch.cat([text.long(), blind]), torch.cat([some, some])
+        ).chunk(2)
+        scores.append(informed - uninformed)
+    return torch.cat(scores)
+
+
+def log_likelihood(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """log p(codes | text) among the codes of each position, in one pass: `b t` and `b n` -> `b` float64, on the CPU."""
+    sequence = layout.sequence(text_ids.to(prior.device), codes.to(prior.device))
+    hidden = trunk(prior, sequence[:, :-1])[:, layout.prompt_length - 1 :]
+    log_probabilities = code_logits(prior, hidden, layout.image).double().log_softmax(dim=-1)
+    return log_probabilities.gather(-1, codes.long().to(prior.device)[..., None]).sum(dim=(1, 2)).cpu()
+
+
+def best_of_each(scores: Tensor, num: int) -> Tensor:
+    """Row of the best of every `num` scores in turn, `(b num)` -> `b`; the first of equals."""
+    if not scores.isfinite().all():
+        raise ValueError("a ranker gave a score that is not finite")
+    return rearrange(scores, "(b num) -> b num", num=num).argmax(dim=1) + num * torch.arange(len(scores) // num)
+
+
+class ClipRanker:
+    """Scores pictures by the cosine between a CLIP model's views of them and of their captions.
+
+    Args:
+        model: any CLIP model of transformers, pretrained or of `tok2img train-ranker`.
+        text_tokenizer: its tokenizer, as transformers loads it.
+        pixel_mean, pixel_std: what its pictures are normalised by, a number for each channel.
+    """
+
+    def __init__(
+        self, model: CLIPModel, text_tokenizer: Any, *, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+    ):
+        self.text_tokenizer = text_tokenizer
+        self.model: Any = model.eval()
+        self.pixel_mean, self.pixel_std = list(pixel_mean), list(pixel_std)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Load a CLIP model with its tokenizer from a folder or the hub; ValueError where there is none."""
+        try:
+            pixels, _ = ImageProcessingMixin.get_image_processor_dict(str(name))
+            text_tokenizer = AutoTokenizer.from_pretrained(str(name))
+            loaded: Any = CLIPModel.from_pretrained(str(name), output_loading_info=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cannot load a CLIP model from {name}: {first_line(error)}") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"{name} holds no whole CLIP model: missing {sorted(info['missing_keys'])[:3]}")
+        return cls(model, text_tokenizer, pixel_mean=pixels["image_mean"], pixel_std=pixels["image_std"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model with its tokenizer and image settings, as transformers lays a CLIP folder out."""
+        self.model.save_pretrained(str(folder))
+        self.text_tokenizer.save_pretrained(str(folder))
+        side = self.model.config.vision_config.image_size
+        settings = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            "image_mean": self.pixel_mean,
+            "image_std": self.pixel_std,
+        }
+        Path(folder, PREPROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @torch.inference_mode()
+    def __call__(self, captions: list[str], images: list[Image.Image]) -> Tensor:
+        """A score from -1 to 1 for each caption and picture, `b` on the CPU."""
+        scores = []
+        for first in range(0, len(captions), BATCH_SIZE):
+            text = self.encode_text(captions[first : first + BATCH_SIZE])
+            pixel_values = self.pixel_values(images[first : first + BATCH_SIZE])
+            output = self.model(**text.to(self.model.device), pixel_values=pixel_values.to(self.model.device))
+            scores.append((output.image_embeds * output.text_embeds).sum(dim=-1).float().cpu())
+        return torch.cat(scores)
+
+    def encode_text(self, captions: list[str]) -> Any:
+        """Captions -> `input_ids` and `attention_mask`, all of one length whatever the batch."""
+        length = self.model.config.text_config.max_position_embeddings
+        return self.text_tokenizer(
+            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+
+    def pixel_values(self, images: Sequence[Any]) -> Tensor:
+        """Pictures in any form -> normalised `b c h w` of the model's size."""
+        config: Any = self.model.config.vision_config
+        pictures = [load_image(image) for image in images]
+        pixels = pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+        mean, std = (rearrange(torch.tensor(each), "c -> c 1 1") for each in (self.pixel_mean, self.pixel_std))
+        return (pixels - mean) / std
