@@ -100,12 +100,17 @@ def tokenize(
         return
     layout = processor.layout
     print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} codes: {out}")
+    say_what_is_lost(manifest, out, text_length=layout.text_length)
+
+
+def say_what_is_lost(manifest: dict[str, Any], out: str, *, text_length: int) -> None:
+    """Name rows that were skipped, and count captions that were cut."""
     for skipped in manifest["skipped"][:MOST_NAMED]:
         print(f"skipped row {skipped['row']}: {skipped['reason']}")
     if len(manifest["skipped"]) > MOST_NAMED:
         print(f"... {len(manifest['skipped'])} rows in all, see {out}/manifest.json")
     if manifest["captions_cut"]:
-        print(f"{manifest['captions_cut']} captions were longer than {layout.text_length} text tokens and were cut")
+        print(f"{manifest['captions_cut']} captions were longer than {text_length} text tokens and were cut")
 
 
 @app.command()

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MOST_LOST = 3  # workers in a row, without a piece done in between
 LOOK_EVERY = 0.5  # seconds
 PR_SET_PDEATHSIG = 1
+KILLED = object()
 
 
 class Worker:
@@ -40,6 +41,13 @@ class Worker:
         """Give it a piece."""
         self.number = number
         self.pipe.send(number)
+
+    def result(self) -> Any:
+        """What came of its piece: what `work` returned or raised, or `KILLED`."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            return KILLED
 
     def end(self) -> None:
         """Kill it."""
@@ -62,23 +70,19 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
                 workers[-1].begin(waiting.popleft())
             ready = wait([worker.pipe for worker in workers])
             for worker in [each for each in workers if each.pipe in ready]:
-                try:
-                    result = worker.pipe.recv()
-                except (EOFError, ConnectionError):
-                    workers.remove(worker)
-                    waiting.appendleft(worker.number)
-                    num_lost = lost(num_lost, num_proc)
-                    worker.end()
-                    continue
-                num_lost = 0
+                result = worker.result()
+                num_lost = 0 if result is not KILLED else lost(num_lost, num_proc)
                 if isinstance(result, Exception):
                     raise result
-                if waiting:
-                    worker.begin(waiting.popleft())
-                else:
+                if result is KILLED:
+                    waiting.appendleft(worker.number)
+                if result is KILLED or not waiting:
                     workers.remove(worker)
                     worker.end()
-                yield result
+                else:
+                    worker.begin(waiting.popleft())
+                if result is not KILLED:
+                    yield result
     finally:
         for worker in workers:
             worker.end()
