@@ -40,7 +40,10 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
     is_tokens = "image_codes" in source.column_names
-    tokens = source if is_tokens else tokenize_into(Path(recipe.out, TOKENS), source, processor)
+    tokens = source
+    if not is_tokens:
+        with settings.main_process_first():  # the others wait, and read what the first has made
+            tokens = tokens_in(Path(recipe.out, TOKENS), source, processor, make=settings.process_index == 0)
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
     if recipe.caption_share:
@@ -156,10 +159,11 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
     )
 
 
-def tokenize_into(folder: Path, data: Dataset, processor: Tok2ImgProcessor) -> Dataset:
-    """Tokenize captioned pictures into a folder, and read it."""
-    manifest = save_tokens(data, processor, folder)
-    if manifest and manifest["skipped"]:
-        first = manifest["skipped"][0]
-        logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
+def tokens_in(folder: Path, data: Dataset, processor: Tok2ImgProcessor, *, make: bool) -> Dataset:
+    """The tokens in a folder, which this process is to `make` of captioned pictures, or another has made."""
+    if make:
+        manifest = save_tokens(data, processor, folder)
+        if manifest and manifest["skipped"]:
+            first = manifest["skipped"][0]
+            logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
     return load_tokens(folder)[0]

@@ -1,11 +1,12 @@
 """What other samplers of pictures get wrong: guidance lost after the first code, batches that change pictures, texts that are not seen."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from tok2img import runs
+from tok2img import prior_runs
 from tok2img.generation import fitting_batch, generate
 from tok2img.layout import SequenceLayout
 from tok2img.pipeline import TextToImagePipeline
@@ -148,8 +149,13 @@ def test_caption_dropout_of_the_command_line_reaches_training_and_the_folder(
     words = ["--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "model"), "--caption-dropout", str(share)]
     path, overrides = parse_arguments([*words, "--depth", "1", "--guidance-scale", "1"])
     seen = []
-    monkeypatch.setattr(runs, "finish", lambda trainer, out: seen.append(trainer.model.caption_dropout))
-    runs.train_prior(read_recipe(PriorRecipe, path, overrides))
+
+    def finish(trainer, recipe, save):
+        seen.append(trainer.model.caption_dropout)
+        save(Path(recipe.out))
+
+    monkeypatch.setattr(prior_runs, "finish", finish)
+    prior_runs.train_prior(read_recipe(PriorRecipe, path, overrides))
     assert seen == [share] and TextToImagePipeline.from_pretrained(tmp_path / "model").caption_dropout == share
 
 
