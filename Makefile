@@ -10,7 +10,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest
 
-# Half an hour: training and tokenizing killed again and again.
+# Some minutes: training and tokenizing killed again and again.
 torture: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture.py 200
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture_tokens.py 200
