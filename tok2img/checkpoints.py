@@ -13,7 +13,7 @@ import torch
 
 from tokenizers_vq.clustering import among_ranks
 
-from .whole_files import TEMPORARY, bring_to_disk, check_manifest, remove_folder, settle, sweep, write_manifest
+from .whole_files import TEMPORARY, check_manifest, put_in_place, remove_folder, sweep, write_manifest
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -53,21 +53,17 @@ def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device
     building = target.with_name(f".{target.name}{TEMPORARY}")
     problem = on_all_ranks(lambda: building.mkdir(parents=True, exist_ok=True), device)
     problem = problem or on_all_ranks(lambda: write_parts(building), device)
-    problem = problem or on_all_ranks(lambda: put_in_place(building, target), device)
+    problem = problem or on_all_ranks(lambda: seal(building, target), device)
     if problem is not None:
         shutil.rmtree(building, ignore_errors=True)
     return problem
 
 
-def put_in_place(building: Path, target: Path) -> None:
-    """In the first process: record what is there, bring it to the disk, and give it its name."""
-    if among_ranks() and torch.distributed.get_rank() != 0:
-        return
-    write_manifest(building)
-    settle(building)
-    remove_folder(target)
-    building.rename(target)
-    bring_to_disk(target.parent)
+def seal(building: Path, target: Path) -> None:
+    """In the first process: record what is there, and put it in its place."""
+    if not among_ranks() or torch.distributed.get_rank() == 0:
+        write_manifest(building)
+        put_in_place(building, target)
 
 
 def rotate(checkpoints: Path, *, keep: int, best: Path | None) -> None:

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from .recipes import PriorRecipe, RankerRecipe, TokenizerRecipe, describe_keys, parse_arguments, read_recipe
+from .recipes import (
+    PriorRecipe,
+    RankerRecipe,
+    Recipe,
+    TokenizerRecipe,
+    describe_keys,
+    parse_arguments,
+    read_recipe,
+)
 
 commands = typer.Typer()
 RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -14,9 +22,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost,
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(TokenizerRecipe))
 def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a tokenizer: [RECIPE.yaml] [--key value ...]; settings of the model as --model.codebook_size 256."""
-    path, overrides = parse_arguments(context.args)
-    recipe = read_recipe(TokenizerRecipe, path, overrides)
-    quiet()
+    recipe = recipe_of(context, TokenizerRecipe)
     if dry_run:
         from .dry_run import estimate_tokenizer
 
@@ -31,9 +37,7 @@ def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
 def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
     """Train a prior and save the whole model: [RECIPE.yaml] [--key value ...]."""
-    path, overrides = parse_arguments(context.args)
-    recipe = read_recipe(PriorRecipe, path, overrides)
-    quiet()
+    recipe = recipe_of(context, PriorRecipe)
     if dry_run:
         from .dry_run import estimate_prior
 
@@ -48,13 +52,19 @@ def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(RankerRecipe))
 def train_ranker(context: typer.Context) -> None:
     """Train a small CLIP model, which ranks pictures for generate: [RECIPE.yaml] [--key value ...]."""
-    path, overrides = parse_arguments(context.args)
-    recipe = read_recipe(RankerRecipe, path, overrides)
-    quiet()
+    recipe = recipe_of(context, RankerRecipe)
     from .ranker_training import train_ranker
 
     train_ranker(recipe)
     print(f"ranker: {recipe.out}")
+
+
+def recipe_of(context: typer.Context, kind: type[Recipe]) -> Recipe:
+    """The recipe that the arguments of a command name and change."""
+    path, overrides = parse_arguments(context.args)
+    recipe = read_recipe(kind, path, overrides)
+    quiet()
+    return recipe
 
 
 def quiet() -> None:

@@ -17,7 +17,7 @@ from tokenizers_vq.with_loss import inner_of
 
 from .dataset import TokenizeBatch, token_features
 from .lora import add_lora
-from .prior_runs import make_prior, open_source, with_loss
+from .prior_runs import is_tokenized, make_prior, open_source, with_loss
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .runs import TEXT_TOKENIZERS, arguments, build_model, open_data, rows_for
 from .trainer import Trainer
@@ -70,7 +70,7 @@ def estimate_prior(recipe: PriorRecipe) -> Estimate:
     if recipe.lora_rank:
         add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed)
     few, seconds = source.select(range(min(MAX_ROWS, len(source)))), 0.0
-    if "image_codes" not in few.column_names:
+    if not is_tokenized(few):
         started = time.perf_counter()
         tokens = TokenizeBatch(processor)(few[:])
         seconds = (time.perf_counter() - started) / len(few) * len(source)

@@ -56,26 +56,30 @@ def generate(
     kept, codes = start_codes(layout, len(text_ids), given_codes, keep)
     codes = codes.to(prior.device)
     scales = sampling.guidance_schedule(layout.num_codes)
-    prompts = [layout.prompt(text_ids.to(prior.device))]
-    if any(scale != 1 for scale in scales):
-        empty = layout.without_caption(len(text_ids)) if negative_text_ids is None else negative_text_ids
-        prompts.append(layout.prompt(empty.to(prior.device)))
+    is_guided = any(scale != 1 for scale in scales)
     if uniforms is None:
         uniforms = uniform_streams(seed, range(len(text_ids)) if indices is None else indices, layout.num_codes)
     cache = DynamicCache(config=prior.config) if use_cache else None
-    unread = torch.cat(prompts)
+    unread = with_blind(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
+    unread = unread.to(prior.device)
     for position, first in enumerate(layout.image.position_offsets().tolist()):
         if not kept[position]:
             hidden = next_state(prior, unread, cache)
             logits = segment_logits(prior, hidden, first, first + layout.codebook_size).float()
-            logits = guided(logits, scales[position]) if len(prompts) == 2 else logits
+            logits = guided(logits, scales[position]) if is_guided else logits
             codes[:, position] = draw_codes(logits, uniforms[:, position], sampling)
             if on_code is not None:
                 on_code(position, codes)
-        new_ids = (codes[:, position] + first).repeat(len(prompts))[:, None]
+        new_ids = (codes[:, position] + first).repeat(1 + is_guided)[:, None]
         read = cache is not None and not kept[position]
         unread = new_ids if read else torch.cat([unread, new_ids], dim=1)
     return codes
+
+
+def with_blind(layout: SequenceLayout, text_ids: Tensor, negative_text_ids: Tensor | None) -> Tensor:
+    """Prompts of texts `b t`, and under them those that guidance leads away from, `2b s`."""
+    empty = layout.without_caption(len(text_ids)) if negative_text_ids is None else negative_text_ids
+    return torch.cat([layout.prompt(each.to(text_ids.device)) for each in (text_ids, empty)])
 
 
 def check_rows(num: int, **inputs: Any) -> None:

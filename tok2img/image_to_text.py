@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from .captioning import can_caption, caption
 from .drawing import read_caption
-from .pipeline import batches
-from .prior import load_prior
+from .pipeline import batches, load_parts, move
 from .processing import Tok2ImgProcessor
-from .sampling import Sampling
+from .sampling import Sampling, new_seed
 
 
 class ImageToTextPipeline:
@@ -31,15 +29,13 @@ class ImageToTextPipeline:
         self.prior, self.processor = prior.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load a trained folder; ValueError for one that is not, or that has not learned to caption."""
-        processor = Tok2ImgProcessor.from_pretrained(folder)
-        return cls(load_prior(folder, processor.layout), processor)
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Load a trained folder, or one of the hub by its name; ValueError for what is neither, or has not learned to caption."""
+        return cls(*load_parts(name))
 
     def to(self, device: str | torch.device) -> Self:
         """Move prior and image tokenizer to a device."""
-        self.prior.to(device)  # type: ignore[reportArgumentType]
-        self.processor.image_tokenizer.to(device)  # type: ignore[reportArgumentType]
+        move(self.prior, self.processor, device)
         return self
 
     def __call__(
@@ -64,7 +60,7 @@ class ImageToTextPipeline:
         pictures: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
         if not pictures:
             raise ValueError("images must be a picture or a list of pictures, got none")
-        seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        seed = new_seed() if seed is None else seed
         captions = []
         for rows in batches(len(pictures), batch_size):
             codes = self.processor.encode_images(pictures[rows.start : rows.stop], rows=rows)

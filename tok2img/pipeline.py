@@ -27,7 +27,7 @@ from .plots import captioned_sheet, save_image
 from .prior import load_prior
 from .processing import Tok2ImgProcessor
 from .ranking import Ranker, best_of_each, likelihood_gain
-from .sampling import Guidance, Sampling, streams_between, uniform_streams
+from .sampling import Guidance, Sampling, new_seed, streams_between, uniform_streams
 
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
 # that takes the last token for the prompt.
@@ -60,9 +60,7 @@ class TextToImagePipeline:
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a trained folder, or one of the hub by its name; ValueError for what is neither."""
-        folder = local_folder(name)
-        processor = Tok2ImgProcessor.from_pretrained(folder)
-        return cls(load_prior(folder, processor.layout), processor)
+        return cls(*load_parts(name))
 
     def save_pretrained(
         self, folder: str | Path, *, sample_prompts: list[str] | None = None, name: str | None = None
@@ -100,8 +98,7 @@ class TextToImagePipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Move prior and image tokenizer to a device."""
-        self.prior.to(device)  # type: ignore[reportArgumentType]
-        self.processor.image_tokenizer.to(device)  # type: ignore[reportArgumentType]
+        move(self.prior, self.processor, device)
         return self
 
     @property
@@ -232,7 +229,7 @@ class TextToImagePipeline:
         """Uniform numbers `b n` of a seed, of a new one, or of the way between two."""
         num_codes = self.processor.layout.num_codes
         if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
+            seed = new_seed()
         if isinstance(seed, int):
             return uniform_streams(seed, range(num), num_codes)
         if len(seed) != 2:
@@ -290,6 +287,20 @@ class TextToImagePipeline:
     def _sampling(self, **chosen: Any) -> Sampling:
         default = self.default_sampling
         return Sampling(**{name: getattr(default, name) if value is None else value for name, value in chosen.items()})
+
+
+def load_parts(name: str | Path) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
+    """Prior and processor of a trained folder, or of one of the hub by its name; ValueError for what is neither."""
+    folder = local_folder(name)
+    processor = Tok2ImgProcessor.from_pretrained(folder)
+    return load_prior(folder, processor.layout), processor
+
+
+def move(prior: Any, processor: Tok2ImgProcessor, device: str | torch.device) -> None:
+    """Put a prior and its image tokenizer on a device."""
+    image_tokenizer: Any = processor.image_tokenizer
+    prior.to(device)
+    image_tokenizer.to(device)
 
 
 def local_folder(name: str | Path) -> Path:

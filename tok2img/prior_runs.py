@@ -39,9 +39,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
-    is_tokens = "image_codes" in source.column_names
     tokens = source
-    if not is_tokens:
+    if not is_tokenized(source):
         with settings.main_process_first():  # the others wait, and read what the first has made
             tokens = tokens_in(Path(recipe.out, TOKENS), source, processor, make=settings.process_index == 0)
     pipeline = TextToImagePipeline(prior, processor)
@@ -68,6 +67,11 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
 
     finish(trainer, recipe, save)
     return pipeline
+
+
+def is_tokenized(rows: Dataset) -> bool:
+    """Whether rows are tokens, and not captioned pictures."""
+    return "image_codes" in rows.column_names
 
 
 def open_source(recipe: PriorRecipe) -> tuple[Dataset, Tok2ImgProcessor]:

@@ -80,6 +80,11 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
 
 
+def new_seed() -> int:
+    """A seed that nobody has chosen."""
+    return int(np.random.SeedSequence().generate_state(1)[0])
+
+
 def uniform_streams(seed: int, indices: Sequence[int], length: int) -> Tensor:
     """One stream of uniform numbers for each (seed, index), `b n` float64: Philox, a counter-based generator, keyed by both."""
     keys = [np.array([seed % 2**64, index], dtype=np.uint64) for index in indices]

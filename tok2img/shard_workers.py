@@ -13,8 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,7 +27,7 @@ KILLED = object()
 
 
 class Worker:
-    """A process, the pipe to it, and the piece it is at."""
+    """A process, the pipe to it, and the piece it is at, if any."""
 
     def __init__(self, work: Callable[[int], Any]):
         may_fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
@@ -35,12 +36,13 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, os.getpid(), work), daemon=True)
         self.process.start()
         theirs.close()
-        self.number = -1
+        self.number: int | None = None
 
     def begin(self, number: int) -> None:
-        """Give it a piece."""
+        """Give it a piece; one that is dead already shows it by its result."""
         self.number = number
-        self.pipe.send(number)
+        with suppress(ConnectionError):
+            self.pipe.send(number)
 
     def result(self) -> Any:
         """What came of its piece: what `work` returned or raised, or `KILLED`."""
@@ -64,28 +66,38 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
     """
     waiting, workers, num_lost = deque(numbers), list[Worker](), 0
     try:
-        while waiting or workers:
-            while waiting and len(workers) < num_proc:
-                workers.append(Worker(work))
-                workers[-1].begin(waiting.popleft())
-            ready = wait([worker.pipe for worker in workers])
-            for worker in [each for each in workers if each.pipe in ready]:
+        while busy := busy_ones(workers, waiting, work, num_proc=num_proc):
+            for worker in ready_ones(busy):
                 result = worker.result()
-                num_lost = 0 if result is not KILLED else lost(num_lost, num_proc)
-                if isinstance(result, Exception):
-                    raise result
                 if result is KILLED:
-                    waiting.appendleft(worker.number)
-                if result is KILLED or not waiting:
+                    waiting.appendleft(cast(int, worker.number))
                     workers.remove(worker)
                     worker.end()
-                else:
-                    worker.begin(waiting.popleft())
-                if result is not KILLED:
-                    yield result
+                    num_lost = lost(num_lost, num_proc)
+                    continue
+                if isinstance(result, Exception):
+                    raise result
+                worker.number, num_lost = None, 0
+                yield result
     finally:
         for worker in workers:
             worker.end()
+
+
+def busy_ones(workers: list[Worker], waiting: deque[int], work: Callable[[int], Any], *, num_proc: int) -> list[Worker]:
+    """Give what is waiting to workers that are free, and to new ones up to `num_proc`; those that have something to do."""
+    num_wanted = len(waiting) + sum(worker.number is not None for worker in workers)
+    workers += [Worker(work) for _ in range(min(num_wanted, num_proc) - len(workers))]
+    for worker in workers:
+        if worker.number is None and waiting:
+            worker.begin(waiting.popleft())
+    return [worker for worker in workers if worker.number is not None]
+
+
+def ready_ones(workers: Sequence[Worker]) -> list[Worker]:
+    """Wait until something came of a piece; the workers whose it is."""
+    ready = wait([worker.pipe for worker in workers])
+    return [worker for worker in workers if worker.pipe in ready]
 
 
 def lost(before: int, num_proc: int) -> int:

@@ -4,10 +4,10 @@ A text tokenizer here owns text and nothing else: marks like [SEP] and image cod
 caption says, it is only text.
 """
 
-import re
 import string
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -17,9 +17,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tokenizers_vq.base import first_line
 
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
-
-
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which has no bytes
 
 
 class TextTokenizer(Protocol):
@@ -157,7 +154,12 @@ def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -
 
 def only_text(captions: Iterable[object]) -> list[str]:
     """Those of the captions that `check_text` takes."""
-    return [caption for caption in captions if isinstance(caption, str) and not HALF_CHARACTER.search(caption)]
+    kept: list[Any] = []
+    for caption in captions:
+        with suppress(ValueError):
+            check_text(caption, row=0)
+            kept.append(caption)
+    return kept
 
 
 def check_text(caption: object, row: int) -> None:

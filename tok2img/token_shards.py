@@ -6,7 +6,7 @@ redone but what was under way: at most a shard for each worker.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -81,6 +81,11 @@ class Job:
         except (OSError, ValueError, TypeError):
             return None
 
+    def shards(self) -> dict[str, Shard]:
+        """What those shards hold that are there and whole, by the names of their files."""
+        found = ((self.file(number).name, self.done(number)) for number in range(self.num_shards))
+        return {name: shard for name, shard in found if shard is not None}
+
 
 def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> None:
     """Tokenize those of the shards that are not there yet.
@@ -142,28 +147,25 @@ def read_ahead(job: Job, rows: range) -> Iterator[ReadBatch]:
             yield batch
 
 
-def gather(job: Job) -> dict[str, Any]:
-    """The manifest of a job that is done; ValueError where no row at all could be read."""
-    shards = {number: job.done(number) for number in range(job.num_shards)}
-    whole = {job.file(number).name: shard for number, shard in shards.items() if shard is not None}
-    skipped = [row for shard in whole.values() for row in shard.skipped]
-    num_rows = sum(shard.rows for shard in whole.values())
+def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """The manifest of a job whose shards are all there; ValueError where no row at all could be read."""
+    skipped = [row for shard in shards.values() for row in shard.skipped]
+    num_rows = sum(shard.rows for shard in shards.values())
     if not num_rows:
         remove_folder(job.folder)
         raise ValueError(f"no row of the data can be read: row {skipped[0][0]}: {skipped[0][1]}")
     return {
         "rows": num_rows,
-        "captions_cut": sum(shard.captions_cut for shard in whole.values()),
+        "captions_cut": sum(shard.captions_cut for shard in shards.values()),
         "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
-        "shards": {name: shard.sha256 for name, shard in whole.items() if shard.rows},
+        "shards": {name: shard.sha256 for name, shard in shards.items() if shard.rows},
     }
 
 
-def clear_records(job: Job) -> None:
-    """Leave only tokens in the folder of a job that is done."""
+def clear_records(job: Job, kept: Collection[str]) -> None:
+    """Leave only tokens in the folder of a job that is done: of its shards those that are `kept`, for others hold no row."""
     sweep(job.folder)
     for number in range(job.num_shards):
-        shard = job.done(number)
-        if shard is not None and not shard.rows:
-            job.file(number).unlink()
         job.record(number).unlink(missing_ok=True)
+        if job.file(number).name not in kept:
+            job.file(number).unlink(missing_ok=True)

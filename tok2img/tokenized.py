@@ -3,7 +3,6 @@
 tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  text_tokenizer/
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from .dataset import TokenizeBatch
 from .processing import Tok2ImgProcessor
 from .text import SubwordTokenizer, TextTokenizer
 from .token_shards import Job, clear_records, gather, tokenize_shards
-from .whole_files import remove_folder, settle, sweep, write_atomically
+from .whole_files import MANIFEST, put_in_place, remove_folder, sha256_of, sweep, write_atomically
 
-MANIFEST = "manifest.json"
 JOB_FILE = "job.json"
 ROWS_PER_SHARD = 10_000
 MAX_TEXT_LENGTH = 64
@@ -68,20 +66,20 @@ def save_tokens(
     if not (job.folder / MANIFEST).is_file():
         try:
             tokenize_shards(job, range(part[0], job.num_shards, part[1]), num_proc=num_proc)
-        finally:
+        except BaseException:
             if alone and not any(map(job.done, range(job.num_shards))):
                 remove_folder(job.folder)  # there is nothing in it to go on from
-        if not all(map(job.done, range(job.num_shards))):
+            raise
+        shards = job.shards()
+        if len(shards) < job.num_shards:
             return None
-        manifest = gather(job) | {"fingerprint": settings["fingerprint"], "job": settings}
+        manifest = gather(job, shards) | {"fingerprint": settings["fingerprint"], "job": settings}
         processor.save_pretrained(job.folder)
         write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     manifest = json.loads((job.folder / MANIFEST).read_bytes())
-    clear_records(job)
+    clear_records(job, manifest["shards"])
     (job.folder / JOB_FILE).unlink(missing_ok=True)
-    settle(job.folder)
-    remove_folder(target)
-    job.folder.rename(target)
+    put_in_place(job.folder, target)
     return manifest
 
 
@@ -127,7 +125,7 @@ def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
         ) from error
     for name, checksum in shards.items():
         shard = Path(folder, name)
-        if not shard.is_file() or hashlib.sha256(shard.read_bytes()).hexdigest() != checksum:
+        if not shard.is_file() or sha256_of(shard) != checksum:
             raise ValueError(f"{shard} is missing or damaged: tokenize again")
     processor = Tok2ImgProcessor.from_pretrained(folder)
     if processor.fingerprint() != fingerprint:

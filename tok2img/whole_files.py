@@ -33,23 +33,12 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to build in, beside the one wanted, that takes its place when the block ends well and goes when it does not."""
-    target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is in use for something else: give another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = temporary_name(target)
-    building.mkdir()
-    try:
-        yield building
-        settle(building)
-        remove_folder(target)
-        building.rename(target)
-        bring_to_disk(target.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def put_in_place(building: Path, target: Path) -> None:
+    """Give a folder that is built the name it was built for, in place of the one before, when all of it is on the disk."""
+    settle(building)
+    remove_folder(target)
+    building.rename(target)
+    bring_to_disk(target.parent)
 
 
 @contextmanager

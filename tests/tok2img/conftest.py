@@ -1,11 +1,13 @@
 """Captions, processors and layouts that the tests of tok2img share."""
 
 import pytest
+import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch import Tensor
 
 from tok2img.layout import SequenceLayout
+from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import build_prior
 from tok2img.processing import Tok2ImgProcessor
 from tok2img.text import SubwordTokenizer, TextTokenizer
@@ -63,3 +65,38 @@ def prior(architecture, layout):
     model = build_prior(layout, architecture=architecture, depth=1)
     model.get_output_embeddings().weight.data.mul_(20)
     return model.eval()
+
+
+@pytest.fixture
+def text_ids(layout) -> Tensor:
+    """A full text, one that is cut short, none, and another."""
+    pad = layout.pad_id
+    return torch.tensor([[1, 5, 10], [7, pad, pad], [pad, pad, pad], [2, 2, pad]])
+
+
+@pytest.fixture
+def codes(layout) -> Tensor:
+    return torch.randint(layout.codebook_size, (4, layout.num_codes))
+
+
+@pytest.fixture
+def pipeline(processor) -> TextToImagePipeline:
+    """Of a prior whose codes are far from equally likely."""
+    prior = build_prior(processor.layout, depth=1)
+    prior.get_output_embeddings().weight.data.mul_(20)
+    return TextToImagePipeline(prior, processor)
+
+
+@pytest.fixture
+def data(rows, tmp_path) -> str:
+    """Twenty-four rows, the six over and over, in a Parquet file."""
+    path = tmp_path / "train.parquet"
+    rows.select([row % 6 for row in range(24)]).to_parquet(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def image_tokenizer(tiny_vqvae, tmp_path) -> str:
+    """Folder of a saved image tokenizer."""
+    tiny_vqvae.save_pretrained(str(tmp_path / "tokenizer"))
+    return str(tmp_path / "tokenizer")

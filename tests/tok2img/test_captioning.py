@@ -22,18 +22,6 @@ one_prior = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
 DRAWN = Sampling(temperature=1.0)
 
 
-@pytest.fixture
-def text_ids(layout) -> torch.Tensor:
-    """A full text, one that is cut short, none, and another."""
-    pad = layout.pad_id
-    return torch.tensor([[1, 5, 10], [7, pad, pad], [pad, pad, pad], [2, 2, pad]])
-
-
-@pytest.fixture
-def codes(layout) -> torch.Tensor:
-    return torch.randint(layout.codebook_size, (4, layout.num_codes))
-
-
 def plain_caption_loss(prior, layout, text_ids, codes) -> torch.Tensor:
     """As a textbook writes it: all logits, those that are no text and no [PAD] at minus infinity, -100 after the first [PAD]."""
     input_ids = layout.caption_sequence(text_ids, codes)

@@ -9,19 +9,6 @@ from tok2img.tokenized import save_tokens
 
 
 @pytest.fixture
-def data(rows, tmp_path) -> str:
-    path = tmp_path / "train.parquet"
-    rows.select([row % 6 for row in range(24)]).to_parquet(str(path))
-    return str(path)
-
-
-@pytest.fixture
-def image_tokenizer(tiny_vqvae, tmp_path) -> str:
-    tiny_vqvae.save_pretrained(str(tmp_path / "tokenizer"))
-    return str(tmp_path / "tokenizer")
-
-
-@pytest.fixture
 def prior_recipe(data, image_tokenizer, tmp_path) -> PriorRecipe:
     sizes = {"depth": 1, "max_steps": 700, "batch_size": 8, "vocab_size": 270, "text_length": 6}
     return PriorRecipe(data=data, image_tokenizer=image_tokenizer, out=str(tmp_path / "model"), **sizes)

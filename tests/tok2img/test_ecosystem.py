@@ -13,7 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from tok2img.generation import generate
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import PriorWithLoss
 from tok2img.registration import register_when_wanted
 from tok2img.sampling import Sampling
 from tok2img.transformers_task import TextToImageTask
@@ -47,13 +47,6 @@ from transformers import pipeline
 (picture,) = pipeline("text-to-image", model=sys.argv[1])("a dog", seed=0)
 print(picture.size)
 """
-
-
-@pytest.fixture
-def pipeline(processor) -> TextToImagePipeline:
-    prior = build_prior(processor.layout, depth=1)
-    prior.get_output_embeddings().weight.data.mul_(20)
-    return TextToImagePipeline(prior, processor)
 
 
 @pytest.fixture

@@ -250,19 +250,6 @@ class TestWhatDoesNotFit:
             extend_prior(tmp_path, layout)
 
 
-@pytest.fixture
-def data(rows, tmp_path) -> str:
-    path = tmp_path / "train.parquet"
-    rows.select([row % 6 for row in range(24)]).to_parquet(str(path))
-    return str(path)
-
-
-@pytest.fixture
-def image_tokenizer(tiny_vqvae, tmp_path) -> str:
-    tiny_vqvae.save_pretrained(str(tmp_path / "tokenizer"))
-    return str(tmp_path / "tokenizer")
-
-
 SHORT = {"max_steps": 3, "batch_size": 8, "sample_every": 2, "log_every": 1, "eval_every": 2}
 
 

@@ -26,18 +26,6 @@ print("equal")
 """
 
 
-@pytest.fixture
-def text_ids(layout) -> torch.Tensor:
-    """A full text, one that is cut short, and none."""
-    pad = layout.pad_id
-    return torch.tensor([[1, 5, 10], [7, pad, pad], [pad, pad, pad], [2, 2, pad]])
-
-
-@pytest.fixture
-def codes(layout) -> torch.Tensor:
-    return torch.randint(layout.codebook_size, (4, layout.num_codes))
-
-
 def allowed_ids(layout: SequenceLayout) -> torch.Tensor:
     """Which ids may stand at each position of a sequence, `s v`, said by hand."""
     allowed = torch.zeros(layout.sequence_length, layout.vocab_size, dtype=torch.bool)

@@ -7,21 +7,12 @@ from datasets import concatenate_datasets
 from transformers import AutoTokenizer, CLIPModel
 
 from tok2img.generation import generate
-from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import build_prior
 from tok2img.ranker_training import RankerWithLoss, build_ranker, patch_size, train_ranker
 from tok2img.ranking import ClipRanker, best_of_each, likelihood_gain, log_likelihood
 from tok2img.recipes import RankerRecipe
 from tok2img.sampling import uniform_streams
 
 PROMPTS = ["a dog", "a red disc", ""]
-
-
-@pytest.fixture
-def pipeline(processor) -> TextToImagePipeline:
-    prior = build_prior(processor.layout, depth=1)
-    prior.get_output_embeddings().weight.data.mul_(20)
-    return TextToImagePipeline(prior, processor)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from tok2img.whole_files import (
     added_to,
     check_manifest,
     files_in,
+    put_in_place,
     remove_folder,
     sweep,
     temporary_name,
-    whole_folder,
     write_manifest,
 )
 
@@ -48,14 +48,16 @@ def test_a_missing_file_and_a_missing_manifest_are_seen(folder):
 
 
 def test_a_folder_built_whole_replaces_the_one_before(folder):
-    with whole_folder(folder) as building:
-        (building / "new").write_text("1")
-        assert (folder / "weights").is_file()
+    building = temporary_name(folder)
+    building.mkdir()
+    (building / "new").write_text("1")
+    assert (folder / "weights").is_file()
+    put_in_place(building, folder)
     assert [file.name for file in files_in(folder)] == ["new"] and len(list(folder.parent.iterdir())) == 1
 
 
 def test_a_folder_that_is_not_finished_leaves_no_trace(folder):
-    with pytest.raises(RuntimeError, match="no more"), whole_folder(folder) as building:
+    with pytest.raises(RuntimeError, match="no more"), added_to(folder) as building:
         (building / "new").write_text("1")
         raise RuntimeError("no more")
     check_manifest(folder)
@@ -74,7 +76,7 @@ def test_added_files_take_their_places_among_others(folder):
 def test_files_get_the_mode_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        with whole_folder(tmp_path / "model") as building:
+        with added_to(tmp_path / "model") as building:
             (building / "weights").write_text("1")
             (building / "weights").chmod(0o600)
     finally:
