@@ -59,7 +59,10 @@ class SafeTrainer(transformers.Trainer):
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint:
             logger.warning("going on from %s", resume_from_checkpoint)
-            if self._was_complete(Path(str(resume_from_checkpoint))):
+            state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint), TRAINER_STATE)))
+            self.best_on_disk = best_of(state)
+            if state.global_step >= self.args.max_steps:
+                self._load_result(state, str(resume_from_checkpoint))
                 return TrainOutput(self.state.global_step, math.nan, {})
         self.begin(afresh=not resume_from_checkpoint)
         try:
@@ -73,17 +76,13 @@ class SafeTrainer(transformers.Trainer):
             raise Interrupted(self.stop_cleanly.signum)
         return output
 
-    def _was_complete(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is of the last step; then the result is loaded, where transformers would make one step too many."""
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        if state.global_step < self.args.max_steps:
-            return False
+    def _load_result(self, state: TrainerState, checkpoint: str) -> None:
+        """Load what a run whose last step is done came to; transformers would make one step too many."""
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
         else:
-            self._load_from_checkpoint(str(checkpoint))
-        return True
+            self._load_from_checkpoint(checkpoint)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of transformers, kept from steps that are not finite."""
@@ -113,7 +112,7 @@ class SafeTrainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(target)
         problem = save_checkpoint(target, self._write_parts, device=self.args.device)
         if problem is None:
-            self.best_on_disk = {name: getattr(self.state, name) for name in BEST}
+            self.best_on_disk = best_of(self.state)
             if self.args.should_save:
                 best = self.state.best_model_checkpoint
                 rotate(checkpoints, keep=self.args.save_total_limit or 2, best=Path(best) if best else None)
@@ -168,6 +167,11 @@ class SafeTrainer(transformers.Trainer):
         load_weights(
             self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint
         )
+
+
+def best_of(state: TrainerState) -> dict[str, Any]:
+    """What a state knows of its best step."""
+    return {name: getattr(state, name) for name in BEST}
 
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:

@@ -230,6 +230,15 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_pat
     assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
 
 
+def test_a_run_that_goes_on_remembers_its_best_where_the_next_save_fails(tmp_path, monkeypatch):
+    settings = {"best": "image_loss", "eval_every": 2, "learning_rate": 1e-3}
+    run_until_killed(trainer_in(tmp_path, **settings), 5)
+    trainer = trainer_in(tmp_path, **settings)
+    monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
+
+
 def spoil_loss(trainer: Trainer, steps: set[int], value: float) -> None:
     """Make the loss of these steps NaN or infinite, by a factor on its way to the gradient."""
     model = trainer.model
