@@ -22,14 +22,15 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
         codebook, width = codebook.float(), block_width(len(codebook))
         padding = -len(codebook) % width
-        columns = F.pad(codebook, (0, 0, 0, padding)).T.contiguous()
-        half_norms = F.pad(codebook.square().sum(dim=1) / -2, (0, padding), value=-torch.inf)
+        # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
+        half_norms = F.pad(codebook.square().sum(dim=1) / 2, (0, padding), value=torch.inf)
+        columns = torch.cat([F.pad(codebook, (0, 0, 0, padding)), half_norms[:, None]], dim=1).T.contiguous()
         scores_per_chunk = SCORES_PER_CHUNK if vectors.device.type == "cpu" else SCORES_PER_CHUNK_ON_GPU
-        chunks = vectors.float().split(max(SMALLEST_CHUNK, scores_per_chunk // len(half_norms)))
+        chunks = F.pad(vectors.float(), (0, 1), value=-1).split(
+            max(SMALLEST_CHUNK, scores_per_chunk // len(half_norms))
+        )
         scores = columns.new_empty(len(chunks[0]), len(half_norms))
-        found = [
-            blocked_argmax(torch.addmm(half_norms, chunk, columns, out=scores[: len(chunk)]), width) for chunk in chunks
-        ]
+        found = [blocked_argmax(torch.mm(chunk, columns, out=scores[: len(chunk)]), width) for chunk in chunks]
         return torch.cat(found)
 
 

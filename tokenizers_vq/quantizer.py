@@ -21,7 +21,7 @@ from .clustering import (
     of_first_rank,
     summed_over_ranks,
 )
-from .vectors import GRADIENTS, Vectors, VectorView
+from .vectors import GRADIENTS, Vectors, VectorView, squared_distances
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
 VECTORS_PER_CODE = 4  # k-means waits until it has so many
@@ -156,10 +156,10 @@ class VectorQuantizer(nn.Module):
         entries = self.entries()
         codes = nearest_codes(flat, entries)
         chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
-        errors = (vectors.flat - chosen.detach()).square().sum(dim=1)
+        errors = squared_distances(vectors.flat, chosen.detach())
         loss = self.commitment * vectors.mean(errors) / self.code_dim
         if not self.ema:
-            loss = loss + vectors.mean((flat - chosen).square().sum(dim=1)) / self.code_dim
+            loss = loss + vectors.mean(squared_distances(flat, chosen)) / self.code_dim
         if self.training:
             self._learn(flat, codes, vectors.kept, errors.detach())
         return chosen, codes, loss

@@ -1,6 +1,7 @@
 """A tensor of any layout as a list of vectors, and back: what all quantizers do before and after they choose codes."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,47 @@ def checked(mask: Tensor, grid: torch.Size) -> Tensor:
     return mask
 
 
+class StraightThrough(torch.autograd.Function):
+    """Chosen vectors that give their gradient to those they stand for: no sum and no difference is taken for it."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, chosen: Tensor) -> Tensor:
+        """`n d`, `n d` -> the chosen `n d`."""
+        return chosen.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """To the vectors all, to the chosen nothing."""
+        return gradients[0], None
+
+
 def straight_through(vectors: Tensor, chosen: Tensor) -> Tensor:
     """The chosen vectors `n d` to the last bit, with the gradient of the vectors they stand for (Bengio et al. 2013)."""
-    return chosen.detach() + (vectors - vectors.detach())
+    return StraightThrough.apply(vectors, chosen)
+
+
+class SquaredDistances(torch.autograd.Function):
+    """|a - b|^2 of each pair of vectors, whose gradient is the difference once more: half the passes that autograd would make."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """`n d`, `n d` -> `n`."""
+        difference = a - b
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference, dim=1).square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """2 (a - b) to the first, the opposite to the second."""
+        (difference,) = ctx.saved_tensors
+        gradient = difference * (2 * gradients[0][:, None])
+        to_a, to_b = ctx.needs_input_grad
+        return gradient if to_a else None, -gradient if to_b else None
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 of vectors `n d` -> `n`."""
+    return SquaredDistances.apply(a, b)
 
 
 def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
