@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers import Cache, LogitsProcessor, PreTrainedModel
 
+from .key_value_cache import roomy_cache
 from .layout import SequenceLayout
 from .prior import segment_logits
 from .sampling import Sampling, draw_codes, guided, uniform_streams
@@ -59,7 +60,7 @@ def generate(
     is_guided = any(scale != 1 for scale in scales)
     if uniforms is None:
         uniforms = uniform_streams(seed, range(len(text_ids)) if indices is None else indices, layout.num_codes)
-    cache = DynamicCache(config=prior.config) if use_cache else None
+    cache = roomy_cache(prior, layout.sequence_length) if use_cache else None
     unread = with_blind(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
     unread = unread.to(prior.device)
     for position, first in enumerate(layout.image.position_offsets().tolist()):
@@ -108,7 +109,7 @@ def start_codes(
     return keep.tolist(), given_codes.long().clone()
 
 
-def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: DynamicCache | None) -> Tensor:
+def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: Cache | None) -> Tensor:
     """The state `b d` under the head after these ids `b s` (and those in the cache)."""
     hidden = prior.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     return hidden[:, -1]
