@@ -27,11 +27,15 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 @dataclass(frozen=True)
 class Case:
-    """One way to do the work; `setup` comes before every run and is not measured."""
+    """One way to do the work; `setup` comes before every run and is not measured.
+
+    A `slow` one runs once, in the first round: nothing warms it up, and its memory is not measured.
+    """
 
     name: str
     run: Callable[[], object]
     setup: Callable[[], object] | None = None
+    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case took: seconds by round, and bytes on top of what the process held before."""
+    """What a case took: seconds by round, and bytes on top of what the process held before, None for a slow one."""
 
     name: str
     cpu: Spread
     wall: Spread
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int = 1) -> list[Result]:
@@ -74,15 +78,19 @@ def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     torch.set_num_threads(threads)
     with standing_objects_frozen():
+        quick = [case for case in cases if not case.slow]
         for _ in range(warmup):
-            for case in cases:
+            for case in quick:
                 timed(case)
-        times = [[timed(case) for case in cases] for _ in range(rounds)]
-        peaks = [peak_extra_memory(case) for case in cases]
+        times: dict[str, list[tuple[float, float]]] = {case.name: [] for case in cases}
+        for number in range(rounds):
+            for case in quick if number else cases:
+                times[case.name].append(timed(case))
+        peaks = {case.name: peak_extra_memory(case) for case in quick}
     results = []
-    for case, seconds, peak_bytes in zip(cases, zip(*times, strict=True), peaks, strict=True):
+    for name, seconds in times.items():
         cpu, wall = (spread(list(kind)) for kind in zip(*seconds, strict=True))
-        results.append(Result(case.name, cpu, wall, peak_bytes))
+        results.append(Result(name, cpu, wall, peaks.get(name)))
     return results
 
 
@@ -132,10 +140,23 @@ def high_water_mark() -> int:
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
-def import_peer(module: str) -> ModuleType | None:
-    """Another project's module; None, and a line that says so, where it cannot be imported."""
+class Unused(ModuleType):
+    """A module that a peer imports and nothing measured runs through: every name in it is an empty class."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def import_peer(module: str, *, unused: Sequence[str] = ()) -> ModuleType | None:
+    """Another project's module; None, and a line that says so, where it cannot be imported. `unused` modules need not be there."""
+    sys.modules.update({name: Unused(name) for name in unused})
     try:
         return importlib.import_module(module)
     except ImportError as error:
         print(f"skipped {module}: {error}", file=sys.stderr)
         return None
+    finally:
+        for name in unused:
+            del sys.modules[name]

@@ -73,4 +73,5 @@ def table_cells(result: Result, baseline: Result) -> list[str]:
         f"{kind.median * MILLISECONDS:.1f} ({kind.min * MILLISECONDS:.1f}..{kind.max * MILLISECONDS:.1f})"
         for kind in (result.cpu, result.wall)
     ]
-    return [*times, f"{result.peak_bytes / MEGABYTE:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    peak = "" if result.peak_bytes is None else f"{result.peak_bytes / MEGABYTE:.1f}"
+    return [*times, peak, *(f"{ratio:.2f}" for ratio in ratios)]

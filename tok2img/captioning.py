@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .generation import next_state
+from .key_value_cache import empty_cache
 from .layout import SequenceLayout
 from .prior import caption_logits
 from .sampling import Sampling, draw_codes, uniform_streams
@@ -50,7 +51,7 @@ def caption(
         raise ValueError(f"got {len(indices)} indices for {len(codes)} pictures")
     sequence = step_ids = layout.caption_prompt(codes.to(prior.device))
     uniforms = uniform_streams(seed, range(len(codes)) if indices is None else indices, layout.text_length)
-    cache = DynamicCache(config=prior.config) if use_cache else None
+    cache = empty_cache(prior, layout.sequence_length) if use_cache else None
     text_ids = layout.without_caption(len(codes), prior.device)
     ended = torch.zeros(len(codes), dtype=torch.bool, device=prior.device)
     for position in range(layout.text_length):

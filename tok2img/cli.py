@@ -271,7 +271,7 @@ def evaluate(
     max_rows: MaxRows = 2000,
     seed: Annotated[int, typer.Option(help="Of the pictures drawn.")] = 0,
 ) -> None:
-    """Measure a tokenizer, or a model, and draw it: losses, caption accuracy, Fréchet distance, repeats; sheets, code usage, curves."""
+    """Measure a tokenizer, or a model, and draw it: losses, accuracy both ways, Fréchet distance, repeats; sheets, code usage, curves."""
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")
     if num_images < 1:

@@ -1,4 +1,4 @@
-"""Numbers about image tokenizers and about the pictures a prior draws.
+"""Numbers about image tokenizers, and about the pictures that a prior draws and the captions that it writes.
 
 Sums stay on the device until the last batch is through, so measuring never waits for a single step.
 """
@@ -120,6 +120,25 @@ def caption_accuracy(
     if len(images) != len(captions) or not images:
         raise ValueError(f"got {len(images)} pictures and {len(captions)} captions, expected equally many, at least 1")
     return sum(judge(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
+
+
+def caption_agreement(text_ids: Tensor, written: Tensor, *, pad_id: int) -> dict[str, float]:
+    """How far captions that a prior wrote, `b t`, are those of the data, `b t`, both filled with [PAD].
+
+    Returns:
+        caption_exact_match: share of the captions that are the same to the last token
+        caption_token_accuracy: share of the data's tokens, with the [PAD] that ends a caption, that stand at their place
+    """
+    if text_ids.shape != written.shape or len(text_ids) == 0:
+        raise ValueError(
+            f"got captions {tuple(text_ids.shape)} and written ones {tuple(written.shape)}, expected alike"
+        )
+    right, is_pad = text_ids == written, text_ids == pad_id
+    counted = is_pad.cumsum(dim=1) - is_pad.long() == 0
+    return {
+        "caption_exact_match": right.all(dim=1).double().mean().item(),
+        "caption_token_accuracy": right[counted].double().mean().item(),
+    }
 
 
 def _count(histogram: Tensor, codes: Tensor, starts: Tensor) -> None:

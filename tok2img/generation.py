@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers import Cache, LogitsProcessor, PreTrainedModel
 
+from .key_value_cache import compiled_trunk, empty_cache
 from .layout import SequenceLayout
 from .prior import segment_logits
 from .sampling import Sampling, draw_codes, guided, uniform_streams
@@ -34,6 +35,7 @@ def generate(
     given_codes: Tensor | None = None,
     keep: Tensor | None = None,
     use_cache: bool = True,
+    compile: bool = False,
     on_code: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw a picture's codes for every prompt, `b t` -> `b n` int64.
@@ -46,11 +48,14 @@ def generate(
         given_codes: codes `b n` of pictures to complete or to vary, and `keep` `n`: true where they stay. The others are drawn anew, each
             from the codes before it alone; kept codes in a row cost one pass, however many.
         use_cache: False computes every step from the start, which gives the same codes slower.
+        compile: run the layers through `torch.compile`, which takes long at first and for each new size of batch; for GPUs.
         on_code: called after each code that is drawn, with its position and all codes so far, `b n`.
 
     Raises:
         ValueError: for inputs whose sizes do not fit each other or the layout, and given codes that are out of range.
     """
+    if compile and not use_cache:
+        raise ValueError("compile needs the cache; leave use_cache as it is")
     sampling = sampling or Sampling()
     check_rows(len(text_ids), indices=indices, uniforms=uniforms, negative_text_ids=negative_text_ids)
     kept, codes = start_codes(layout, len(text_ids), given_codes, keep)
@@ -59,12 +64,12 @@ def generate(
     is_guided = any(scale != 1 for scale in scales)
     if uniforms is None:
         uniforms = uniform_streams(seed, range(len(text_ids)) if indices is None else indices, layout.num_codes)
-    cache = DynamicCache(config=prior.config) if use_cache else None
+    cache = empty_cache(prior, layout.sequence_length, compiled=compile) if use_cache else None
     unread = with_blind(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
     unread = unread.to(prior.device)
     for position, first in enumerate(layout.image.position_offsets().tolist()):
         if not kept[position]:
-            hidden = next_state(prior, unread, cache)
+            hidden = next_state(prior, unread, cache, compiled=compile)
             logits = segment_logits(prior, hidden, first, first + layout.codebook_size).float()
             logits = guided(logits, scales[position]) if is_guided else logits
             codes[:, position] = draw_codes(logits, uniforms[:, position], sampling)
@@ -108,10 +113,10 @@ def start_codes(
     return keep.tolist(), given_codes.long().clone()
 
 
-def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: DynamicCache | None) -> Tensor:
-    """The state `b d` under the head after these ids `b s` (and those in the cache)."""
-    hidden = prior.base_model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-    return hidden[:, -1]
+def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: Cache | None, *, compiled: bool = False) -> Tensor:
+    """The state `b d` under the head after these ids `b s` (and those in the cache); `compiled` where it is a step of one id."""
+    layers = compiled_trunk(prior.base_model) if compiled and input_ids.shape[1] == 1 else prior.base_model
+    return layers(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state[:, -1]
 
 
 def fitting_batch(prior: PreTrainedModel, layout: SequenceLayout, *, guidance: bool) -> int:

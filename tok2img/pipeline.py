@@ -150,6 +150,7 @@ class TextToImagePipeline:
         keep: Keep | None = None,
         best_of: int = 1,
         ranker: Ranker | None = None,
+        compile: bool = False,
     ) -> TextToImageOutput:
         """Draw pictures of captions.
 
@@ -167,6 +168,7 @@ class TextToImagePipeline:
                 that are drawn follow those before them alone.
             best_of: draw so many candidates for each picture and keep the one of the highest score.
             ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `likelihood_gain`.
+            compile: as in `generate`.
 
         Raises:
             ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or a picture of
@@ -192,7 +194,7 @@ class TextToImagePipeline:
         with tqdm(total=len(captions) // best_of, desc="generate", unit=" pictures", disable=not progress) as bar:
             for rows in batches(len(captions), self._batch_size(batch_size, sampling), multiple=best_of):
                 on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code)
+                drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code, compile=compile)
                 if best_of > 1:
                     score = self._scores(rows, captions, inputs["text_ids"], drawn, ranker)
                     best = best_of_each(score, best_of)

@@ -16,9 +16,17 @@ from torch import Tensor
 from tokenizers_vq import DiscreteTokenizer, load_image
 from tokenizers_vq.images import pixels_from_images
 
+from .captioning import can_caption, caption
 from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier
 from .data import load_captioned_images
-from .evaluation import caption_accuracy, frechet_distance, measure_tokenizer, repeated_share, unigram_entropy
+from .evaluation import (
+    caption_accuracy,
+    caption_agreement,
+    frechet_distance,
+    measure_tokenizer,
+    repeated_share,
+    unigram_entropy,
+)
 from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
 from .prior import PriorWithLoss
@@ -92,13 +100,15 @@ def report_on_model(
     seed: int = 0,
     pictures: str | Path = "",
 ) -> Report:
-    """Losses of a saved model on rows it has not seen, and what its pictures of their captions are worth.
+    """Losses of a saved model on rows it has not seen, what its pictures of their captions are worth, and its captions where it writes any.
 
     With `pictures`, a folder, also draws what `picture_model` says.
     """
     draw = partial(picture_model, log=load_log(folder), folder=Path(pictures)) if pictures else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
+    if can_caption(pipeline.prior):
+        report |= report_on_captions(pipeline, rows)
     judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder)
     captions = spread(rows["caption"], num_images, seed=seed)
     return report | report_on_pictures(
@@ -139,6 +149,17 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
         "nats_gained_per_picture": layout.num_codes * (math.log(layout.codebook_size) - losses["image_loss"]),
         "caption_nats": layout.num_codes * (losses["image_loss_without_caption"] - losses["image_loss"]),
     }
+
+
+def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
+    """How often the likeliest caption of a held-out picture is the row's own; see `caption_agreement`."""
+    processor, layout = pipeline.processor, pipeline.processor.layout
+    texts, written = [], []
+    for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
+        text_ids, codes = encode(processor, captions, images)
+        texts.append(text_ids)
+        written.append(caption(pipeline.prior, layout, codes).cpu())
+    return dict(caption_agreement(torch.cat(texts), torch.cat(written), pad_id=layout.pad_id))
 
 
 def report_on_pictures(

@@ -1,4 +1,4 @@
-"""Drawing codes from a prior: our loop, and stock `model.generate` with our logits processor, with and without guidance."""
+"""Drawing codes from a prior: our loop, stock `model.generate` with our logits processor, and the samplers of other projects."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,27 +10,38 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from tok2img.generation import LayoutLogitsProcessor, generate
 from tok2img.layout import SequenceLayout
-from tok2img.prior import build_prior
 from tok2img.sampling import Sampling
 
 from ..harness import Case, Comparison
-from .prior import captions, prior_layout
+from ..peer_priors import dalle_draws, llamagen_draws, min_dalle_draws
+from .prior import captions, llama, prior_layout
 
 GUIDANCE_SCALES = (1.0, 3.0)
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """All codes of a batch of pictures, drawn at temperature 1 among all options."""
-    layout = prior_layout(codes_shared=True, tiny=tiny)
-    prior = build_prior(layout, depth=1 if tiny else 4).eval()
-    text_ids = captions(layout, 2 if tiny else 16)
-    ways = {"ours": our_generate, "stock": stock_generate}
-    cases = [
-        Case(f"{name}, guidance {scale:g}", partial(way, prior, layout, text_ids, scale))
-        for name, way in ways.items()
-        for scale in GUIDANCE_SCALES
-    ]
-    yield Comparison(f"{layout.num_codes} codes, batch {len(text_ids)}", cases, "stock, guidance 1")
+    """All codes of a batch of pictures, drawn at temperature 1 among all options; other projects have no guidance that works."""
+    for num_codes in (4,) if tiny else (64, 256):
+        layout = prior_layout(num_codes=num_codes, codes_shared=True, tiny=tiny)
+        prior = llama(layout, tiny=tiny).eval()
+        text_ids = captions(layout, 2 if tiny else 16)
+        ways = {"ours": our_generate, "stock": stock_generate}
+        cases = [
+            Case(f"{name}, guidance {scale:g}", partial(way, prior, layout, text_ids, scale))
+            for name, way in ways.items()
+            for scale in GUIDANCE_SCALES
+        ]
+        if not tiny:
+            cases += peer_cases(layout, text_ids)
+        yield Comparison(f"{num_codes} codes, batch {len(text_ids)}", cases, "ours, guidance 1")
+
+
+def peer_cases(layout: SequenceLayout, text_ids: Tensor) -> list[Case]:
+    """The samplers of other projects whose checkouts are there; without a cache they take minutes."""
+    draws = {}
+    for peer in (dalle_draws, min_dalle_draws, llamagen_draws):
+        draws |= peer(layout, text_ids)
+    return [Case(name, draw, slow="as shipped" in name) for name, draw in draws.items()]
 
 
 def our_generate(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, guidance_scale: float) -> Tensor:

@@ -1,41 +1,76 @@
-"""A training step of the prior: our loss, which multiplies only the head rows a position can use, and stock `labels=`."""
+"""A training step of the prior: our loss, which multiplies only the head rows a position can use, stock `labels=`, and DALLE-pytorch's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tok2img.layout import SequenceLayout
 from tok2img.prior import PriorWithLoss, build_prior
 
 from ..harness import Case, Comparison
+from ..peer_priors import DEPTH, HEADS, WIDTH, dalle_loss, dalle_pytorch
+
+BATCH_SIZE = 32
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """Codes that share a range of ids (cells of a VQ-VAE), and a range for each position (stages of VQ-DRAW)."""
-    batch_size = 2 if tiny else 16
+    batch_size = 2 if tiny else BATCH_SIZE
     for codes_shared in (True, False):
-        layout = prior_layout(codes_shared=codes_shared, tiny=tiny)
-        prior = build_prior(layout, depth=1 if tiny else 4).train()
+        layout = prior_layout(num_codes=4 if tiny else 64, codes_shared=codes_shared, tiny=tiny)
+        prior = llama(layout, tiny=tiny).train()
         text_ids, codes = captions(layout, batch_size), image_codes(layout, batch_size)
         ours = PriorWithLoss(prior, layout, caption_dropout=0.0)
-        cases = [
-            Case("ours", partial(training_step, ours, text_ids, codes), prior.zero_grad),
-            Case("stock labels=", partial(stock_step, prior, layout, text_ids, codes), prior.zero_grad),
-        ]
+        steps = {
+            "ours": TrainingStep(prior, partial(our_loss, ours, text_ids, codes)),
+            "ours, bfloat16": TrainingStep(prior, partial(in_bfloat16, ours, text_ids, codes)),
+            "stock labels=": TrainingStep(prior, partial(stock_loss, prior, layout, text_ids, codes)),
+        }
+        peer = dalle_pytorch(layout) if codes_shared and not tiny else None
+        if peer is not None:
+            steps["DALLE-pytorch"] = TrainingStep(peer.train(), partial(dalle_loss, peer, text_ids, codes))
+        cases = [Case(name, step) for name, step in steps.items()]
         kind = "shared" if codes_shared else "own"
         title = f"batch {batch_size}, {layout.text_length} text + {layout.num_codes} codes, {kind} ids"
-        yield Comparison(f"training step, {title} ({layout.vocab_size} in all)", cases, "stock labels=")
+        yield Comparison(f"training step, {title} ({layout.vocab_size} in all)", cases, "ours")
 
 
-def prior_layout(*, codes_shared: bool, tiny: bool) -> SequenceLayout:
-    """32 text tokens of 4096 and 64 codes: of 512 where they share ids, of 64 where each position has its own."""
+class TrainingStep:
+    """A step as a plain loop takes it, the same for all: loss, gradients, clipping, AdamW."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]):
+        self.loss = loss
+        self.parameters = [each for each in model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+
+    def __call__(self) -> None:
+        """Take it."""
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+def prior_layout(*, num_codes: int, codes_shared: bool, tiny: bool) -> SequenceLayout:
+    """32 text tokens of 4096, and codes: of 1024 where they share ids, of 64 where each position has its own."""
     if tiny:
-        return SequenceLayout(11, text_length=3, num_codes=4, codebook_size=6, codes_shared=codes_shared)
-    codebook_size = 512 if codes_shared else 64
-    return SequenceLayout(4096, text_length=32, num_codes=64, codebook_size=codebook_size, codes_shared=codes_shared)
+        return SequenceLayout(11, text_length=3, num_codes=num_codes, codebook_size=6, codes_shared=codes_shared)
+    codebook_size = 1024 if codes_shared else 64
+    return SequenceLayout(
+        4096, text_length=32, num_codes=num_codes, codebook_size=codebook_size, codes_shared=codes_shared
+    )
+
+
+def llama(layout: SequenceLayout, *, tiny: bool) -> PreTrainedModel:
+    """A Llama with as many layers, heads and numbers as the peers' priors."""
+    if tiny:
+        return build_prior(layout, architecture="llama", depth=1)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "head_dim": WIDTH // HEADS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+    return build_prior(layout, architecture="llama", depth=DEPTH, **sizes, **heads)
 
 
 def captions(layout: SequenceLayout, num: int) -> Tensor:
@@ -52,12 +87,20 @@ def image_codes(layout: SequenceLayout, num: int) -> Tensor:
     return torch.randint(layout.codebook_size, size, generator=generator)
 
 
-def training_step(model: PriorWithLoss, text_ids: Tensor, codes: Tensor) -> None:
-    """Forward and back; what an optimizer does is the same for all."""
-    model(text_ids, codes).loss.backward()
+def our_loss(model: PriorWithLoss, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """Of text `b t` and codes `b n`."""
+    loss = model(text_ids, codes).loss
+    assert loss is not None
+    return loss
 
 
-def stock_step(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> None:
+def in_bfloat16(model: PriorWithLoss, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """The same, products in bfloat16: a gain on processors that have instructions for it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return our_loss(model, text_ids, codes)
+
+
+def stock_loss(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> Tensor:
     """As transformers does it: one mean over the tokens that are not padding, with the whole vocabulary everywhere."""
     sequence = layout.sequence(text_ids, codes)
-    prior(sequence, labels=sequence.masked_fill(sequence == layout.pad_id, -100), use_cache=False).loss.backward()
+    return prior(sequence, labels=sequence.masked_fill(sequence == layout.pad_id, -100), use_cache=False).loss

@@ -52,6 +52,16 @@ def test_rounds_are_interleaved_with_setups_before_each_run():
     assert order == warmup_and_rounds + memory
 
 
+def test_a_slow_case_runs_once():
+    order: list[str] = []
+    cases = [Case(name, lambda name=name: order.append(name), slow=name == "S") for name in "QS"]
+    quick, slow = measure(cases, rounds=3, warmup=2)
+    assert order == ["Q"] * 2 + ["Q", "S", "Q", "Q"] + ["Q"]
+    assert (len(quick.cpu.rounds), len(slow.cpu.rounds), slow.peak_bytes) == (3, 1, None)
+    table = Outcome("work", "Q", [quick, slow]).markdown().splitlines()
+    assert table[-1].split(" | ")[3] == ""
+
+
 def test_setup_is_not_measured():
     (measured,) = measure([Case("idle", lambda: None, lambda: sum(range(1_000_000)))], rounds=3)
     assert measured.cpu.median < 0.005
@@ -122,6 +132,14 @@ def test_a_missing_peer_is_skipped_with_a_line_that_says_so(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, PEER, None)
     assert import_peer(PEER) is None
     assert capsys.readouterr().err.startswith(f"skipped {PEER}: ")
+
+
+def test_a_peer_may_lack_what_it_imports_but_is_not_measured(own_path, tmp_path):
+    (tmp_path / f"{PEER}.py").write_text("from absent.part import Thing\nclass Kept(Thing): size = 3\n")
+    sys.path.insert(0, str(tmp_path))
+    assert import_peer(PEER) is None
+    assert import_peer(PEER, unused=["absent.part"]).Kept.size == 3
+    assert "absent.part" not in sys.modules
 
 
 def test_without_the_peer_its_row_is_left_out(monkeypatch):

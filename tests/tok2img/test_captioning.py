@@ -14,6 +14,7 @@ from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import PriorWithLoss, build_prior, caption_logits, trunk
 from tok2img.prior_runs import train_prior
 from tok2img.recipes import PriorRecipe
+from tok2img.reports import Judge, report_on_captions, report_on_model
 from tok2img.sampling import Sampling
 from tok2img.tokenized import save_tokens
 from tok2img.training_log import load_log
@@ -162,7 +163,7 @@ def both(processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
     return processor.encode_text(rows["caption"][:]), processor.encode_images(rows["image"][:])
 
 
-def test_one_model_learns_to_draw_and_to_caption(processor, both, pictures):
+def test_one_model_learns_to_draw_and_to_caption(processor, both, pictures, rows):
     layout = processor.layout
     prior = build_prior(layout, depth=1)
     model = PriorWithLoss(prior, layout, caption_share=0.5, caption_dropout=0.0).train()
@@ -170,11 +171,13 @@ def test_one_model_learns_to_draw_and_to_caption(processor, both, pictures):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 120)
     for _ in range(120):
         optimizer.zero_grad()
-        for rows in (torch.arange(6), torch.arange(6).flip(0)):  # each row learns both
-            model(both[0][rows], both[1][rows]).loss.backward()
+        for order in (torch.arange(6), torch.arange(6).flip(0)):  # each row learns both
+            model(both[0][order], both[1][order]).loss.backward()
         optimizer.step()
         schedule.step()
     setattr(prior.generation_config, CAPTION_KEY, True)
+    measured = report_on_captions(TextToImagePipeline(prior, processor), rows)
+    assert measured == {"caption_exact_match": 1.0, "caption_token_accuracy": 1.0}
     assert ImageToTextPipeline(prior, processor)(pictures) == [read_caption(text, processor) for text in both[0]]
     assert generate(prior, layout, both[0], sampling=Sampling(temperature=0)).equal(both[1])
 
@@ -224,6 +227,19 @@ class TestCommand:
         said, complaint, code = run(tmp_path / "one.png", "--model", tmp_path / "drawer")
         assert (code, said, len(complaint)) == (2, [], 1) and "has not learned to caption" in complaint[0]
         assert re.search(r"--caption-share", complaint[0])
+
+    def test_captions_are_measured_with_the_rest_where_a_model_writes_any(self, model, processor, rows, tmp_path):
+        judge = Judge(lambda image, caption: True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tok2img.reports.find_judge", lambda *_, **__: judge)
+            report = report_on_model(model, rows, data="", num_images=2)
+            TextToImagePipeline(build_prior(processor.layout, depth=1), processor).save_pretrained(tmp_path / "drawer")
+            silent = report_on_model(tmp_path / "drawer", rows, data="", num_images=2)
+        texts = ImageToTextPipeline.from_pretrained(model)(rows["image"][:])
+        right = [" ".join(text.split()) == caption for text, caption in zip(texts, rows["caption"], strict=True)]
+        assert report["caption_exact_match"] == pytest.approx(sum(right) / len(right))
+        assert 0 <= report["caption_token_accuracy"] <= 1
+        assert "caption_exact_match" not in silent
 
     def test_the_folder_still_draws_and_says_what_it_can(self, model):
         pipeline = TextToImagePipeline.from_pretrained(model)

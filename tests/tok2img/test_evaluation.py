@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tok2img.evaluation import (
     caption_accuracy,
+    caption_agreement,
     code_histogram,
     evaluate_tokenizer,
     frechet_distance,
@@ -203,3 +204,22 @@ def test_a_picture_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images)
     assert report["mse_per_stage"] == pytest.approx(expected, rel=1e-4) and report["mse"] == report["mse_per_stage"][-1]
     assert report["psnr_per_stage"] == pytest.approx([-10 * math.log10(error) for error in expected], rel=1e-4)
     assert report["used_per_position"] == [len(stage.unique()) for stage in codes.T]
+
+
+class TestCaptionAgreement:
+    PAD = 9
+    CAPTIONS = torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9], [4, 5, 6, 7], [9, 9, 9, 9]])
+
+    def test_the_same_captions_agree_wholly(self):
+        agreement = caption_agreement(self.CAPTIONS, self.CAPTIONS, pad_id=self.PAD)
+        assert agreement == {"caption_exact_match": 1.0, "caption_token_accuracy": 1.0}
+
+    def test_tokens_count_up_to_the_pad_that_ends_a_caption(self):
+        """3 + 2 + 4 + 1 tokens count; wrong are one of the first caption, the end of the second and nothing else."""
+        written = torch.tensor([[1, 8, 9, 9], [3, 3, 3, 9], [4, 5, 6, 7], [9, 9, 9, 9]])
+        agreement = caption_agreement(self.CAPTIONS, written, pad_id=self.PAD)
+        assert agreement == {"caption_exact_match": 0.5, "caption_token_accuracy": 0.8}
+
+    def test_captions_of_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match=r"got captions \(4, 4\) and written ones \(3, 4\)"):
+            caption_agreement(self.CAPTIONS, self.CAPTIONS[:3], pad_id=self.PAD)

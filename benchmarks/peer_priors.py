@@ -1,0 +1,109 @@
+"""Priors of other projects as wide and as deep as ours: what they cost to train for a step, and to draw from.
+
+Ours and DALLE-pytorch's have 9.0 million parameters; minDALL-E has 7.4 for want of gates, LlamaGen 7.0 for want of text ids.
+Give their checkouts with `--peer`. Packages that they import and that no benchmark runs through are replaced by empty ones; DALLE-pytorch
+needs `axial_positional_embedding` and `rotary_embedding_torch` in earnest. Weights and inputs are random.
+"""
+
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tok2img.layout import SequenceLayout
+
+from .harness import import_peer
+
+WIDTH, DEPTH, HEADS = 256, 6, 8
+UNUSED_BY_DALLE = ("omegaconf", "pkg_resources", "taming.models.vqgan")
+UNUSED_BY_MIN_DALLE = ("clip", "dalle.utils.config", "omegaconf", "pytorch_lightning")
+T5_WIDTH = 2048
+
+Draw = Callable[[], object]
+
+
+def dalle_pytorch(layout: SequenceLayout) -> Any:
+    """lucidrains/DALLE-pytorch with its class's defaults, its pictures left as codes; None without its checkout."""
+    peer: Any = import_peer("dalle_pytorch", unused=UNUSED_BY_DALLE)
+    if peer is None:
+        return None
+    side = round(layout.num_codes**0.5)
+    vae = peer.DiscreteVAE(image_size=8 * side, num_layers=3, num_tokens=layout.codebook_size)
+    vae.decode = lambda codes: codes
+    return peer.DALLE(
+        dim=WIDTH,
+        vae=vae,
+        num_text_tokens=layout.text_vocab_size,
+        text_seq_len=layout.text_length,
+        depth=DEPTH,
+        heads=HEADS,
+        dim_head=WIDTH // HEADS,
+    )
+
+
+def dalle_loss(model: Any, text_ids: Tensor, codes: Tensor) -> Tensor:
+    """Its loss of text `b t` and codes `b n`."""
+    return model(text_ids, codes, return_loss=True)
+
+
+def dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
+    """Codes of text `b t`, as its `generate.py` draws them, and with its cache, which it drops at guidance 1, handed on."""
+    shipped, mended = dalle_pytorch(layout), dalle_pytorch(layout)
+    if shipped is None:
+        return {}
+    mended.forward_with_cond_scale = lambda *inputs, cond_scale, **settings: mended(*inputs, **settings)
+    draw = {"text": text_ids, "filter_thres": 0.9}
+    return {
+        "DALLE-pytorch as shipped": partial(shipped.generate_images, **draw),
+        "DALLE-pytorch, cache mended": partial(mended.generate_images, **draw, use_cache=True),
+    }
+
+
+def min_dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
+    """kakaobrain/minDALL-E: codes of text `b t`."""
+    peer: Any = import_peer("dalle.utils.sampling", unused=UNUSED_BY_MIN_DALLE)
+    if peer is None:
+        return {}
+    transformer: Any = import_peer("dalle.models.stage2.transformer", unused=UNUSED_BY_MIN_DALLE)
+    settings = Namespace(
+        n_layers=DEPTH,
+        n_dense_layers=DEPTH,
+        embed_dim=WIDTH,
+        n_heads=HEADS,
+        ctx_len_img=layout.num_codes,
+        ctx_len_txt=layout.text_length,
+        mlp_bias=True,
+        attn_bias=True,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        gelu_use_approx=False,
+    )
+    with warnings.catch_warnings(action="ignore"):
+        model = transformer.Transformer1d(layout.pad_id + 1, layout.codebook_size, settings).eval()
+    draw = partial(peer.sampling, is_tqdm=False, use_fp16=False, max_seq_len=layout.num_codes)
+    return {"minDALL-E": partial(draw, model, text_ids)}
+
+
+def llamagen_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
+    """FoundationVision/LlamaGen: codes of as many captions, which it reads as features of a T5 that are random here."""
+    models: Any = import_peer("autoregressive.models.gpt")
+    if models is None:
+        return {}
+    peer: Any = import_peer("autoregressive.models.generate")
+    settings = models.ModelArgs(
+        dim=WIDTH,
+        n_layer=DEPTH,
+        n_head=HEADS,
+        vocab_size=layout.codebook_size,
+        block_size=layout.num_codes,
+        cls_token_num=layout.text_length,
+        caption_dim=T5_WIDTH,
+        model_type="t2i",
+    )
+    features = torch.randn(*text_ids.shape, T5_WIDTH, generator=torch.Generator().manual_seed(0))
+    return {"LlamaGen": partial(peer.generate, models.Transformer(settings).eval(), features, layout.num_codes)}
