@@ -33,7 +33,7 @@ from tokenizers_vq.model_folder import (
 
 from .layout import SequenceLayout
 from .prior import code_logits, trunk
-from .text import SubwordTokenizer
+from .text import MAX_CHARACTERS_PER_TOKEN, SubwordTokenizer, check_texts
 
 Ranker = Callable[[list[str], list[Image.Image]], Tensor]
 BATCH_SIZE = 64
@@ -150,10 +150,16 @@ class ClipRanker:
         return torch.cat(scores)
 
     def encode_text(self, captions: list[str]) -> Any:
-        """Captions -> `input_ids` and `attention_mask`, all of one length whatever the batch."""
+        """Captions -> `input_ids` and `attention_mask`, all of one length whatever the batch; marks in captions are text."""
         length = self.model.config.text_config.max_position_embeddings
+        check_texts(captions)
         return self.text_tokenizer(
-            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            [caption[: length * MAX_CHARACTERS_PER_TOKEN] for caption in captions],
+            split_special_tokens=True,
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         )
 
     def pixel_values(self, images: Sequence[Any]) -> Tensor:
