@@ -10,10 +10,11 @@ demo: .venv/.installed
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest
 
-# Some minutes: training and tokenizing killed again and again.
+# Some minutes: training and tokenizing killed again and again, and what must hold for all input tried on much of it.
 torture: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture.py 200
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture_tokens.py 200
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PROPERTY_CASES=1000 $(RUN) pytest -m hypothesis
 
 lint: .venv/.installed
 	$(RUN) ruff check .

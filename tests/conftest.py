@@ -12,6 +12,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 from typing import Any
 
 import datasets
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -41,6 +42,18 @@ TINY_SETTINGS = {
         "norm_type": "spatial",
     },
 }
+
+# Cases of every property: few and always the same, or as many new ones as `PROPERTY_CASES` says, which `make torture` sets.
+NUM_CASES = int(os.environ.get("PROPERTY_CASES", 0))
+hypothesis.settings.register_profile(
+    "tok2img",
+    max_examples=NUM_CASES or 50,
+    derandomize=not NUM_CASES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("tok2img")
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("tokenizers_vq", "tok2img", "training")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+UNSAFE_WORDS = {"extractall", "trust_remote_code", "allow_pickle", "unsafe_load", "full_load"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -31,6 +33,15 @@ def imported_modules(path: Path) -> set[str]:
 def called_names(path: Path) -> set[str]:
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return {ast.unparse(function) for function in calls}
+
+
+def words_of(path: Path) -> Iterator[str]:
+    """Attributes, names of arguments and plain names that a file uses."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute | ast.Name | ast.keyword):
+            yield str(
+                node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else node.arg
+            )
 
 
 def public_names(package: str) -> list[tuple[str, str]]:
@@ -74,6 +85,7 @@ class TestEveryFile:
         assert not modules & {"pickle", "dill", "cloudpickle", "joblib"}
         allowed = {"torch.load"} if path.name == "pt_checkpoint.py" else set()
         assert not called_names(path) & UNSAFE_CALLS - allowed
+        assert not UNSAFE_WORDS & set(words_of(path))
 
 
 def test_the_one_reader_of_pt_files_reads_weights_only():

@@ -18,12 +18,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tok2img.whole_files import write_atomically
+from tokenizers_vq.base import check_number, refuse_unknown
 from tokenizers_vq.images import ImageSource, load_image, pixels_from_images
+from tokenizers_vq.model_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    on_meta,
+    read_json,
+    read_tensors,
+    refuse_misfit,
+    refuse_non_finite,
+)
 
 MAX_CAPTIONS = 1000
 MAX_LR = 3e-3
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 
 
 class CaptionClassifier(nn.Module):
@@ -87,11 +95,19 @@ class CaptionClassifier(nn.Module):
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "CaptionClassifier":
         """Read what `save` wrote, onto the CPU and in eval mode."""
-        config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-        classifier = cls(
-            num_channels=config["num_channels"], image_size=config["image_size"], captions=config["captions"]
-        )
-        classifier.load_state_dict(safetensors.torch.load_file(Path(folder) / WEIGHTS_FILE))
+        folder = Path(folder)
+        config = read_json(folder / CONFIG_FILE)
+        names = ("num_channels", "image_size", "captions")
+        refuse_unknown(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
+        if config.keys() < set(names) or not isinstance(config["captions"], list):
+            raise ValueError(f"{folder / CONFIG_FILE} must hold {', '.join(names)}")
+        for name in names[:2]:
+            check_number(cls.__name__, name, config[name], 1)
+        sizes: dict[str, Any] = {name: config[name] for name in names}
+        refuse_misfit(on_meta(lambda: cls(**sizes), folder), folder)
+        classifier = cls(**sizes)
+        classifier.load_state_dict(read_tensors(folder))
+        refuse_non_finite(classifier, folder)
         return classifier.eval()
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from tokenizers_vq.base import first_line, own_fields
+from tokenizers_vq.base import own_fields
+from tokenizers_vq.model_folder import first_line
 
 from .layout import SequenceLayout
 from .processing import Tok2ImgProcessor, fit_pixels, load_images

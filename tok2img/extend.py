@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokenizers_vq.base import first_line, refuse_non_model
+from tokenizers_vq.model_folder import first_line, local_folder
 
 from .layout import SequenceLayout
-from .prior import check_architecture, check_context, check_fits, generation_config_for, load_causal_lm
+from .prior import causal_lm_config, check_context, check_fits, generation_config_for, load_causal_lm
 
 
 def base_config(base: str | Path) -> PreTrainedConfig:
     """The config of a saved causal language model; ValueError for a folder or hub name that holds none."""
-    refuse_non_model(base)
     try:
-        config = AutoConfig.from_pretrained(str(base))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return causal_lm_config(local_folder(base))
+    except OSError as error:
         raise ValueError(f"cannot load a language model from {base}: {first_line(error)}") from error
-    check_architecture(config.model_type)
-    return config
 
 
 def text_rows(base: str | Path) -> int:

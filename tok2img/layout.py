@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer
+from tokenizers_vq.model_folder import read_json
 
 VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the vocabulary in multiples of this
 FILE_NAME = "layout.json"
+MOST = 2**24  # ids, positions, codes
 
 
 def range_starts(groups: tuple[int, ...], size: int, device: torch.device | None = None) -> Tensor:
@@ -94,7 +96,9 @@ class SequenceLayout:
         for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size"):
             value = getattr(self, name)
             if not is_count(value):
-                raise ValueError(f"layout: {name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(
+                    f"layout: {name} must be a whole number of at least 1 and at most {MOST}, got {value!r}"
+                )
         if not isinstance(self.codes_shared, bool):
             raise ValueError(f"layout: codes_shared must be true or false, got {self.codes_shared!r}")
         groups = self.code_groups
@@ -230,7 +234,7 @@ class SequenceLayout:
         """Read `layout.json` from a folder; ValueError where there is none or it is not one."""
         path = Path(folder, FILE_NAME)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**read_json(path))
         except FileNotFoundError:
             raise ValueError(f"{folder} is not a tok2img model folder: it has no {FILE_NAME}") from None
         except (TypeError, ValueError) as error:
@@ -238,8 +242,8 @@ class SequenceLayout:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Whether a value is a whole number of at least 1, and not beyond all use."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:

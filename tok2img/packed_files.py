@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tokenizers_vq.base import first_line
+from tokenizers_vq.model_folder import first_line
 
 SPLITS = ("train", "validation", "test")
 

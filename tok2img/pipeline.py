@@ -12,16 +12,17 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tokenizers_vq.base import first_line
+from tokenizers_vq.model_folder import first_line, local_copy
 
 from .completion import Keep, codes_to_keep, kept_positions
 from .generation import fitting_batch, generate
+from .layout import SequenceLayout
 from .model_card import SAMPLES_FILE, model_card
 from .plots import captioned_sheet, save_image
 from .prior import load_prior
@@ -294,8 +295,8 @@ class TextToImagePipeline:
 def load_parts(name: str | Path) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
     """Prior and processor of a trained folder, or of one of the hub by its name; ValueError for what is neither."""
     folder = local_folder(name)
-    processor = Tok2ImgProcessor.from_pretrained(folder)
-    return load_prior(folder, processor.layout), processor
+    prior = load_prior(folder, SequenceLayout.from_pretrained(folder))
+    return prior, Tok2ImgProcessor.from_pretrained(folder)
 
 
 def move(prior: Any, processor: Tok2ImgProcessor, device: str | torch.device) -> None:
@@ -310,7 +311,7 @@ def local_folder(name: str | Path) -> Path:
     if Path(name).exists() or not REPOSITORY_NAME.fullmatch(str(name)):
         return Path(name)
     try:
-        return Path(snapshot_download(str(name)))
+        return local_copy(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is not a tok2img model folder, nor to be had from the hub: {first_line(error)}"

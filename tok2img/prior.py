@@ -8,14 +8,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq import ModelWithLoss
-from tokenizers_vq.base import first_line, refuse_non_finite, refuse_non_model
+from tokenizers_vq.model_folder import (
+    CONFIG_FILE,
+    build_config,
+    first_line,
+    load_by_tensors,
+    local_folder,
+    on_meta,
+    read_config,
+    read_json,
+    refuse_larger,
+    refuse_non_finite,
+)
 
 from .layout import Segment, SequenceLayout
 
@@ -120,17 +137,35 @@ def load_causal_lm(folder: str | Path, *, what: str, refused_keys: tuple[str, ..
     Raises:
         ValueError: for a folder that holds none, tensors that may not be missing or there, and weights that are not finite.
     """
-    refuse_non_model(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **settings)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        place = local_folder(folder)
+        config = causal_lm_config(place)
+        empty = on_meta(lambda: AutoModelForCausalLM.from_config(config), place)
+        refuse_larger(empty, place)
+        model, info = load_by_tensors(type(empty), place, config, generation_config=saved_generation(place), **settings)
+    except OSError as error:
         raise ValueError(f"cannot load a {what} from {folder}: {first_line(error)}") from error
-    model, info = loaded
     wrong = sorted(str(name) for key in refused_keys for name in info[key])
     if wrong:
         raise ValueError(f"{folder} does not hold a whole {what}: missing or unknown tensors {wrong[:3]}")
     refuse_non_finite(model, folder)
     return model.eval()
+
+
+def causal_lm_config(folder: str | Path) -> Any:
+    """The config in a folder; ValueError for that of anything but a causal language model."""
+    settings = read_config(folder)
+    try:
+        check_architecture(settings.get("model_type", ""))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no language model: {error}") from error
+    return build_config(CONFIG_MAPPING[settings["model_type"]], settings, Path(folder, CONFIG_FILE))
+
+
+def saved_generation(folder: Path) -> GenerationConfig | None:
+    """How a saved model draws, where its folder says it; ValueError for settings that say nothing."""
+    path = folder / "generation_config.json"
+    return build_config(GenerationConfig, read_json(path), path) if path.exists() else None
 
 
 def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:

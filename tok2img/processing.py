@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, BatchFeature
+from transformers import BatchFeature
 
 from tokenizers_vq import DiscreteTokenizer, load_image
-from tokenizers_vq.base import first_line, refuse_non_model
+from tokenizers_vq.base import tokenizer_class
 from tokenizers_vq.images import images_from_pixels, pixels_from_images
+from tokenizers_vq.model_folder import first_line, local_folder, read_config
 
 from .layout import SequenceLayout
 from .text import TextTokenizer
@@ -139,14 +140,15 @@ class Tok2ImgProcessor:
 
 def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
     """Load any saved image tokenizer; ValueError for a folder or hub name that holds none."""
-    refuse_non_model(folder)
     try:
-        model = AutoModel.from_pretrained(str(folder))
-    except (OSError, KeyError, TypeError) as error:
+        model_type = read_config(local_folder(folder)).get("model_type")
+    except OSError as error:
         raise ValueError(f"cannot load an image tokenizer from {folder}: {first_line(error)}") from error
-    if not isinstance(model, DiscreteTokenizer) or model.main_input_name != "pixel_values":
-        raise ValueError(f"{folder} holds a {type(model).__name__}, not an image tokenizer")
-    return model.eval()
+    model_class = tokenizer_class(model_type)
+    if model_class is None or model_class.main_input_name != "pixel_values":
+        kind = model_type if model_class is None else model_class.__name__
+        raise ValueError(f"{folder} holds a {kind}, not an image tokenizer")
+    return model_class.from_pretrained(folder).eval()
 
 
 def load_pixels(

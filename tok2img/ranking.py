@@ -12,15 +12,28 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 from tokenizers_vq import load_image
-from tokenizers_vq.base import first_line
+from tokenizers_vq.base import is_number
 from tokenizers_vq.images import pixels_from_images
+from tokenizers_vq.model_folder import (
+    CONFIG_FILE,
+    build_config,
+    first_line,
+    load_by_tensors,
+    local_folder,
+    on_meta,
+    read_config,
+    read_json,
+    refuse_larger,
+    refuse_non_finite,
+    unfilled_tensors,
+)
 
 from .layout import SequenceLayout
 from .prior import code_logits, trunk
+from .text import MAX_CHARACTERS_PER_TOKEN, SubwordTokenizer, check_texts
 
 Ranker = Callable[[list[str], list[Image.Image]], Tensor]
 BATCH_SIZE = 64
@@ -58,6 +71,22 @@ def best_of_each(scores: Tensor, num: int) -> Tensor:
     return rearrange(scores, "(b num) -> b num", num=num).argmax(dim=1) + num * torch.arange(len(scores) // num)
 
 
+def load_clip(folder: Path) -> CLIPModel:
+    """The CLIP model of a folder; ValueError where it is not one, or not whole."""
+    settings = read_config(folder)
+    if settings.get("model_type") != "clip":
+        raise ValueError(f"it holds a {settings.get('model_type')}")
+    config = build_config(CLIPConfig, settings, folder / CONFIG_FILE)
+    refuse_larger(on_meta(lambda: CLIPModel(config), folder), folder)
+    model, info = load_by_tensors(CLIPModel, folder, config)
+    # Files of older versions hold the positions 0, 1, 2 ... too.
+    unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
+    if wrong := unfilled_tensors(info) + unknown:
+        raise ValueError(f"missing, misshapen or unknown tensors {wrong[:3]}")
+    refuse_non_finite(model, folder)
+    return model
+
+
 class ClipRanker:
     """Scores pictures by the cosine between a CLIP model's views of them and of their captions.
 
@@ -78,14 +107,21 @@ class ClipRanker:
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a CLIP model with its tokenizer from a folder or the hub; ValueError where there is none."""
         try:
-            pixels, _ = ImageProcessingMixin.get_image_processor_dict(str(name))
-            text_tokenizer = AutoTokenizer.from_pretrained(str(name))
-            loaded: Any = CLIPModel.from_pretrained(str(name), output_loading_info=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            folder = local_folder(name)
+            pixels = read_json(folder / PREPROCESSOR_FILE)
+            model = load_clip(folder)
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot load a CLIP model from {name}: {first_line(error)}") from error
-        model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(f"{name} holds no whole CLIP model: missing {sorted(info['missing_keys'])[:3]}")
+        numbers = {key: pixels.get(f"image_{key}") for key in ("mean", "std")}
+        for key, value in numbers.items():
+            if (
+                not isinstance(value, list)
+                or not value
+                or not all(map(is_number, value))
+                or (key == "std" and 0 in value)
+            ):
+                raise ValueError(f"{folder / PREPROCESSOR_FILE}: image_{key} must be numbers, got {value!r:.80}")
+        text_tokenizer = SubwordTokenizer.from_pretrained(folder).tokenizer
         return cls(model, text_tokenizer, pixel_mean=pixels["image_mean"], pixel_std=pixels["image_std"])
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -114,10 +150,16 @@ class ClipRanker:
         return torch.cat(scores)
 
     def encode_text(self, captions: list[str]) -> Any:
-        """Captions -> `input_ids` and `attention_mask`, all of one length whatever the batch."""
+        """Captions -> `input_ids` and `attention_mask`, all of one length whatever the batch; marks in captions are text."""
         length = self.model.config.text_config.max_position_embeddings
+        check_texts(captions)
         return self.text_tokenizer(
-            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            [caption[: length * MAX_CHARACTERS_PER_TOKEN] for caption in captions],
+            split_special_tokens=True,
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         )
 
     def pixel_values(self, images: Sequence[Any]) -> Tensor:

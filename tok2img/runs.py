@@ -137,7 +137,9 @@ def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> TextSpanTokenize
         if "max_length" not in settings:
             span = settings.get("span_length", config_class.span_length)
             smallest = model_class(config_class(**settings | {"max_length": span}))
-            settings["max_length"] = span * max(len(smallest.pieces(text[:MAX_TEXT_BYTES])) for text in texts)
+            settings["max_length"] = span * max(
+                sum(1 for _ in smallest.pieces(text[:MAX_TEXT_BYTES])) for text in texts
+            )
         return model_class(config_class(**settings))
 
 

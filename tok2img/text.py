@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokenizers_vq.base import first_line
+from tokenizers_vq.model_folder import CONFIG_FILE, TEXT_FILES, first_line, local_copy, read_json
 
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
 
@@ -86,8 +86,10 @@ class SubwordTokenizer:
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a saved tokenizer from a folder or the hub; ValueError where there is none."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name), split_special_tokens=True, use_fast=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            folder = local_copy(name, kinds=TEXT_FILES)
+            refuse_code(folder)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
+        except Exception as error:  # each class of transformers makes something else of what it does not know
             raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
         loaded = cls(tokenizer)
         if not any(loaded.encode([string.printable])):
@@ -144,6 +146,14 @@ def subword_tokenizer(state: bytes) -> SubwordTokenizer:
     """Make a `SubwordTokenizer` again from its `state`."""
     backend = Tokenizer.from_str(state.decode())
     return SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
+
+
+def refuse_code(folder: Path) -> None:
+    """ValueError for a folder whose tokenizer is code that it brings along: transformers would ask whether to run it."""
+    for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
+        settings = read_json(file) if file.exists() else {}
+        if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(f"{file} asks for code of its own, which is not run")
 
 
 def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -> None:

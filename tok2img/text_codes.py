@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
 from tokenizers_vq.base import own_fields
+from tokenizers_vq.model_folder import CONFIG_FILE, read_json
 
 from .text import SubwordTokenizer, TextTokenizer, check_texts
 
@@ -127,7 +128,6 @@ def load_text_model(folder: str | Path) -> TextSpanTokenizer:
 def model_type_of(folder: str | Path) -> str:
     """What kind of model a folder says it holds; nothing where it does not say."""
     try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        return str(read_json(Path(folder, CONFIG_FILE)).get("model_type"))
     except (OSError, ValueError):
         return ""
-    return str(config.get("model_type")) if isinstance(config, dict) else ""

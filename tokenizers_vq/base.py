@@ -1,16 +1,29 @@
 """What every discrete tokenizer promises: pixels or text in, codes out, and back."""
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
+
+from .model_folder import (
+    CONFIG_FILE,
+    OF_DOWNLOADS,
+    build_config,
+    first_line,
+    local_folder,
+    on_meta,
+    read_config,
+    read_tensors,
+    refuse_misfit,
+    refuse_non_finite,
+)
 
 # Keys that `save_pretrained` writes into config.json beside the fields of the class.
 WRITTEN_BY_TRANSFORMERS = {
@@ -21,6 +34,12 @@ WRITTEN_BY_TRANSFORMERS = {
     "auto_map",
     "torch_dtype",
     "use_cache",
+}
+# The most that a setting may be; where something is built or counted one by one, less.
+MOST, MOST_PARTS = 2**24, 2**8
+MOST_OF = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
+    f"num_{parts}": MOST_PARTS
+    for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
 }
 
 
@@ -59,14 +78,36 @@ def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], *, li
 
 
 def check_number(owner: str, name: str, value: Any, default: Any) -> None:
-    """Refuse a value of another kind than its default: text for a number, 16.5 for 16, a count below 0."""
+    """Refuse a value of another kind than its default: text for a number, 16.5 for 16, a count below 0 or beyond all use."""
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ValueError(f"{owner}: {name} must be true or false, got {value!r}")
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{owner}: {name} must be a name, got {value!r}")
     if isinstance(default, int) and not isinstance(default, bool):
-        if not isinstance(value, int) or isinstance(value, bool) or value < min(default, 1):
-            raise ValueError(f"{owner}: {name} must be a whole number of at least {min(default, 1)}, got {value!r}")
-    elif isinstance(default, float) and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
+        least, most = min(default, 1), MOST_OF.get(name, MOST)
+        if not is_whole(value) or not least <= value <= most:
+            raise ValueError(
+                f"{owner}: {name} must be a whole number of at least {least} and at most {most}, got {value!r}"
+            )
+    elif isinstance(default, float) and (not is_number(value) or value < 0):
         raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number that is finite."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def check_counts(name: str, values: Any, *, least: int = 1) -> None:
+    """Refuse what is no list of a few whole numbers."""
+    fits = isinstance(values, list | tuple) and 0 < len(values) <= MOST_PARTS
+    if not fits or not all(is_whole(value) and least <= value <= MOST for value in values):
+        raise ValueError(f"{name} must be whole numbers of at least {least}, got {str(values):.80}")
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
@@ -197,51 +238,43 @@ class DiscreteTokenizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved tokenizer; a folder that is none, a missing or non-finite tensor is a ValueError."""
-        refuse_non_model(pretrained_model_name_or_path)
-        wants_info = kwargs.pop("output_loading_info", False)
-        # Misshapen tensors stand in the report then, and are refused below; otherwise loading fails without their names.
-        kwargs["ignore_mismatched_sizes"] = True
+        """Load a saved tokenizer from a folder or the hub; its weights must be safetensors.
+
+        Raises:
+            ValueError: for a folder that holds another model or none, settings out of bounds, and tensors that are missing, unknown,
+                misshapen or not finite; all but the last before anything is allocated.
+        """
+        name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot load a tokenizer from {pretrained_model_name_or_path}: {first_line(error)}"
-            ) from error
-        model, info = loaded
-        absent, unknown = unfilled_tensors(info), sorted(info["unexpected_keys"])
-        if absent or unknown:
-            what = f"missing or misshapen tensors {absent[:3]}" if absent else f"unknown tensors {unknown[:3]}"
-            raise ValueError(f"{pretrained_model_name_or_path} does not hold this {cls.__name__}: {what}")
-        refuse_non_finite(model, pretrained_model_name_or_path)
-        answer: Any = (model, info) if wants_info else model
-        return answer
+            folder = local_folder(name, **kwargs)
+            saved = cls.saved_config(folder)
+            config = config or saved
+            refuse_misfit(on_meta(lambda: cls(config), folder), folder)
+            settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *OF_DOWNLOADS)}
+            # By its tensors, not by its folder: of a folder transformers opens whatever it knows, pickles too.
+            settings |= {"config": config, "state_dict": read_tensors(folder)}
+            loaded: Any = super().from_pretrained(None, *args, **settings)
+        except OSError as error:
+            raise ValueError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error
+        refuse_non_finite(loaded[0] if kwargs.get("output_loading_info") else loaded, name)
+        return loaded
+
+    @classmethod
+    def saved_config(cls, folder: str | Path) -> Any:
+        """The config in a folder; ValueError where it is that of another model, or none."""
+        config_class: Any = cls.config_class
+        settings, model_type = read_config(folder), config_class.model_type
+        if settings.get("model_type") != model_type:
+            raise ValueError(f"{folder} holds a {settings.get('model_type')}, not a {model_type}")
+        return build_config(config_class, settings, Path(folder, CONFIG_FILE))
 
 
-def refuse_non_model(folder: str | Path) -> None:
-    """ValueError for a local path that cannot be a saved model, before transformers takes it for a hub name."""
-    path = Path(folder)
-    looks_local = path.is_absolute() or str(folder).startswith(".") or len(path.parts) != 2 or path.exists()
-    if looks_local and not path.is_dir():
-        raise ValueError(f"{folder} is not a model folder: no such folder")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
-
-
-def unfilled_tensors(info: dict[str, Any]) -> list[str]:
-    """Names of the tensors that loading did not fill, by the report of `from_pretrained`: those absent, then those of another shape."""
-    return sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
-
-
-def refuse_non_finite(model: torch.nn.Module, name: str | Path) -> None:
-    """ValueError for a model with a NaN or an infinity in its weights."""
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name}: the tensor {key} holds values that are not finite")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, which is what a command line has room for."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def tokenizer_class(model_type: object) -> type[DiscreteTokenizer] | None:
+    """The class whose configs are of this type; None where there is none."""
+    waiting: list[type[DiscreteTokenizer]] = [DiscreteTokenizer]
+    while waiting:
+        some = waiting.pop()
+        if getattr(some.config_class, "model_type", None) == model_type:
+            return some
+        waiting += some.__subclasses__()
+    return None

@@ -15,11 +15,10 @@ from typing import Any
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from .base import check_choice, check_number, first_line, own_fields, refuse_non_model, refuse_unknown, unfilled_tensors
+from .base import check_choice, check_number, own_fields, refuse_unknown
+from .model_folder import first_line, local_folder, read_config, tensor_headers, unfilled_tensors
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,9 @@ def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
     Raises:
         ValueError: for what is no such folder, for a model that is none of `FAMILIES`, and for missing or misshapen tensors.
     """
-    refuse_non_model(Path(name, subfolder) if Path(name).is_dir() else name)
     try:
-        model, info = _load(str(name), subfolder)
-    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+        model, info = _load(local_folder(name, subfolder=subfolder))
+    except Exception as error:  # each library and class makes something else of what it does not know
         raise ValueError(f"cannot load a picture tokenizer from {name}: {first_line(error)}") from error
     if absent := unfilled_tensors(info):
         raise ValueError(
@@ -196,16 +194,17 @@ def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
     return model
 
 
-def _load(name: str, subfolder: str) -> tuple[nn.Module, dict[str, Any]]:
-    config, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
+def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    config = read_config(folder)
+    tensor_headers(folder)
     settings = config.get(PART, config)
     kind = settings.get("_class_name") or settings.get("model_type")
     family = next((key for key, family in FAMILIES.items() if family.saved_as == kind), None)
     if family is None:
         raise ValueError(f"it holds a {kind}, none of {', '.join(FAMILIES)}")
-    options: dict[str, Any] = {"subfolder": subfolder, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     # transformers reports misshapen tensors then, and otherwise fails without their names; diffusers names them as it fails.
     options["ignore_mismatched_sizes"] = config_class(family) is not None
     if settings is not config:
         options |= {"config": config_class(family)(**settings), "key_mapping": {PART_PREFIX: ""}}
-    return model_class(family).from_pretrained(name, **options)
+    return model_class(family).from_pretrained(str(folder), **options)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size, refuse_non_finite
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput, check_image_size
 from .clustering import nearest_codes
 from .families import FAMILIES, Family, build, check_settings, family_of, load_original, settings_of
+from .model_folder import refuse_non_finite
 from .normalization import PixelNormalization
 from .quantizer import perplexity
 from .vectors import straight_through

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .base import first_line
 from .convolution import StageGain, channels_last
+from .model_folder import first_line
 from .options import ConvolvedOptions, Options
 from .pt_checkpoint import read_pt
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .base import check_counts
 from .convolution import StageGain, channels_last, group_norm
 from .options import EmbeddedOptions, LinearOptions, Options
 
@@ -116,8 +117,7 @@ class DilatedBlock(nn.Module):
 
 def check_dilations(dilations: Sequence[int]) -> None:
     """Refuse no block at all, and positions that are none."""
-    if not dilations or min(dilations) < 1:
-        raise ValueError(f"dilations must be whole numbers of at least 1, got {dilations}")
+    check_counts("dilations", dilations)
 
 
 class DilatedConvRefiner(nn.Module):

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .base import DiscreteTokenizer, DiscreteTokenizerConfig, check_choice
+from .base import DiscreteTokenizer, DiscreteTokenizerConfig, check_choice, check_counts
 from .errors import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -99,10 +100,10 @@ class TextSpanTokenizer(DiscreteTokenizer):
                 content = text.encode()
             except (AttributeError, UnicodeEncodeError) as error:
                 raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
-            pieces = self.pieces(content)
+            pieces = self.first_pieces(content)
             if len(pieces) > self.num_spans:
                 num_cut += 1
-                pieces = self.pieces(whole_characters(b"".join(pieces[: self.num_spans])))
+                pieces = self.first_pieces(whole_characters(b"".join(pieces[: self.num_spans])))
             spans = ([self.symbol_of_byte[byte] for byte in piece] for piece in pieces)
             row = [symbol for span in spans for symbol in span + [self.end] * (self.span_length - len(span))]
             rows.append(row + [self.end] * (self.config.max_length - len(row)))
@@ -110,18 +111,22 @@ class TextSpanTokenizer(DiscreteTokenizer):
             logger.warning("%d of %d texts are longer than %d spans and were cut", num_cut, len(texts), self.num_spans)
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
 
-    def pieces(self, content: bytes) -> list[bytes]:
+    def first_pieces(self, content: bytes) -> list[bytes]:
+        """Those of the pieces that there are spans for, and of a text that is cut one more: no work on the rest of a megabyte."""
+        return list(islice(self.pieces(content), self.num_spans + 1))
+
+    def pieces(self, content: bytes) -> Iterator[bytes]:
         """Bytes as what the spans of a text hold."""
         unit = self.config.span_unit
-        words = [content] if unit == "bytes" else WORD.findall(content)
+        words = [content] if unit == "bytes" else (match[0] for match in WORD.finditer(content))
         if unit == "words":
-            words = list(joined(words, self.span_length))
+            words = joined(words, self.span_length)
         starts = ((word, first) for word in words for first in range(0, len(word), self.span_length))
-        return [word[first : first + self.span_length] for word, first in starts]
+        return (word[first : first + self.span_length] for word, first in starts)
 
     def spans_of(self, text: str) -> int:
         """Spans that hold a text and its end; more than `num_spans` where it will be cut."""
-        pieces = self.pieces(text.encode())
+        pieces = self.first_pieces(text.encode())
         fits_exactly = len(pieces) == self.num_spans
         holds_end = self.config.span_unit == "bytes" and bool(pieces) and len(pieces[-1]) < self.span_length
         return len(pieces) + (not fits_exactly and not holds_end)
@@ -201,6 +206,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
 
 def check_alphabet(alphabet: Sequence[int]) -> None:
     """Refuse what are no byte values, each once and in order, with `UNKNOWN` among them."""
+    check_counts("alphabet", alphabet, least=0)
     if sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256)):
         raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
     if UNKNOWN not in alphabet:

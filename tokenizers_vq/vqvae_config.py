@@ -3,7 +3,7 @@
 import math
 from dataclasses import field
 
-from .base import DiscreteTokenizerConfig, check_choice, check_image_size
+from .base import DiscreteTokenizerConfig, check_choice, check_counts, check_image_size, check_number
 from .fsq import FSQ
 from .quantizer import VectorQuantizer
 from .reconstruction import PIXEL_LOSSES
@@ -45,7 +45,9 @@ class QuantizerConfig(DiscreteTokenizerConfig):
         check_choice("quantizer", self.quantizer, QUANTIZERS)
         check_choice("gradient", self.gradient, GRADIENTS)
         if self.quantizer == "fsq":
+            check_counts("fsq_levels", self.fsq_levels, least=2)
             self.codebook_size = math.prod(self.fsq_levels)
+            check_number(type(self).__name__, "codebook_size", self.codebook_size, 1)
 
     @property
     def codes_per_vector(self) -> int:

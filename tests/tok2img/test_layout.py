@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tok2img.layout import SequenceLayout
@@ -21,14 +21,12 @@ def random_codes(layout: SequenceLayout, num: int = 3) -> torch.Tensor:
     return torch.randint(layout.codebook_size, (num, layout.num_codes))
 
 
-@settings(max_examples=40, deadline=None)
 @given(layouts)
 def test_ids_give_back_the_codes_they_were_made_of(layout):
     codes = random_codes(layout)
     assert layout.image.ids_to_codes(layout.image.codes_to_ids(codes)).equal(codes)
 
 
-@settings(max_examples=40, deadline=None)
 @given(layouts)
 def test_no_two_kinds_of_id_overlap(layout):
     marks = [layout.bos_id, layout.sep_id, layout.pad_id]
@@ -37,14 +35,12 @@ def test_no_two_kinds_of_id_overlap(layout):
     assert len(set(ids)) == len(ids) and max(ids) < layout.vocab_size
 
 
-@settings(max_examples=40, deadline=None)
 @given(layouts)
 def test_the_vocabulary_is_the_next_multiple_of_64(layout):
     used = layout.image.offset + layout.image.num_ids
     assert layout.vocab_size % 64 == 0 and used <= layout.vocab_size < used + 64
 
 
-@settings(max_examples=40, deadline=None)
 @given(layouts)
 def test_types_are_the_smallest_that_hold_every_value(layout):
     for dtype, largest in ((layout.text_dtype, layout.pad_id), (layout.code_dtype, layout.codebook_size - 1)):
@@ -52,7 +48,6 @@ def test_types_are_the_smallest_that_hold_every_value(layout):
         assert dtype == np.uint8 or np.iinfo(dtype).max // 257 < largest
 
 
-@settings(max_examples=40, deadline=None)
 @given(layouts)
 def test_every_position_of_a_sequence_holds_its_own_kind(layout):
     text_ids, codes = torch.randint(layout.text_vocab_size, (2, layout.text_length)), random_codes(layout, 2)

@@ -3,7 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -41,13 +41,11 @@ def outcome(name: str) -> list:
     return [pytest.param(text, id=label) for label, text, result in HOSTILE_ROWS if result == name]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text())
 def test_every_text_comes_back_from_its_ids(text_tokenizer, text):
     assert text_tokenizer.decode(text_tokenizer.encode([text])[0]) == text
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_categories=[])))
 def test_any_string_has_ids_or_is_refused_as_no_unicode(text_tokenizer, text):
     try:

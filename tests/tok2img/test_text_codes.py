@@ -2,10 +2,11 @@
 
 import json
 import pickle
+import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -91,12 +92,22 @@ def test_captions_that_come_again_are_encoded_once(text_codes, model, monkeypatc
     assert seen == ["a red", "", "a blue"]
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=20))
 def test_ids_decode_to_what_the_codes_say(text_codes, model, text):
     ids = text_codes.encode([text])[0]
     assert all(0 <= each < text_codes.vocab_size for each in ids)
     assert text_codes.decode(ids) == model.decode(model.encode([text]))[0]
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "cat dog " * 125_000, "ab1!" * 250_000, "e\u0301" * 300_000])
+@pytest.mark.parametrize("span_unit", ["bytes", "words", "word"])
+def test_a_megabyte_takes_no_longer_than_what_is_kept_of_it(text_codes, text, span_unit):
+    text_codes.model.config.span_unit = span_unit
+    start = time.process_time()
+    (ids,) = text_codes.encode([text])
+    (length,) = text_codes.lengths([text], max_length=64)
+    assert time.process_time() - start < 0.1
+    assert len(ids) == text_codes.model.num_codes < length and max(ids) < text_codes.vocab_size
 
 
 def test_a_limit_cuts_the_ids_and_the_rest_decodes(text_codes):
@@ -105,7 +116,6 @@ def test_a_limit_cuts_the_ids_and_the_rest_decodes(text_codes):
     assert isinstance(text_codes.decode(ids), str)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=20))
 def test_lengths_are_known_without_encoding(text_codes, text):
     (length,) = text_codes.lengths([text], max_length=64)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModel
@@ -124,18 +124,15 @@ class TestError:
 
 
 class TestText:
-    @settings(max_examples=60, deadline=None)
     @given(st.lists(st.text(max_size=30), max_size=3))
     def test_symbols_give_back_what_fits(self, model, texts):
         expected = [whole_characters(text.encode()[:18]).decode() for text in texts]
         assert model.texts(model.symbols(texts)) == expected
 
-    @settings(max_examples=30, deadline=None)
     @given(st.text(max_size=30))
     def test_every_text_comes_back_as_some_text(self, model, text):
         assert isinstance(model.decode(model.encode([text]))[0], str)
 
-    @settings(max_examples=60, deadline=None)
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, model, text):
         live = model.live_spans(model.symbols([text])).sum()
@@ -162,13 +159,11 @@ class TestWordSpans:
         }
         assert words.pieces(b"a yellow dog, 42  more") == expected[words.config.span_unit]
 
-    @settings(max_examples=100, deadline=None)
     @given(st.text(max_size=30))
     def test_symbols_give_back_what_fits(self, words, text):
         fitting = whole_characters(b"".join(words.pieces(text.encode())[:6])).decode()
         assert words.texts(words.symbols([text])) == [fitting]
 
-    @settings(max_examples=60, deadline=None)
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, words, text):
         live = words.live_spans(words.symbols([text])).sum()
