@@ -1,4 +1,8 @@
-"""A training step of the prior: our loss, which multiplies only the head rows a position can use, stock `labels=`, and DALLE-pytorch's."""
+"""A training step of the prior: our loss, which multiplies only the head rows a position can use, stock `labels=`, and DALLE-pytorch's.
+
+Codes that share ids, CPU time as many times ours (Xeon at 2.5 GHz, one thread; medians of 5 rounds on a busy machine): stock 1.25,
+DALLE-pytorch 1.49; ours in bfloat16 2.8, for want of instructions for it.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
