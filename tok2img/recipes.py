@@ -23,6 +23,7 @@ class RunSettings:
         out: folder for the result.
         data: Parquet file or folder, image folder with captions, webdataset tars, hub name, or "shapes".
         max_rows: train on so many rows at most; 0: all.
+        batch_size: rows of a batch, on all devices together. gradient_accumulation_steps: batches of one step.
         eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.

@@ -163,14 +163,16 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
     """The recipe's keys as arguments of transformers.
 
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`, if that is named; else they are the last.
+    of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run is the same on
+    any number of them.
+
+    Raises:
+        ValueError: for a batch that cannot be shared evenly.
     """
     every, save_every = recipe.eval_every, recipe.save_every or recipe.eval_every
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(checkpoints_of(recipe)),
         max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
@@ -199,6 +201,18 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         report_to=recipe.report_to,
         seed=recipe.seed,
     )
+    share = share_of_batch(recipe.batch_size, num_devices=settings.world_size * max(1, settings.n_gpu))
+    settings.per_device_train_batch_size = settings.per_device_eval_batch_size = share
+    return settings
+
+
+def share_of_batch(batch_size: int, *, num_devices: int) -> int:
+    """How many rows of a batch each device takes; ValueError where it cannot be shared evenly."""
+    if batch_size % num_devices:
+        raise ValueError(
+            f"key 'batch_size' is shared by {num_devices} devices and must be a multiple of that, got {batch_size}"
+        )
+    return batch_size // num_devices
 
 
 def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path], None]) -> None:

@@ -121,7 +121,7 @@ class TestWhatTrainingHides:
 
     def test_about_the_wanted_share_of_captions_is_dropped(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_dropout=0.25).train()
-        text_ids = model.hide(torch.ones(4000, 3, dtype=torch.int64))
+        text_ids = model.hide(torch.ones(4000, 3, dtype=torch.int64), torch.rand(4000))
         dropped = (text_ids == layout.pad_id).all(dim=1)
         assert 0.2 < dropped.float().mean() < 0.3 and (text_ids[~dropped] == 1).all()
 
