@@ -21,7 +21,7 @@ from .data import load_captioned_images
 from .evaluation import caption_accuracy, frechet_distance, measure_tokenizer, repeated_share, unigram_entropy
 from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
-from .prior import PriorWithLoss
+from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from tokenizers_vq.quantizer import CodeUsage
 from tokenizers_vq.with_loss import inner_of
 
 from .plots import save_image
-from .prior import PriorWithLoss
+from .prior_loss import PriorWithLoss
 from .processing import load_pixels
 from .safe_trainer import SafeTrainer
 from .whole_files import write_atomically
@@ -94,7 +95,11 @@ class Trainer(SafeTrainer):
         """The batches of one step; those for a prior know of each other."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model.prepare(batches) if isinstance(model, PriorWithLoss) else batches, num_items
+        if isinstance(model, PriorWithLoss):
+            # By seed and step alone: the same in all processes, and after a run was taken up again.
+            chance = np.random.default_rng([self.args.seed, self.state.global_step])
+            batches = model.prepare(batches, lambda num: torch.from_numpy(chance.random(num, dtype=np.float32)))
+        return batches, num_items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

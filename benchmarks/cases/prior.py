@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import build_prior
+from tok2img.prior_loss import PriorWithLoss
 
 from ..harness import Case, Comparison
 

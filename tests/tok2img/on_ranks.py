@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tests/tok2img/on_ranks.py COMMANDS.json
 
-COMMANDS.json holds a list of {"arguments": of `tok2img`, "notes": folder for what each process saw of the run}.
+COMMANDS.json holds lists of what `run` takes. A run writes what this process saw of it into a file beside its result.
 """
 
 import hashlib
@@ -13,32 +13,47 @@ from pathlib import Path
 
 import datasets
 import torch
+from torch.distributed.tensor import DTensor
 
-from tok2img import cli, prior_runs, runs
+from tok2img import cli, prior_runs, runs, tokenized
 from tok2img.trainer import Trainer
 
-torch.set_num_threads(1)
-datasets.disable_progress_bars()
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
 
 
-class Watched(Trainer):
-    """Notes after each step what this process's buffers hold, codebooks and their averages."""
+def run(arguments: list[str], out: str, killed_at: int = 0) -> None:
+    """Run a command of `tok2img` with its `--out`, as if it were killed in the step after `killed_at`."""
+    buffers, held = [], set()
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        contents = [buffer.numpy().tobytes() for _, buffer in sorted(self.model.named_buffers())]
-        seen.append(hashlib.sha256(b"".join(contents)).hexdigest())
-        return loss
+    class Watched(Trainer):
+        """Notes what buffers hold after each step, and how many weights this process holds."""
 
+        def training_step(self, *args, **kwargs):
+            if killed_at and self.state.global_step == killed_at:
+                raise Killed
+            loss = super().training_step(*args, **kwargs)
+            contents = [buffer.numpy().tobytes() for _, buffer in sorted(self.model.named_buffers())]
+            buffers.append(hashlib.sha256(b"".join(contents)).hexdigest())
+            parts = [each.to_local() if isinstance(each, DTensor) else each for each in self.model.parameters()]
+            held.add(sum(part.numel() for part in parts))
+            return loss
 
-def run(arguments: list[str], notes: str) -> None:
-    seen.clear()
-    cli.app(arguments, standalone_mode=False)
-    Path(notes, f"buffers-{os.environ['RANK']}").write_text("\n".join(seen))
+    runs.Trainer = prior_runs.Trainer = Watched
+    try:
+        cli.app([*arguments, "--out", out], standalone_mode=False)
+    except Killed:
+        pass
+    finally:
+        runs.Trainer = prior_runs.Trainer = Trainer
+    seen = {"buffers": buffers, "weights": sorted(held)}
+    Path(f"{out}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    seen: list[str] = []
-    runs.Trainer = prior_runs.Trainer = Watched
+    tokenized.ROWS_PER_SHARD = 4
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     for command in json.loads(Path(sys.argv[1]).read_text()):
-        run(**command)
+        run(*command)

@@ -11,7 +11,8 @@ from tok2img.drawing import read_caption
 from tok2img.generation import generate
 from tok2img.image_to_text import ImageToTextPipeline
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import PriorWithLoss, build_prior, caption_logits, trunk
+from tok2img.prior import build_prior, caption_logits, trunk
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.prior_runs import train_prior
 from tok2img.recipes import PriorRecipe
 from tok2img.sampling import Sampling

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
+from tok2img.prior import build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
+from tok2img.prior_loss import PriorWithLoss
 
 LOAD_WITHOUT_US = """
 import sys
@@ -109,7 +110,7 @@ class TestWhatTrainingHides:
             seen.append(input_ids)
             return trunk(prior, input_ids)
 
-        monkeypatch.setattr("tok2img.prior.trunk", spy)
+        monkeypatch.setattr("tok2img.prior_loss.trunk", spy)
         return seen
 
     def test_captions_are_dropped_in_training_and_never_in_eval(self, prior, layout, text_ids, codes, read):
