@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .image_to_text import ImageToTextPipeline
     from .layout import SequenceLayout
     from .pipeline import TextToImagePipeline
-    from .prior import PriorWithLoss, build_prior
+    from .prior import build_prior
+    from .prior_loss import PriorWithLoss
     from .processing import Tok2ImgProcessor
     from .ranking import ClipRanker
     from .sampling import Sampling
@@ -40,7 +41,7 @@ HOME = {
     "ClipRanker": "ranking",
     "ImageToTextPipeline": "image_to_text",
     "LayoutLogitsProcessor": "generation",
-    "PriorWithLoss": "prior",
+    "PriorWithLoss": "prior_loss",
     "Sampling": "sampling",
     "SequenceLayout": "layout",
     "SpanTextTokenizer": "text_codes",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizers_vq.clustering import among_ranks
+from tokenizers_vq.ranks import summed_over_ranks
 
 logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 20
@@ -46,12 +46,8 @@ class BadSteps:
         if not parameters:
             return
         bad = self.bad_loss.to(parameters[0].device) | not_finite([each.grad for each in parameters])
-        if among_ranks():
-            shared = bad.float()
-            torch.distributed.all_reduce(shared)
-            bad = shared > 0
         self.bad_loss = torch.zeros_like(self.bad_loss)
-        if not bad:
+        if not summed_over_ranks(bad.float()):
             self.in_a_row = 0
             return
         for each in parameters:

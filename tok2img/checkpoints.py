@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tokenizers_vq.clustering import among_ranks
+from tokenizers_vq.ranks import own_rank, summed_over_ranks
 
 from .whole_files import TEMPORARY, check_manifest, put_in_place, remove_folder, sweep, write_manifest
 
@@ -61,7 +61,7 @@ def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device
 
 def seal(building: Path, target: Path) -> None:
     """In the first process: record what is there, and put it in its place."""
-    if not among_ranks() or torch.distributed.get_rank() == 0:
+    if own_rank() == 0:
         write_manifest(building)
         put_in_place(building, target)
 
@@ -81,9 +81,6 @@ def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | No
         work()
     except OSError as error:
         problem = error
-    if among_ranks():
-        failed = torch.tensor(float(problem is not None), device=device)
-        torch.distributed.all_reduce(failed)
-        if failed and problem is None:
-            problem = OSError("another process could not write its part")
+    if summed_over_ranks(torch.tensor(float(problem is not None), device=device)) and problem is None:
+        return OSError("another process could not write its part")
     return problem

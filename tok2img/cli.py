@@ -66,8 +66,11 @@ def tokenize(
         str, typer.Option(help="skip: leave rows out that cannot be read, and list them in manifest.json; raise: stop.")
     ] = "skip",
     shard: Annotated[
-        str, typer.Option(help="i/n: do the i-th of n parts, counted from 0, as one of n jobs with the same --out.")
-    ] = "0/1",
+        str,
+        typer.Option(
+            help="i/n: do the i-th of n parts, counted from 0, as one of n jobs with the same --out; by default under torchrun."
+        ),
+    ] = "",
 ) -> None:
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
@@ -75,7 +78,7 @@ def tokenize(
     from .prior_runs import build_processor, set_beam
     from .processing import load_image_tokenizer
     from .text import only_text
-    from .tokenized import part_of, save_tokens
+    from .tokenized import part_of, part_of_process, save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
     set_beam(image_tokenizer, beam_size)
@@ -94,9 +97,10 @@ def tokenize(
         vocab_size=vocab_size,
         text_length=text_length,
     )
-    manifest = save_tokens(rows, processor, out, num_proc=num_proc, on_error=on_error, part=part_of(shard))
+    part = part_of(shard) if shard else part_of_process()
+    manifest = save_tokens(rows, processor, out, num_proc=num_proc, on_error=on_error, part=part)
     if manifest is None:
-        print(f"part {shard} is done; {out} appears with the last part")
+        print(f"part {part[0]}/{part[1]} is done; {out} appears with the last part")
         return
     layout = processor.layout
     print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} codes: {out}")

@@ -1,5 +1,6 @@
 """The commands that carry recipes out: `tok2img train-tokenizer`, `train-prior` and `train-ranker`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -31,7 +32,7 @@ def train_tokenizer(context: typer.Context, dry_run: DryRun = False) -> None:
     from .runs import train_tokenizer
 
     train_tokenizer(recipe)
-    print(f"tokenizer: {recipe.out}")
+    say(f"tokenizer: {recipe.out}")
 
 
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(PriorRecipe))
@@ -46,7 +47,7 @@ def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
     from .prior_runs import train_prior
 
     train_prior(recipe)
-    print(f"model: {recipe.out}")
+    say(f"model: {recipe.out}")
 
 
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(RankerRecipe))
@@ -56,7 +57,7 @@ def train_ranker(context: typer.Context) -> None:
     from .ranker_training import train_ranker
 
     train_ranker(recipe)
-    print(f"ranker: {recipe.out}")
+    say(f"ranker: {recipe.out}")
 
 
 def recipe_of(context: typer.Context, kind: type[Recipe]) -> Recipe:
@@ -65,6 +66,12 @@ def recipe_of(context: typer.Context, kind: type[Recipe]) -> Recipe:
     recipe = read_recipe(kind, path, overrides)
     quiet()
     return recipe
+
+
+def say(text: str) -> None:
+    """Print, in the first of the processes that torchrun starts."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def quiet() -> None:

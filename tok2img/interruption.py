@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq.clustering import among_ranks
+from tokenizers_vq.ranks import among_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layout import SequenceLayout
-from .prior import PriorWithLoss
+from .prior_loss import PriorWithLoss
 
 
 class LoraPriorWithLoss(PriorWithLoss):

@@ -1,7 +1,6 @@
-"""The prior: any causal language model of transformers, unmodified, and the loss that trains it on sequences of a layout."""
+"""The prior: any causal language model of transformers, unmodified, sized for a layout and read through the head rows of its segments."""
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.generic import ModelOutput
 
-from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.model_folder import (
     CONFIG_FILE,
     build_config,
@@ -39,7 +36,6 @@ from .layout import Segment, SequenceLayout
 ARCHITECTURES = ("qwen3", "llama", "gpt2")
 WIDTH_PER_LAYER = 64
 HEAD_SIZE = 64
-IMAGE_WEIGHT = 7.0  # against 1 for text, as in DALL-E (Ramesh et al. 2021, section 2.2)
 
 
 def build_prior(
@@ -230,103 +226,6 @@ def code_logits(prior: PreTrainedModel, hidden: Tensor, segment: Segment) -> Ten
     biases = [None] * len(weights) if bias is None else rearrange(bias, "(g k) -> g k", k=segment.codebook_size)
     groups = zip(hidden.split(list(segment.groups), dim=1), weights, biases, strict=True)
     return torch.cat([F.linear(states, rows, shift) for states, rows, shift in groups], dim=1)
-
-
-@dataclass
-class PriorOutput(ModelOutput):
-    """`loss`, and its parts in nats a token as `metrics`."""
-
-    loss: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
-
-
-class PriorWithLoss(ModelWithLoss):
-    """A prior as the trainer sees it: tokens in, loss out. The model inside stays as transformers made it.
-
-    Args:
-        prior: a causal language model that fits the layout.
-        caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
-        image_weight: weight of the mean loss of image codes against 1 for text.
-        caption_share: share of the training rows that learn to caption: the picture comes first, and the text after it is all they learn.
-    """
-
-    kept = "prior"
-
-    def __init__(
-        self,
-        prior: PreTrainedModel,
-        layout: SequenceLayout,
-        *,
-        caption_dropout: float = 0.1,
-        image_weight: float = IMAGE_WEIGHT,
-        caption_share: float = 0.0,
-    ):
-        super().__init__()
-        check_fits(prior, layout)
-        self.prior, self.layout = prior, layout
-        self.caption_dropout, self.image_weight, self.caption_share = caption_dropout, image_weight, caption_share
-
-    def forward(self, text_ids: Tensor, image_codes: Tensor) -> PriorOutput:
-        """Text `b t` and codes `b n` -> the weighted loss; each segment's own head rows only, which is the masked loss exactly.
-
-        In training the first rows of a batch, whose order is random, learn to caption and the others to draw; in eval mode all do both.
-        """
-        text_ids, layout = text_ids.long(), self.layout
-        num = self.num_captioning(len(text_ids))
-        drawing = slice(num, None) if self.training else slice(None)
-        drawn_text, drawn_codes = self.hide(text_ids[drawing]), image_codes[drawing]
-        sequences = layout.sequence(drawn_text, drawn_codes)
-        if num:
-            sequences = torch.cat([sequences, layout.caption_sequence(text_ids[:num], image_codes[:num])])
-        hidden = trunk(self.prior, sequences[:, :-1])
-        losses, metrics = [], {}
-        share = num / len(text_ids) if self.training else self.caption_share
-        if len(drawn_text):
-            loss, metrics = self.drawing_loss(hidden[: len(drawn_text)], drawn_text, drawn_codes)
-            losses.append((1 - share) * loss)
-        if num:
-            metrics["caption_loss"] = self.captioning_loss(hidden[len(drawn_text) :], text_ids[:num])
-            losses.append(share * metrics["caption_loss"])
-        return PriorOutput(
-            loss=torch.stack(losses).sum(), metrics={name: part.detach() for name, part in metrics.items()}
-        )
-
-    def num_captioning(self, num_rows: int) -> int:
-        """How many rows learn to caption: in training the share of them, rounded up or down by chance; in eval mode all or none."""
-        if not self.training or not self.caption_share:
-            return num_rows if self.caption_share else 0
-        return int(self.caption_share * num_rows + torch.rand(()).item())
-
-    def drawing_loss(self, hidden: Tensor, text_ids: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of text `b t` and the codes `b n` after it, given states `b s d` of all positions but the last; and its two parts."""
-        text, image = self.layout.text, self.layout.image
-        text_logits = segment_logits(self.prior, hidden[:, : text.length], text.offset, text.num_ids)
-        text_loss = mean_loss(text_logits, text_ids.masked_fill(text_ids == self.layout.pad_id, -100))
-        image_logits = code_logits(self.prior, hidden[:, self.layout.prompt_length - 1 :], image)
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.long().flatten())
-        loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
-        return loss, {"text_loss": text_loss, "image_loss": image_loss}
-
-    def captioning_loss(self, hidden: Tensor, text_ids: Tensor) -> Tensor:
-        """Of text `b t` after a picture, up to and including the first [PAD], given states `b s d` of all positions but the last."""
-        is_pad = text_ids == self.layout.pad_id
-        labels = text_ids.masked_fill(is_pad & (is_pad.cumsum(dim=1) > 1), -100)
-        return mean_loss(
-            caption_logits(self.prior, hidden[:, self.layout.caption_prompt_length - 1 :], self.layout), labels
-        )
-
-    def hide(self, text_ids: Tensor) -> Tensor:
-        """In training, caption dropout: `b t` -> `b t` with some captions all [PAD]."""
-        if not self.training:
-            return text_ids
-        hidden = torch.rand(len(text_ids), 1, device=text_ids.device) < self.caption_dropout
-        return text_ids.masked_fill(hidden, self.layout.pad_id)
-
-
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of `b n k` and labels `b n`, a mean over those that are not -100; 0 where none is."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    return loss / (labels >= 0).sum().clamp_min(1)
 
 
 def caption_logits(prior: PreTrainedModel, hidden: Tensor, layout: SequenceLayout) -> Tensor:

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -15,7 +17,8 @@ from .drawing import NUM_SAMPLES, draw_samples, read_caption
 from .extend import extend_prior, text_rows
 from .lora import LoraPriorWithLoss, add_lora, merge_lora
 from .pipeline import TextToImagePipeline
-from .prior import PriorWithLoss, build_prior, check_architecture
+from .prior import build_prior, check_architecture
+from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
 from .recipes import PriorRecipe, require
 from .resumption import goes_on
@@ -35,14 +38,15 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     require(recipe, "out")
     check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
-    settings = arguments(recipe, best_by="image_loss")
+    settings = arguments(recipe, best_by="image_loss", fsdp=recipe.fsdp)
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
     tokens = source
     if not is_tokenized(source):
-        with settings.main_process_first():  # the others wait, and read what the first has made
-            tokens = tokens_in(Path(recipe.out, TOKENS), source, processor, make=settings.process_index == 0)
+        make_tokens(Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size))
+        PartialState().wait_for_everyone()
+        tokens = load_tokens(Path(recipe.out, TOKENS))[0]
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
     if recipe.caption_share:
@@ -55,14 +59,14 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         train_dataset=training_rows,
         eval_dataset=held_out,
         draw=lambda: draw_samples(pipeline, prompts),
-        draw_every=recipe.sample_every,
+        draw_every=0 if settings.fsdp else recipe.sample_every,  # with parts of a prior nobody can draw
     )
     pipeline.to(trainer.args.device)
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, trained: Any) -> None:
         if adapted is not None:
             merge_lora(adapted)
-        prior.eval()
+        pipeline.prior = trained.to(trainer.args.device).eval()
         pipeline.save_pretrained(folder, sample_prompts=prompts, name=Path(recipe.out).name)
 
     finish(trainer, recipe, save)
@@ -163,11 +167,9 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
     )
 
 
-def tokens_in(folder: Path, data: Dataset, processor: Tok2ImgProcessor, *, make: bool) -> Dataset:
-    """The tokens in a folder, which this process is to `make` of captioned pictures, or another has made."""
-    if make:
-        manifest = save_tokens(data, processor, folder)
-        if manifest and manifest["skipped"]:
-            first = manifest["skipped"][0]
-            logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])
-    return load_tokens(folder)[0]
+def make_tokens(folder: Path, data: Dataset, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:
+    """Make tokens of captioned pictures in a folder, or the part of them that is this process's; say which rows were skipped."""
+    manifest = save_tokens(data, processor, folder, part=part)
+    if manifest and manifest["skipped"]:
+        first = manifest["skipped"][0]
+        logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -180,5 +181,9 @@ def load_images(images: Sequence[Any], *, rows: Sequence[int] | None = None) -> 
 
 
 def to_device(model: Movable) -> Movable:
-    """Onto the accelerator, where there is one."""
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+    """Onto the accelerator, where there is one; each of the processes that torchrun starts has its own."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return model
+    own = os.environ.get("LOCAL_RANK")
+    return model.to(device if own is None else torch.device(device.type, int(own)))

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from tokenizers_vq import ModelWithLoss
 
-from .prior import PriorOutput
+from .prior_loss import PriorOutput
 from .ranking import ClipRanker
 from .recipes import RankerRecipe, require
 from .resumption import goes_on
@@ -78,7 +78,7 @@ def train_ranker(recipe: RankerRecipe) -> ClipRanker:
     training_rows, held_out = (CaptionedRows(some, ranker) for some in split(rows, recipe))
     settings = arguments(recipe)
     trainer = Trainer(RankerWithLoss(ranker.model), settings, train_dataset=training_rows, eval_dataset=held_out)
-    finish(trainer, recipe, ranker.save_pretrained)
+    finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
     ranker.model.eval()
     return ranker
 

@@ -23,6 +23,7 @@ class RunSettings:
         out: folder for the result.
         data: Parquet file or folder, image folder with captions, webdataset tars, hub name, or "shapes".
         max_rows: train on so many rows at most; 0: all.
+        batch_size: rows of a batch, on all devices together. gradient_accumulation_steps: batches of one step.
         eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.
@@ -133,6 +134,7 @@ class PriorRecipe(RunSettings):
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
         base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
             wants a learning rate of 1e-4 or so.
+        fsdp: share the weights among processes that torchrun starts (FSDP2), for a prior too large for one; draws no samples on the way.
         lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
         architecture, depth, dropout: see `build_prior`; a base has its own.
         start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
@@ -148,6 +150,7 @@ class PriorRecipe(RunSettings):
     text_length: int = 0
     base: str = ""
     lora_rank: int = 0
+    fsdp: bool = False
     architecture: str = "qwen3"
     depth: int = 4
     dropout: float = 0.1
@@ -165,6 +168,10 @@ class PriorRecipe(RunSettings):
         super().__post_init__()
         if self.lora_rank and not self.base:
             raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
+        if self.lora_rank and self.fsdp:
+            raise ValueError(
+                "key 'fsdp' does not go with 'lora_rank': updates are small, every process has room for them"
+            )
         if self.caption_share >= 1:
             raise ValueError(
                 f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"

@@ -29,7 +29,7 @@ from .evaluation import (
 )
 from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
-from .prior import PriorWithLoss
+from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, load_pixels, to_device
 from .shapes import IMAGE_SIZE, parse_caption
 from .shapes_judge import judge as judge_shapes

@@ -12,7 +12,7 @@ from .whole_files import remove_folder, write_atomically
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
 # Keys that change what a run shows, and how fast, but not where it arrives.
-FREE = {"out", "resume", "log_every", "sample_every", "report_to", "num_workers", "compile"}
+FREE = {"out", "resume", "log_every", "sample_every", "report_to", "num_workers", "compile", "fsdp"}
 
 
 def checkpoints_of(recipe: RunSettings) -> Path:

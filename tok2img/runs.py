@@ -1,5 +1,6 @@
 """Carries recipes for tokenizers out, ending in a folder that loads as it stands; and what every training run has in common."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
     )
-    finish(trainer, recipe, lambda folder: tokenizer.eval().save_pretrained(str(folder)))
+    finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer
 
 
@@ -161,18 +162,24 @@ def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
     return held_out_split(rows, share=HELD_OUT_SHARE, max_rows=recipe.eval_rows, seed=recipe.seed)
 
 
-def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArguments:
+def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False) -> TrainingArguments:
     """The recipe's keys as arguments of transformers.
 
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`, if that is named; else they are the last.
+    of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run is the same on
+    any number of them.
+
+    Args:
+        fsdp: processes share the weights too, each holding a part (FSDP2).
+
+    Raises:
+        ValueError: for a batch that cannot be shared evenly.
     """
     every, save_every = recipe.eval_every, recipe.save_every or recipe.eval_every
-    return TrainingArguments(
+    shared: Any = True if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    settings = TrainingArguments(
         output_dir=str(checkpoints_of(recipe)),
         max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
@@ -200,17 +207,36 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss") -> TrainingArgument
         remove_unused_columns=False,
         report_to=recipe.report_to,
         seed=recipe.seed,
+        fsdp=shared,
+        fsdp_config={"version": 2, "reshard_after_forward": True},
     )
+    share = share_of_batch(recipe.batch_size, num_devices=settings.world_size * max(1, settings.n_gpu))
+    settings.per_device_train_batch_size = settings.per_device_eval_batch_size = share
+    return settings
 
 
-def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path], None]) -> None:
-    """Train to the end, put the result and the log into `recipe.out`, and clear the checkpoints, which nobody needs then."""
+def share_of_batch(batch_size: int, *, num_devices: int) -> int:
+    """How many rows of a batch each device takes; ValueError where it cannot be shared evenly."""
+    if batch_size % num_devices:
+        raise ValueError(
+            f"key 'batch_size' is shared by {num_devices} devices and must be a multiple of that, got {batch_size}"
+        )
+    return batch_size // num_devices
+
+
+def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path, Any], None]) -> None:
+    """Train to the end, put the result and the log into `recipe.out`, and clear the checkpoints, which nobody needs then.
+
+    Args:
+        save: writes the trained model into a folder.
+    """
     if trainer.is_world_process_zero():
         open_run(recipe)
     trainer.train(resume_from_checkpoint=True)
+    model = trainer.whole_model()
     if trainer.is_world_process_zero():
         with added_to(recipe.out) as folder:
-            save(folder)
+            save(folder, model)
             save_log(trainer.state.log_history, folder)
         close_run(recipe)
 

@@ -9,7 +9,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -19,7 +22,7 @@ from tokenizers_vq.with_loss import inner_of
 from .bad_steps import BadSteps
 from .checkpoints import folder_of, newest_whole, rotate, save_checkpoint
 from .interruption import Interrupted, StopCleanly
-from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state
+from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state, whole, whole_state
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
@@ -34,6 +37,16 @@ class SafeTrainer(transformers.Trainer):
         self.bad_steps, self.stop_cleanly = BadSteps(self.args.device), StopCleanly()
         self.best_on_disk: dict[str, Any] = {}
         self.add_callback(self.stop_cleanly)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; processes on CPUs share weights too, where accelerate 1.15 would quietly give each all of them."""
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        plugin: Any = self.args.fsdp_plugin_args
+        if plugin and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+            self.is_fsdp_enabled = True
 
     def begin(self, *, afresh: bool) -> None:
         """Called before the first step; `afresh` is false where a run goes on from a checkpoint."""
@@ -125,23 +138,21 @@ class SafeTrainer(transformers.Trainer):
     def _write_parts(self, folder: Path) -> None:
         """What this process has to write into a checkpoint."""
         save_random_state(folder / f"random-{self.args.process_index}.safetensors")
-        self.save_model(str(folder), _internal_call=True)
+        self._save(str(folder), self._whole_weights())
         self._save_optimizer_and_scheduler(str(folder))
         if self.args.should_save:
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            optimizer: Any = self.optimizer
-            save_optimizer(Path(output_dir, OPTIMIZER_FILE), optimizer)
+        optimizer: Any = self.optimizer
+        state = whole_state(optimizer)
+        if self.args.should_save:
+            save_optimizer(Path(output_dir, OPTIMIZER_FILE), state)
             schedule: Any = self.lr_scheduler
             Path(output_dir, SCHEDULE_FILE).write_text(json.dumps(schedule.state_dict()), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
@@ -154,9 +165,34 @@ class SafeTrainer(transformers.Trainer):
             load_random_state(file)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(folder, state_dict=state_dict)
+
+    def whole_model(self) -> Any:
+        """The trained model; where processes hold parts of it, a copy of the whole in the first process, and in the others none.
+
+        All processes have to take part.
+        """
+        trained: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = inner_of(trained)
+        state = self._whole_weights()
+        if state is None:
+            return model
+        if not self.args.should_save:
+            return None
+        copy = type(model)(model.config)
+        copy.generation_config = model.generation_config
+        prefix = f"{trained.kept}." if isinstance(trained, ModelWithLoss) else ""
+        copy.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+        return copy
+
+    def _whole_weights(self) -> dict[str, Any] | None:
+        """Of a model of which processes hold parts, the weights put together in the first process; None for any other."""
+        model: Any = self.model
+        return {name: whole(part) for name, part in model.state_dict().items()} if self.is_fsdp_enabled else None
 
     def _load_best_model(self) -> None:
         load_weights(
@@ -175,7 +211,14 @@ def best_of(state: TrainerState) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:
-    """Put the weights of a checkpoint folder into a model that is already built."""
-    safetensors.torch.load_model(inner_of(model), Path(str(folder), "model.safetensors"))
+    """Put the weights of a checkpoint folder into a model that is already built, of which a process may hold but parts."""
+    inner, file = inner_of(model), Path(str(folder), "model.safetensors")
+    if any(isinstance(parameter, DTensor) for parameter in inner.parameters()):
+        # Not strict: of weights that are tied, a file holds one.
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        weights: dict[str, Any] = dict(safetensors.torch.load_file(file))
+        set_model_state_dict(inner, weights, options=options)
+    else:
+        safetensors.torch.load_model(inner, file)
     if isinstance(model, ModelWithLoss):
         model.load_loss(str(folder))

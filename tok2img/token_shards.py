@@ -94,7 +94,6 @@ def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> N
         ValueError: for a row that cannot be read, where the job does not skip such.
         RuntimeError: where workers are killed again and again.
     """
-    sweep(job.folder)
     missing = [number for number in numbers if job.done(number) is None]
     total = sum(len(job.rows_of(number)) for number in numbers)
     left = sum(len(job.rows_of(number)) for number in missing)

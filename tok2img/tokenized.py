@@ -4,6 +4,7 @@ tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from .dataset import TokenizeBatch
 from .processing import Tok2ImgProcessor
 from .text import SubwordTokenizer, TextTokenizer
 from .token_shards import Job, clear_records, gather, tokenize_shards
-from .whole_files import MANIFEST, put_in_place, remove_folder, sha256_of, sweep, write_atomically
+from .whole_files import (
+    MANIFEST,
+    claimed,
+    put_in_place,
+    remove_folder,
+    sha256_of,
+    sweep,
+    temporary_name,
+    write_atomically,
+)
 
 JOB_FILE = "job.json"
 ROWS_PER_SHARD = 10_000
@@ -61,7 +71,11 @@ def save_tokens(
     job = Job(data, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
     settings = {"data": data._fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
-    sweep(target.parent, f"{target.name}.*")
+    if not alone and read_json(target / MANIFEST).get("job") == settings:
+        return read_json(target / MANIFEST)  # a job beside this one was quicker
+    if alone:
+        sweep(target.parent, f"{target.name}.*")
+        sweep(job.folder)
     begin(job, settings, alone=alone)
     if not (job.folder / MANIFEST).is_file():
         try:
@@ -70,11 +84,18 @@ def save_tokens(
             if alone and not any(map(job.done, range(job.num_shards))):
                 remove_folder(job.folder)  # there is nothing in it to go on from
             raise
+    with claimed(job.folder) as is_ours:
+        return put_together(job, target, settings) if is_ours else None
+
+
+def put_together(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Give the folder of a job that is done its place: its manifest; None where shards are missing."""
+    if not (job.folder / MANIFEST).is_file():
         shards = job.shards()
         if len(shards) < job.num_shards:
             return None
         manifest = gather(job, shards) | {"fingerprint": settings["fingerprint"], "job": settings}
-        processor.save_pretrained(job.folder)
+        job.work.processor.save_pretrained(job.folder)
         write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     manifest = json.loads((job.folder / MANIFEST).read_bytes())
     clear_records(job, manifest["shards"])
@@ -91,14 +112,30 @@ def part_of(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
+def part_of_process() -> tuple[int, int]:
+    """The part of this process among those that torchrun starts; all of it where it is alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def begin(job: Job, settings: dict[str, Any], *, alone: bool) -> None:
     """Prepare the folder of a job: shards of the same job stay, those of another go, unless jobs beside this one may be making them."""
-    if settings in (read_json(job.folder / JOB_FILE), read_json(job.folder / MANIFEST).get("job")):
+    if is_for(job.folder, settings):
         return
-    if job.folder.exists() and not alone:
-        raise ValueError(f"{job.folder} holds parts of another job: remove it, or give another folder")
-    remove_folder(job.folder)
-    write_atomically(job.folder / JOB_FILE, json.dumps(settings).encode())
+    if alone:
+        remove_folder(job.folder)
+    building = temporary_name(job.folder)
+    write_atomically(building / JOB_FILE, json.dumps(settings).encode())
+    try:
+        building.rename(job.folder)
+    except OSError as error:  # a job beside this one was quicker
+        remove_folder(building)
+        if not is_for(job.folder, settings):
+            raise ValueError(f"{job.folder} holds parts of another job: remove it, or give another folder") from error
+
+
+def is_for(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder is that of a job with these settings."""
+    return settings in (read_json(folder / JOB_FILE), read_json(folder / MANIFEST).get("job"))
 
 
 def read_json(file: Path) -> dict[str, Any]:

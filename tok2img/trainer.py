@@ -5,14 +5,15 @@ way, and a tokenizer looks at its data before the first step.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +22,7 @@ from tokenizers_vq.quantizer import CodeUsage
 from tokenizers_vq.with_loss import inner_of
 
 from .plots import save_image
+from .prior_loss import PriorWithLoss
 from .processing import load_pixels
 from .safe_trainer import SafeTrainer
 from .whole_files import write_atomically
@@ -79,6 +81,26 @@ class Trainer(SafeTrainer):
             torch.manual_seed(self.args.seed)
             tokenizer.start_from_data(torch.stack(chosen).to(self.args.device))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """A shuffle that ends in a whole step, filled with rows of another shuffle, so that all processes share every step evenly."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if is_stream(rows):
+            return None
+        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return RandomSampler(rows, num_samples=-(-len(rows) // step) * step)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of one step; those for a prior know of each other."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PriorWithLoss):
+            # By seed and step alone: the same in all processes, and after a run was taken up again.
+            chance = np.random.default_rng([self.args.seed, self.state.global_step])
+            batches = model.prepare(batches, lambda num: torch.from_numpy(chance.random(num, dtype=np.float32)))
+        return batches, num_items
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -91,9 +113,12 @@ class Trainer(SafeTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of the steps since the last line beside the training loss."""
         if "loss" in logs:
-            means = {name: torch.stack(values).float().mean().item() for name, values in self.metrics_since_log.items()}
+            means = {
+                name: torch.stack(values).float().mean() for name, values in sorted(self.metrics_since_log.items())
+            }
             self.metrics_since_log.clear()
-            logs = logs | means
+            over_ranks: Any = self.accelerator.reduce(means, "mean")
+            logs = logs | {name: mean.item() for name, mean in over_ranks.items()}
             if self.bad_steps.skipped:
                 logs["skipped_updates"] = float(self.bad_steps.skipped)
         super().log(logs, start_time)
@@ -106,8 +131,7 @@ class Trainer(SafeTrainer):
         model: Any = self.model
         model.eval()
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        for batch in self.get_eval_dataloader(eval_dataset):
-            num_rows = len(next(iter(batch.values())))
+        for batch, num_rows in self.held_out_batches(eval_dataset):
             with self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(batch))
             for name, value in {"loss": outputs.loss, **(outputs.metrics or {}), "rows": torch.tensor(1.0)}.items():
@@ -120,6 +144,19 @@ class Trainer(SafeTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def held_out_batches(self, eval_dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """This process's batches, and how many rows of each count.
+
+        All processes get as many batches, the last of them filled with rows from the start: those are left out, but for one where
+        nothing else is left, which counts for nothing.
+        """
+        loader, size = self.get_eval_dataloader(eval_dataset), self.args.eval_batch_size
+        rows: Any = loader.dataset
+        for number, batch in enumerate(loader):
+            first = (number * self.args.world_size + self.args.process_index) * size
+            num_rows = max(0, min(size, len(rows) - first))
+            yield {name: column[: max(1, num_rows)] for name, column in batch.items()}, num_rows
 
 
 def is_stream(dataset: Any) -> bool:

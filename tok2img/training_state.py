@@ -14,13 +14,39 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tokenizers_vq.ranks import own_rank
 
 SETTINGS = "settings"  # key of the JSON in the head of a safetensors file
 
 
-def save_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Write an optimizer's state and the settings of its groups."""
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state; what processes hold in parts is put together on the first one's CPU, and all have to take part in that."""
     state = optimizer.state_dict()
+    entries = {
+        number: {name: whole(value) for name, value in entry.items()} for number, entry in state["state"].items()
+    }
+    return state | {"state": entries}
+
+
+def whole(value: Any) -> Any:
+    """A value as it is, or a tensor of which this process has a part as all of it: in the first process, others get none of it."""
+    if not isinstance(value, DTensor):
+        return value
+    gathered = value.full_tensor()
+    return gathered.cpu() if own_rank() == 0 else None
+
+
+def part_of(value: Any, parameter: Tensor) -> Any:
+    """A whole tensor as this process holds its parameter: the part of it where it has a part of that."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def save_optimizer(file: Path, state: Mapping[str, Any]) -> None:
+    """Write an optimizer's whole state and the settings of its groups."""
     values = {(number, name): value for number, entry in state["state"].items() for name, value in entry.items()}
     tensors = {f"{number}.{name}": value for (number, name), value in values.items() if isinstance(value, Tensor)}
     plain = [[*key, value] for key, value in values.items() if not isinstance(value, Tensor)]
@@ -30,10 +56,11 @@ def save_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
 def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put back what `save_optimizer` wrote; ValueError where it belongs to other weights."""
     tensors, settings = load_tensors(file)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # in the same order in all processes, which share it out together
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor
+        state.setdefault(int(number), {})[name] = part_of(tensor, parameters[int(number)])
     for number, name, value in settings["plain"]:
         state.setdefault(number, {})[name] = value
     groups = optimizer.state_dict()["param_groups"]

@@ -8,11 +8,15 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from uuid import uuid4
+
+if sys.platform != "win32":
+    import fcntl
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"  # how the names of unfinished files and folders end
@@ -63,6 +67,36 @@ def added_to(folder: str | Path) -> Iterator[Path]:
 def temporary_name(path: Path) -> Path:
     """A new name beside a path, hidden."""
     return path.with_name(f".{path.name.lstrip('.')}.{uuid4().hex[:12]}{TEMPORARY}")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether a folder is there and nobody else has claimed it; until the block ends, or this process, nobody else can.
+
+    On Windows, which has no such locks, the claim is taken for granted.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield (
+            is_locked(descriptor) and folder.is_dir()
+        )  # it may have gone to its place while this process came to the lock
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(descriptor: int) -> bool:
+    """Lock an open file or folder, if nobody else has."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,7 +1,4 @@
-"""Which of `k` vectors is nearest, and where `k` vectors best stand: search, k-means, and places for vectors out of use.
-
-Between processes that train together, sums are summed and what is drawn at random is drawn by the first of them.
-"""
+"""Which of `k` vectors is nearest, and where `k` vectors best stand: search, k-means, and places for vectors out of use."""
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +60,17 @@ def draw_by_error(errors: Tensor, num: int) -> Tensor:
 
     An even draw would nearly always return background, which pictures are full of.
     """
-    gumbel = -torch.empty_like(errors).exponential_().log()
-    keys = errors.clamp_min(1e-12).log() + gumbel
-    drawn = keys.topk(min(num, len(errors))).indices
+    drawn = best_by_error(errors, torch.empty_like(errors).exponential_(), num)[0]
     return drawn.repeat(-(-num // len(drawn)))[:num] if num else drawn
+
+
+def best_by_error(errors: Tensor, noise: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The same by exponential `noise` `n` that is given, without repeats: numbers and their keys, best first, all where `num` is too many.
+
+    The best keys of several parts of the examples are the best of the whole.
+    """
+    best = (errors.clamp_min(1e-12).log() - noise.log()).topk(min(num, len(errors)))
+    return best.indices, best.values
 
 
 def kmeans(vectors: Tensor, num_clusters: int, *, num_steps: int = KMEANS_STEPS) -> Tensor:
@@ -81,24 +85,3 @@ def kmeans(vectors: Tensor, num_clusters: int, *, num_steps: int = KMEANS_STEPS)
         places = vectors[draw_by_error(errors, num_clusters)]
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], places)
     return centres
-
-
-def among_ranks() -> bool:
-    """Whether other processes train with this one."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def summed_over_ranks(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts `k` and sums `k d` of all processes, in one call."""
-    if not among_ranks():
-        return counts, sums
-    both = torch.cat([counts[:, None], sums], dim=1)
-    torch.distributed.all_reduce(both)
-    return both[:, 0], both[:, 1:]
-
-
-def of_first_rank(drawn: Tensor) -> Tensor:
-    """What the first process has, in all of them; written into the tensor itself."""
-    if among_ranks():
-        torch.distributed.broadcast(drawn, src=0)
-    return drawn

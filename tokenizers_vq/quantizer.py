@@ -15,12 +15,11 @@ from .base import check_choice, check_number
 from .clustering import (
     KMEANS_STEPS,
     assigned_sums,
-    draw_by_error,
+    best_by_error,
     kmeans,
     nearest_codes,
-    of_first_rank,
-    summed_over_ranks,
 )
+from .ranks import best_of_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
 from .vectors import GRADIENTS, Vectors, VectorView, squared_distances
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
@@ -211,7 +210,8 @@ class VectorQuantizer(nn.Module):
         """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept; the average grows longer up to `decay`."""
         # What is left out counts for a code that does not exist.
         counts, sums = assigned_sums(vectors, torch.where(kept, codes, self.codebook_size), self.codebook_size + 1)
-        counts, sums = summed_over_ranks(counts[:-1], sums[:-1])
+        both = summed_over_ranks(torch.cat([counts[:-1, None], sums[:-1]], dim=1))
+        counts, sums = both[:, 0], both[:, 1:]
         self.usage.add(counts)
         self.num_batches += 1
         # At first a batch counts for much: the encoder has just begun to move, and codes that lag behind it fall out of use. But no more
@@ -224,10 +224,16 @@ class VectorQuantizer(nn.Module):
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.copy_(torch.where(self.counts[:, None] < SMALLEST_COUNT, self.codebook, means))
         if self.revive:
-            worst = draw_by_error(torch.where(kept, errors, 0), self.codebook_size)
-            # A vector that is left out is no place for a code.
-            places = torch.where(kept[worst, None], vectors[worst], self.codebook[codes[worst]])
-            self._revive(of_first_rank(places))
+            self._revive(self._places(vectors, codes, kept, errors))
+
+    def _places(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> Tensor:
+        """Where codes out of use may go, `k d`: drawn among the worst served of the vectors `n d` of all processes."""
+        noise = own_part_of_noise(errors)
+        worst, keys = best_by_error(torch.where(kept, errors, 0), noise, self.codebook_size)
+        # A vector that is left out is no place for a code.
+        places = torch.where(kept[worst, None], vectors[worst], self.codebook[codes[worst]])
+        missing = self.codebook_size - len(worst)
+        return best_of_ranks(F.pad(keys, (0, missing), value=-torch.inf), F.pad(places, (0, 0, 0, missing)))
 
     def _revive(self, places: Tensor) -> None:
         """Give each code that is out of use the place `d` of its row `k d`."""

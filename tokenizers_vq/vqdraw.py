@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .clustering import draw_by_error, kmeans, nearest_codes
 from .options import BiasedOptions, DenseOptions, Options, SharedOptions
+from .ranks import of_first_rank, summed_over_ranks
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
 ROWS_TO_START_FROM = 2**14
@@ -217,10 +218,8 @@ class VQDraw(nn.Module):
         self.batches_counted += 1
         if self.batches_counted % REVIVE_EVERY:
             return
-        counts = self.counts.clone()
+        counts = summed_over_ranks(self.counts.clone())
         self.counts.zero_()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
         dead = counts < DEAD_SHARE * counts.mean(dim=1, keepdim=True)
         if dead[: len(self.biases)].any():
             self.revive(target, dead)
@@ -237,5 +236,4 @@ class VQDraw(nn.Module):
                 step = self.options(state, stage).select(examples).chosen(lost[:, None]).squeeze(1)
                 bias[lost] += wanted[examples] - state[examples] - step
             state = output.state
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(self.biases.data, src=0)
+        of_first_rank(self.biases.data)

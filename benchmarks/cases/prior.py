@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import build_prior
+from tok2img.prior_loss import PriorWithLoss
 
 from ..harness import Case, Comparison
 from ..peer_priors import DEPTH, HEADS, WIDTH, dalle_loss, dalle_pytorch

@@ -11,7 +11,8 @@ from tok2img.drawing import read_caption
 from tok2img.generation import generate
 from tok2img.image_to_text import ImageToTextPipeline
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import PriorWithLoss, build_prior, caption_logits, trunk
+from tok2img.prior import build_prior, caption_logits, trunk
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.prior_runs import train_prior
 from tok2img.recipes import PriorRecipe
 from tok2img.reports import Judge, report_on_captions, report_on_model
@@ -65,19 +66,13 @@ class TestShares:
         assert both.metrics["image_loss"] == pytest.approx(drawing.metrics["image_loss"].item())
         torch.testing.assert_close(both.loss, 0.75 * drawing.loss + 0.25 * reading)
 
-    def test_a_share_of_zero_is_the_loss_of_drawing_and_draws_no_random_number_more(
-        self, prior, layout, text_ids, codes
-    ):
-        torch.manual_seed(3)
+    def test_a_share_of_zero_is_the_loss_of_drawing(self, prior, layout, text_ids, codes):
         output = PriorWithLoss(prior, layout, caption_share=0.0).train()(text_ids, codes)
-        after = torch.rand(1)
-        torch.manual_seed(3)
-        torch.rand(4, 1)
-        assert "caption_loss" not in output.metrics and torch.rand(1).equal(after)
+        assert output.metrics.keys() == {"text_loss", "image_loss"}
 
     def test_about_the_wanted_share_of_rows_captions(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_share=0.3).train()
-        numbers = [model.num_captioning(4) for _ in range(500)]
+        numbers = [model.num_captioning(4, torch.rand(())) for _ in range(500)]
         assert set(numbers) == {1, 2} and 1.1 < sum(numbers) / 500 < 1.3
 
     @pytest.mark.parametrize("share", [0.001, 0.999])

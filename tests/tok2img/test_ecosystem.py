@@ -13,7 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from tok2img.generation import generate
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import PriorWithLoss
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.registration import register_when_wanted
 from tok2img.sampling import Sampling
 from tok2img.transformers_task import TextToImageTask

@@ -11,7 +11,8 @@ from tok2img.extend import extend_prior, text_rows
 from tok2img.layout import SequenceLayout
 from tok2img.lora import add_lora, merge_lora
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import PriorWithLoss, load_prior
+from tok2img.prior import load_prior
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.prior_runs import build_processor, train_prior
 from tok2img.recipes import PriorRecipe
 from tok2img.text import SubwordTokenizer

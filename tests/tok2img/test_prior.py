@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
+from tok2img.prior import build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
+from tok2img.prior_loss import PriorWithLoss
 
 LOAD_WITHOUT_US = """
 import sys
@@ -109,7 +110,7 @@ class TestWhatTrainingHides:
             seen.append(input_ids)
             return trunk(prior, input_ids)
 
-        monkeypatch.setattr("tok2img.prior.trunk", spy)
+        monkeypatch.setattr("tok2img.prior_loss.trunk", spy)
         return seen
 
     def test_captions_are_dropped_in_training_and_never_in_eval(self, prior, layout, text_ids, codes, read):
@@ -121,7 +122,7 @@ class TestWhatTrainingHides:
 
     def test_about_the_wanted_share_of_captions_is_dropped(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_dropout=0.25).train()
-        text_ids = model.hide(torch.ones(4000, 3, dtype=torch.int64))
+        text_ids = model.hide(torch.ones(4000, 3, dtype=torch.int64), torch.rand(4000))
         dropped = (text_ids == layout.pad_id).all(dim=1)
         assert 0.2 < dropped.float().mean() < 0.3 and (text_ids[~dropped] == 1).all()
 

@@ -18,7 +18,8 @@ from tok2img.bad_steps import DivergedError
 from tok2img.checkpoints import by_step, newest_whole
 from tok2img.interruption import Interrupted
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import build_prior
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.recipes import PriorRecipe
 from tok2img.runs import arguments
 from tok2img.trainer import Trainer

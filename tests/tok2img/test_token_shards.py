@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from tok2img import token_shards, tokenized
 from tok2img.tokenized import load_tokens, part_of, save_tokens
+from tok2img.whole_files import claimed
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,29 @@ def test_parts_done_by_several_jobs_make_the_same_folder(processor, rows, whole,
     manifests = [save_tokens(rows, processor, tmp_path / "tokens", part=(part, 3)) for part in (2, 0, 1)]
     assert manifests[:2] == [None, None] and manifests[2]["rows"] == 6
     assert contents(tmp_path / "tokens") == whole
+
+
+def test_a_part_that_comes_when_all_is_done_leaves_it_at_that(processor, rows, whole, tmp_path):
+    for part in (0, 2, 1, 3):
+        manifest = save_tokens(rows, processor, tmp_path / "tokens", part=(part, 4))
+    assert manifest["rows"] == 6 and contents(tmp_path / "tokens") == whole
+    assert not (tmp_path / ".tokens.partial").exists()
+
+
+def test_only_one_of_several_jobs_puts_all_together(processor, rows, whole, tmp_path):
+    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
+    with claimed(tmp_path / ".tokens.partial") as is_ours:
+        assert is_ours and save_tokens(rows, processor, tmp_path / "tokens", part=(1, 2)) is None
+    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
+    assert contents(tmp_path / "tokens") == whole
+
+
+def test_a_part_leaves_alone_what_another_is_writing(processor, rows, tmp_path):
+    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 3))
+    theirs = tmp_path / ".tokens.partial" / ".train-00001.parquet.0123456789ab.tmp"
+    theirs.touch()
+    save_tokens(rows, processor, tmp_path / "tokens", part=(2, 3))
+    assert theirs.exists()
 
 
 def test_a_part_of_another_job_is_refused(processor, rows, tmp_path):

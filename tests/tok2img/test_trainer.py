@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import build_prior
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.processing import load_image_tokenizer
 from tok2img.recipes import PriorRecipe, RunSettings, TokenizerRecipe
 from tok2img.runs import arguments, train_tokenizer

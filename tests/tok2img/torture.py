@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 
 from tok2img.checkpoints import by_step
 from tok2img.layout import SequenceLayout
-from tok2img.prior import PriorWithLoss, build_prior
+from tok2img.prior import build_prior
+from tok2img.prior_loss import PriorWithLoss
 from tok2img.recipes import PriorRecipe, RunSettings
 from tok2img.runs import arguments
 from tok2img.trainer import Trainer

@@ -18,13 +18,18 @@ def free_port() -> int:
         return asked.getsockname()[1]
 
 
-def train(rank: int, port: int, num_levels: int, folder: str) -> None:
-    """Twelve steps of process `rank`: unlike vectors, unequal numbers of them, and other random numbers."""
+def join(rank: int, port: int) -> None:
+    """Make a pair with another process."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
+
+
+def train(rank: int, port: int, num_levels: int, folder: str) -> None:
+    """Twelve steps of process `rank`: unlike vectors, unequal numbers of them, and other random numbers."""
+    join(rank, port)
     torch.manual_seed(rank)
     module = ResidualQuantizer(8, 4, num_levels) if num_levels else VectorQuantizer(8, 4)
     module.train()
@@ -46,3 +51,30 @@ def test_codebooks_of_two_processes_are_the_same_to_the_last_bit(num_levels, tmp
     assert (codebook.mean(dim=1) < 2).any() and (codebook.mean(dim=1) > 3).any(), "it serves the data of both"
     usages = [load_file(tmp_path / f"usage{rank}")["usage"] for rank in (0, 1)]
     assert torch.equal(*usages)
+
+
+def train_by_halves(rank: int, port: int, folder: str) -> None:
+    """Process `rank` sees its half of every batch."""
+    join(rank, port)
+    save_file(train_on(lambda batch: batch.chunk(2)[rank]).state_dict(), Path(folder, str(rank)))
+    torch.distributed.destroy_process_group()
+
+
+def train_on(share, *, revive: bool = True) -> VectorQuantizer:
+    """Eight steps on a share of batches that wander off, so that codes fall out of use; fewer vectors than codes in the last."""
+    batches = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = VectorQuantizer(24, 4, revive=revive).train()
+    module.start_from_data(torch.randn(100, 4, generator=batches))
+    for step in range(8):
+        module(share(torch.randn(20 if step == 7 else 80, 4, generator=batches) + step))
+    return module
+
+
+def test_two_processes_put_codes_back_where_one_would_that_sees_both_their_halves(tmp_path):
+    torch.multiprocessing.spawn(train_by_halves, args=(free_port(), str(tmp_path)), nprocs=2)
+    whole, half = train_on(lambda batch: batch).state_dict(), load_file(tmp_path / "1")
+    untouched = train_on(lambda batch: batch, revive=False).codebook
+    assert (whole["codebook"] - untouched).abs().amax(dim=1).gt(0.1).sum() > 12, "half of the codes were put back"
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name], tensor, msg=name)
