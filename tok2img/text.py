@@ -89,7 +89,9 @@ class SubwordTokenizer:
             folder = local_copy(name, kinds=TEXT_FILES)
             refuse_code(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
-        except Exception as error:  # each class of transformers makes something else of what it does not know
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a damaged tokenizer.json can make Rust panic, which is no Exception
             raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
         loaded = cls(tokenizer)
         if not any(loaded.encode([string.printable])):

@@ -274,7 +274,7 @@ def tokenizer_class(model_type: object) -> type[DiscreteTokenizer] | None:
     waiting: list[type[DiscreteTokenizer]] = [DiscreteTokenizer]
     while waiting:
         some = waiting.pop()
-        if getattr(some.config_class, "model_type", None) == model_type:
+        if some is not DiscreteTokenizer and getattr(some.config_class, "model_type", None) == model_type:
             return some
         waiting += some.__subclasses__()
     return None

@@ -112,6 +112,27 @@ def test_a_damaged_text_tokenizer_encodes_or_is_refused_in_one_line(text_tokeniz
         assert str(error) and len(str(error).splitlines()) == 1  # noqa: PT017
 
 
+def test_merges_that_the_vocabulary_lacks_are_refused_though_rust_panics(text_tokenizer, tmp_path):
+    text_tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = "######"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="cannot load a text tokenizer"):
+        SubwordTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", [None, "", "preTrained"])
+def test_settings_without_a_model_are_refused(tiny_vqvae, tmp_path, model_type):
+    tiny_vqvae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("model_type")
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | ({} if model_type is None else {"model_type": model_type}))
+    )
+    with pytest.raises(ValueError, match="not an image tokenizer"):
+        load_image_tokenizer(tmp_path)
+
+
 @given(st.data())
 def test_codes_of_any_kind_decode_to_pictures_or_are_refused(tiny_vqvae, tiny_vqdraw, data):
     model = data.draw(st.sampled_from([tiny_vqvae, tiny_vqdraw]))

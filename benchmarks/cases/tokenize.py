@@ -1,0 +1,67 @@
+"""Tokenizing captioned pictures, beside encoding alone of the same batches: what reading, decoding and writing cost on top."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from tok2img.dataset import TokenizeBatch
+from tok2img.processing import Tok2ImgProcessor
+from tok2img.text import SubwordTokenizer
+from tok2img.token_shards import BATCH_SIZE, Job, tokenize_shards
+from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+
+from ..harness import Case, Comparison
+from .pictures import encoded
+from .vqdraw import perturbed
+
+IMAGE_SIZE, FILE_SIZE = 32, 64
+
+
+def comparisons(*, tiny: bool) -> Iterator[Comparison]:
+    """A shard of JPEGs of 64 pixels, as codes of 32: a VQ-VAE, and a VQ-DRAW model whose search is the default one."""
+    num = 4 if tiny else 2 * BATCH_SIZE
+    files = encoded(num, FILE_SIZE, "JPEG")
+    captions = [f"a picture of number {row}" for row in range(num)]
+    cells = {"image": [{"bytes": data, "path": None} for data in files], "caption": captions}
+    rows = Dataset.from_dict(cells).cast_column("image", ImageFeature(decode=False))
+    sizes = VQDrawImageConfig(image_size=IMAGE_SIZE, num_stages=4, codebook_size=16, hidden_channels=16)
+    models = {
+        "VQ-VAE": VQVAE(VQVAEConfig(image_size=IMAGE_SIZE, hidden_channels=8 if tiny else 64)),
+        "VQ-DRAW": perturbed(VQDrawForImages(sizes)),
+    }
+    for name, model in models.items():
+        processor = Tok2ImgProcessor.build(model, SubwordTokenizer.train_bpe(captions, vocab_size=300), text_length=8)
+        work = TokenizeBatch(processor)
+        read = work.read(rows[:], range(num), skip=False)
+        batches = read.pixel_values.split(BATCH_SIZE)
+        cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
+        yield Comparison(f"{num} pictures, {name}", cases, "encode")
+
+
+class Tokenizing:
+    """All rows, from files in memory to a shard on disk."""
+
+    def __init__(self, rows: Dataset, work: TokenizeBatch):
+        self.rows, self.work = rows, work
+
+    def __call__(self) -> None:
+        """Do it, in a folder of its own."""
+        with TemporaryDirectory() as folder:
+            job = Job(self.rows, self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise")
+            tokenize_shards(job, [0])
+
+
+class Encoding:
+    """The pixels of the same batches, decoded before."""
+
+    def __init__(self, processor: Tok2ImgProcessor, batches: tuple[torch.Tensor, ...]):
+        self.processor, self.batches = processor, batches
+
+    def __call__(self) -> None:
+        """Codes, and nothing else."""
+        for pixel_values in self.batches:
+            self.processor.encode_pixels(pixel_values)
