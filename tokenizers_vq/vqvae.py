@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, TokenizerOutput
-from .convolution import ResidualBlock, downsampling, group_norm, upsampling
+from .convolution import ResidualBlock, SteadyProjection, downsampling, group_norm, upsampling
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
 from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
@@ -36,7 +36,7 @@ class CoarserGrid(nn.Module):
             *residual_stack(width, config.num_encoder_blocks),
             nn.ReLU(),
         )
-        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.to_code = SteadyProjection(width, config.code_dim)
         self.quantizer = build_quantizer(config)
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
@@ -60,7 +60,7 @@ class VQVAE(DiscreteTokenizer):
         self.encoder = nn.Sequential(
             downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
         )
-        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.to_code = SteadyProjection(width, config.code_dim)
         self.quantizer = build_quantizer(config)
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
