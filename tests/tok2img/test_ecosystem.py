@@ -145,13 +145,13 @@ def test_the_whole_folder_goes_to_the_hub_and_comes_back(pipeline, hub, tmp_path
     assert {"model.safetensors", "layout.json", "README.md", "samples.png", "generation_config.json"} <= files.keys()
     assert b"from_pretrained('me/dogs')" in files["README.md"]
 
-    def download(name: str) -> str:
+    def download(name: str, **_) -> str:
         for path, content in hub[name].items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes(content)
         return str(tmp_path)
 
-    monkeypatch.setattr("tok2img.pipeline.snapshot_download", download)
+    monkeypatch.setattr("tokenizers_vq.model_folder.snapshot_download", download)
     again = TextToImagePipeline.from_pretrained("me/dogs")
     assert again("a dog", 4, seed=0).codes.equal(pipeline("a dog", 4, seed=0).codes)
 

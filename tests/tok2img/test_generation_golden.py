@@ -152,7 +152,7 @@ def test_caption_dropout_of_the_command_line_reaches_training_and_the_folder(
 
     def finish(trainer, recipe, save):
         seen.append(trainer.model.caption_dropout)
-        save(Path(recipe.out))
+        save(Path(recipe.out), trainer.model.prior)
 
     monkeypatch.setattr(prior_runs, "finish", finish)
     prior_runs.train_prior(read_recipe(PriorRecipe, path, overrides))
