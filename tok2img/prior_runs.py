@@ -45,7 +45,6 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     tokens = source
     if not is_tokenized(source):
         make_tokens(Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size))
-        PartialState().wait_for_everyone()
         tokens = load_tokens(Path(recipe.out, TOKENS))[0]
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
@@ -168,8 +167,12 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
 
 
 def make_tokens(folder: Path, data: Dataset, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:
-    """Make tokens of captioned pictures in a folder, or the part of them that is this process's; say which rows were skipped."""
+    """Make tokens of captioned pictures in a folder, each process its part, and wait until all is there; say which rows were skipped."""
     manifest = save_tokens(data, processor, folder, part=part)
+    PartialState().wait_for_everyone()
+    if part[0] == 0 and manifest is None:
+        manifest = save_tokens(data, processor, folder, part=part)  # all parts are done now, and put together
+    PartialState().wait_for_everyone()
     if manifest and manifest["skipped"]:
         first = manifest["skipped"][0]
         logger.warning("%d rows were skipped; row %d: %s", len(manifest["skipped"]), first["row"], first["reason"])

@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from tokenizers_vq.ranks import own_rank
+
 from .dataset import TokenizeBatch
 from .processing import Tok2ImgProcessor
 from .text import SubwordTokenizer, TextTokenizer
@@ -84,6 +86,8 @@ def save_tokens(
             if alone and not any(map(job.done, range(job.num_shards))):
                 remove_folder(job.folder)  # there is nothing in it to go on from
             raise
+    if own_rank():  # transformers saves models from the first of processes that train together alone
+        return None
     with claimed(job.folder) as is_ours:
         return put_together(job, target, settings) if is_ours else None
 
