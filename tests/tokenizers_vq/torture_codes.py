@@ -40,16 +40,19 @@ from tokenizers_vq.images import pixels_from_images
 SIZE, BATCH_SIZE, OTHER_BATCH_SIZES = 16, 256, (1, 2, 7, 48)
 NUM_TO_START = 200
 SMALL = {"image_size": SIZE, "hidden_channels": 32}
-SPANS = {"max_length": 24, "span_length": 6, "hidden_channels": 32}
+TINY = {"image_size": SIZE, "hidden_channels": 16, "feature_channels": 8, "num_residual_blocks": 1, "codebook_size": 16}
+SPANS = {"max_length": 24, "span_length": 6, "hidden_channels": 16}
 MODELS: dict[str, Callable[[], DiscreteTokenizer]] = {
     "vqvae": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, **SMALL)),
     "vqvae, cosine": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, cosine=True, **SMALL)),
     "vqvae of two grids": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, num_grids=2, **SMALL)),
     "residual": lambda: VQVAE(VQVAEConfig(codebook_size=64, code_dim=16, quantizer="residual", **SMALL)),
     "fsq": lambda: VQVAE(VQVAEConfig(quantizer="fsq", **SMALL)),
-    "vqdraw": lambda: VQDrawForImages(VQDrawImageConfig(num_stages=20, feature_channels=16, **SMALL)),
+    "vqdraw": lambda: VQDrawForImages(VQDrawImageConfig(num_stages=20, **TINY)),
     "student": lambda: VQDrawStudent(VQDrawStudentConfig(num_stages=20, vector_dim=64, **SMALL)),
-    "vqdraw_text": lambda: VQDrawForText(VQDrawTextConfig(feature_channels=16, embedding_dim=16, **SPANS)),
+    "vqdraw_text": lambda: VQDrawForText(
+        VQDrawTextConfig(feature_channels=8, embedding_dim=8, codebook_size=16, **SPANS)
+    ),
     "vqvae_text": lambda: VQVAEForText(VQVAETextConfig(code_dim=16, **SPANS)),
 }
 
