@@ -60,7 +60,8 @@ def save_tokens(
 
     Args:
         on_error: "skip" leaves rows out that cannot be read, and lists them in the manifest; "raise" is a ValueError with the first.
-        part: (i, n) does every n-th shard from the i-th on, in one of n jobs with the same folder; the last of them puts all together.
+        part: (i, n) does every n-th shard from the i-th on, in one of n jobs with the same folder. The last of them puts all together;
+            of processes in a torch.distributed group only the first does, so it calls again after a barrier.
 
     Returns:
         The manifest: rows, rows skipped, captions cut, fingerprint of the processor, sha256 of each shard. None while other parts are

@@ -70,8 +70,8 @@ def folder(data, tmp_path_factory) -> Path:
         (prior, "prior-alone-then-pair", 5),
     ]
     pair = [
+        (tokens, "tokens-pair", 0),  # before a group of processes is there, as `tok2img tokenize` is by itself
         (tokenizer, "tokenizer-pair", 0),
-        (tokens, "tokens-pair", 0),
         (prior, "prior-pair", 0),
         (parts, "prior-alone-then-pair", 0),
         (parts, "prior-pair-then-alone", 5),

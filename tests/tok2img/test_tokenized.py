@@ -49,6 +49,14 @@ def test_rows_beyond_a_shard_go_into_another(processor, rows, tmp_path, monkeypa
     assert len(load_tokens(tmp_path / "tokens")[0]) == 6
 
 
+def test_of_processes_in_a_group_the_first_puts_together(processor, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("tok2img.tokenized.own_rank", lambda: 1)
+    assert save_tokens(rows, processor, tmp_path / "tokens") is None and not (tmp_path / "tokens").exists()
+    monkeypatch.setattr("tok2img.tokenized.own_rank", lambda: 0)
+    assert save_tokens(rows, processor, tmp_path / "tokens")["rows"] == 6
+    assert len(load_tokens(tmp_path / "tokens")[0]) == 6
+
+
 def test_a_flipped_byte_is_refused_by_the_name_of_its_shard(folder):
     shard = folder / "train-00000.parquet"
     content = bytearray(shard.read_bytes())
