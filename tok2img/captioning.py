@@ -13,7 +13,7 @@ from .generation import next_state
 from .key_value_cache import empty_cache
 from .layout import SequenceLayout
 from .prior import caption_logits
-from .sampling import Sampling, draw_codes, uniform_streams
+from .sampling import Sampling, draw_codes, streams_of_rows
 
 CAPTION_KEY = "captions_images"  # the name under which generation_config.json says that a prior has learned to caption
 
@@ -47,11 +47,9 @@ def caption(
     sampling = sampling or Sampling(temperature=0)
     if sampling.guidance_scale != 1:
         raise ValueError(f"captions are written without guidance, got guidance_scale {sampling.guidance_scale}")
-    if indices is not None and len(indices) != len(codes):
-        raise ValueError(f"got {len(indices)} indices for {len(codes)} pictures")
     sequence = step_ids = layout.caption_prompt(codes.to(prior.device))
-    uniforms = uniform_streams(seed, range(len(codes)) if indices is None else indices, layout.text_length)
-    cache = empty_cache(prior, layout.sequence_length) if use_cache else None
+    uniforms = streams_of_rows(len(codes), layout.text_length, seed=seed, indices=indices)
+    cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache)
     text_ids = layout.without_caption(len(codes), prior.device)
     ended = torch.zeros(len(codes), dtype=torch.bool, device=prior.device)
     for position in range(layout.text_length):

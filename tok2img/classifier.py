@@ -99,7 +99,7 @@ class CaptionClassifier(nn.Module):
         config = read_json(folder / CONFIG_FILE)
         names = ("num_channels", "image_size", "captions")
         refuse_unknown(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
-        if config.keys() < set(names) or not isinstance(config["captions"], list):
+        if set(names) - config.keys() or not isinstance(config["captions"], list):
             raise ValueError(f"{folder / CONFIG_FILE} must hold {', '.join(names)}")
         for name in names[:2]:
             check_number(cls.__name__, name, config[name], 1)

@@ -14,7 +14,7 @@ from transformers import Cache, LogitsProcessor, PreTrainedModel
 from .key_value_cache import compiled_trunk, empty_cache
 from .layout import SequenceLayout
 from .prior import segment_logits
-from .sampling import Sampling, draw_codes, guided, uniform_streams
+from .sampling import Sampling, draw_codes, guided, streams_of_rows
 
 CACHE_BYTES = 2**30
 # A prior of two layers on one core takes 18.1, 6.2, 4.6 and 3.1 ms for each of 16, 64, 128 and 256 pictures of 49 codes.
@@ -54,17 +54,15 @@ def generate(
     Raises:
         ValueError: for inputs whose sizes do not fit each other or the layout, and given codes that are out of range.
     """
-    if compile and not use_cache:
-        raise ValueError("compile needs the cache; leave use_cache as it is")
     sampling = sampling or Sampling()
-    check_rows(len(text_ids), indices=indices, uniforms=uniforms, negative_text_ids=negative_text_ids)
+    cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache, compiled=compile)
+    check_rows(len(text_ids), uniforms=uniforms, negative_text_ids=negative_text_ids)
     kept, codes = start_codes(layout, len(text_ids), given_codes, keep)
     codes = codes.to(prior.device)
     scales = sampling.guidance_schedule(layout.num_codes)
     is_guided = any(scale != 1 for scale in scales)
     if uniforms is None:
-        uniforms = uniform_streams(seed, range(len(text_ids)) if indices is None else indices, layout.num_codes)
-    cache = empty_cache(prior, layout.sequence_length, compiled=compile) if use_cache else None
+        uniforms = streams_of_rows(len(text_ids), layout.num_codes, seed=seed, indices=indices)
     unread = with_blind(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
     unread = unread.to(prior.device)
     for position, first in enumerate(layout.image.position_offsets().tolist()):

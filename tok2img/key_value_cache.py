@@ -43,11 +43,20 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def empty_cache(prior: PreTrainedModel, num_positions: int, *, compiled: bool = False) -> Cache:
+def empty_cache(
+    prior: PreTrainedModel, num_positions: int, *, use_cache: bool = True, compiled: bool = False
+) -> Cache | None:
     """A cache of `num_positions` for a prior; layers that look back in another way than at all positions keep their own kind.
 
     For compiled layers it is transformers' static one, whose tensors keep their size: a growing one would be compiled for each size.
+
+    Raises:
+        ValueError: for compiled layers without a cache.
     """
+    if compiled and not use_cache:
+        raise ValueError("compile needs the cache; leave use_cache as it is")
+    if not use_cache:
+        return None
     if compiled:
         return StaticCache(config=prior.config, max_cache_len=num_positions)
     cache = DynamicCache(config=prior.config)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer
+from tokenizers_vq.base import MOST, is_whole
 from tokenizers_vq.model_folder import read_json
 
 VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the vocabulary in multiples of this
 FILE_NAME = "layout.json"
-MOST = 2**24  # ids, positions, codes
 
 
 def range_starts(groups: tuple[int, ...], size: int, device: torch.device | None = None) -> Tensor:
@@ -243,7 +243,7 @@ class SequenceLayout:
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1, and not beyond all use."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+    return is_whole(value) and 1 <= value <= MOST
 
 
 def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:

@@ -24,10 +24,8 @@ from tokenizers_vq.model_folder import (
     first_line,
     load_by_tensors,
     local_folder,
-    on_meta,
     read_config,
     read_json,
-    refuse_larger,
     refuse_non_finite,
 )
 
@@ -136,9 +134,8 @@ def load_causal_lm(folder: str | Path, *, what: str, refused_keys: tuple[str, ..
     try:
         place = local_folder(folder)
         config = causal_lm_config(place)
-        empty = on_meta(lambda: AutoModelForCausalLM.from_config(config), place)
-        refuse_larger(empty, place)
-        model, info = load_by_tensors(type(empty), place, config, generation_config=saved_generation(place), **settings)
+        settings["generation_config"] = saved_generation(place)
+        model, info = load_by_tensors(AutoModelForCausalLM.from_config, place, config, **settings)
     except OSError as error:
         raise ValueError(f"cannot load a {what} from {folder}: {first_line(error)}") from error
     wrong = sorted(str(name) for key in refused_keys for name in info[key])

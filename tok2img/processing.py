@@ -142,14 +142,15 @@ class Tok2ImgProcessor:
 def load_image_tokenizer(folder: str | Path) -> DiscreteTokenizer:
     """Load any saved image tokenizer; ValueError for a folder or hub name that holds none."""
     try:
-        model_type = read_config(local_folder(folder)).get("model_type")
+        place = local_folder(folder)
+        model_type = read_config(place).get("model_type")
     except OSError as error:
         raise ValueError(f"cannot load an image tokenizer from {folder}: {first_line(error)}") from error
     model_class = tokenizer_class(model_type)
     if model_class is None or model_class.main_input_name != "pixel_values":
         kind = model_type if model_class is None else model_class.__name__
         raise ValueError(f"{folder} holds a {kind}, not an image tokenizer")
-    return model_class.from_pretrained(folder).eval()
+    return model_class.from_pretrained(place).eval()
 
 
 def load_pixels(

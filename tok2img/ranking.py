@@ -6,7 +6,7 @@ A ranker is anything that gives captions and pictures a score each, the higher t
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from einops import rearrange
@@ -23,10 +23,8 @@ from tokenizers_vq.model_folder import (
     first_line,
     load_by_tensors,
     local_folder,
-    on_meta,
     read_config,
     read_json,
-    refuse_larger,
     refuse_non_finite,
     unfilled_tensors,
 )
@@ -77,7 +75,6 @@ def load_clip(folder: Path) -> CLIPModel:
     if settings.get("model_type") != "clip":
         raise ValueError(f"it holds a {settings.get('model_type')}")
     config = build_config(CLIPConfig, settings, folder / CONFIG_FILE)
-    refuse_larger(on_meta(lambda: CLIPModel(config), folder), folder)
     model, info = load_by_tensors(CLIPModel, folder, config)
     # Files of older versions hold the positions 0, 1, 2 ... too.
     unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
@@ -85,6 +82,11 @@ def load_clip(folder: Path) -> CLIPModel:
         raise ValueError(f"missing, misshapen or unknown tensors {wrong[:3]}")
     refuse_non_finite(model, folder)
     return model
+
+
+def are_numbers(values: Any) -> TypeGuard[list[float]]:
+    """Whether what a file held is a list of numbers, and not an empty one."""
+    return isinstance(values, list) and bool(values) and all(map(is_number, values))
 
 
 class ClipRanker:
@@ -112,17 +114,12 @@ class ClipRanker:
             model = load_clip(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load a CLIP model from {name}: {first_line(error)}") from error
-        numbers = {key: pixels.get(f"image_{key}") for key in ("mean", "std")}
-        for key, value in numbers.items():
-            if (
-                not isinstance(value, list)
-                or not value
-                or not all(map(is_number, value))
-                or (key == "std" and 0 in value)
-            ):
-                raise ValueError(f"{folder / PREPROCESSOR_FILE}: image_{key} must be numbers, got {value!r:.80}")
+        mean, std = (pixels.get(f"image_{key}") for key in ("mean", "std"))
+        if not are_numbers(mean) or not are_numbers(std) or 0 in std:
+            what = f"got {mean!r:.80} and {std!r:.80}"
+            raise ValueError(f"{folder / PREPROCESSOR_FILE}: image_mean and image_std must be numbers, {what}")
         text_tokenizer = SubwordTokenizer.from_pretrained(folder).tokenizer
-        return cls(model, text_tokenizer, pixel_mean=pixels["image_mean"], pixel_std=pixels["image_std"])
+        return cls(model, text_tokenizer, pixel_mean=mean, pixel_std=std)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model with its tokenizer and image settings, as transformers lays a CLIP folder out."""

@@ -168,15 +168,18 @@ class SafeTrainer(transformers.Trainer):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
+        self.unwrapped().save_pretrained(folder, state_dict=state_dict)
+
+    def unwrapped(self, model: nn.Module | None = None) -> Any:
+        """The trained model, or another, without what accelerate and `torch.compile` put around it."""
+        return self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
 
     def whole_model(self) -> Any:
         """The trained model; where processes hold parts of it, a copy of the whole in the first process, and in the others none.
 
         All processes have to take part.
         """
-        trained: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        trained = self.unwrapped()
         model = inner_of(trained)
         state = self._whole_weights()
         if state is None:
@@ -195,14 +198,10 @@ class SafeTrainer(transformers.Trainer):
         return {name: whole(part) for name, part in model.state_dict().items()} if self.is_fsdp_enabled else None
 
     def _load_best_model(self) -> None:
-        load_weights(
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint
-        )
+        load_weights(self.unwrapped(), self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(
-            self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint
-        )
+        load_weights(self.unwrapped(model), resume_from_checkpoint)
 
 
 def best_of(state: TrainerState) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Trainer(SafeTrainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one step; those for a prior know of each other."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.unwrapped()
         if isinstance(model, PriorWithLoss):
             # By seed and step alone: the same in all processes, and after a run was taken up again.
             chance = np.random.default_rng([self.args.seed, self.state.global_step])

@@ -81,9 +81,8 @@ def claimed(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield (
-            is_locked(descriptor) and folder.is_dir()
-        )  # it may have gone to its place while this process came to the lock
+        # It may have gone to its place while this process came to the lock.
+        yield is_locked(descriptor) and folder.is_dir()
     finally:
         os.close(descriptor)
 

@@ -111,9 +111,8 @@ def build_config(config_class: Any, settings: dict[str, Any], path: str | Path) 
     """The config of a class from what a file held; ValueError for settings that it does not take."""
     try:
         return config_class.from_dict(settings)
-    except (
-        Exception
-    ) as error:  # of settings that nobody has thought of, each class of transformers makes something else
+    # Of settings that nobody has thought of, each class of transformers makes something else.
+    except Exception as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
 
 
@@ -156,13 +155,24 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     return {name: tensor for file in weight_files(Path(folder)) for name, tensor in load_file(file).items()}
 
 
-def load_by_tensors(model_class: Any, folder: Path, config: Any, **settings: Any) -> tuple[Any, dict[str, Any]]:
+def load_by_tensors(
+    build: Callable[[Any], nn.Module], folder: Path, config: Any, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
     """A model of transformers and its report of loading.
 
     By its tensors, not by its folder: of a folder transformers opens whatever it knows, adapters and pickles too.
+
+    Args:
+        build: the model of a config.
+        settings: for `from_pretrained`.
+
+    Raises:
+        ValueError: for a config that describes no model, or one that is larger than its weights, and tensors that are damaged.
     """
+    empty: Any = on_meta(lambda: build(config), folder)
+    refuse_larger(empty, folder)
     try:
-        return model_class.from_pretrained(
+        return type(empty).from_pretrained(
             None,
             config=config,
             state_dict=read_tensors(folder),

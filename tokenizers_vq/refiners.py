@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import check_counts
 from .convolution import StageGain, channels_last, group_norm
 from .options import EmbeddedOptions, LinearOptions, Options
 
@@ -113,11 +112,6 @@ class DilatedBlock(nn.Module):
         """`b t c` -> `b t c`."""
         near = with_neighbours(self.norm(x, stage), self.dilation)
         return x + self.merge(self.spread(near).relu_())
-
-
-def check_dilations(dilations: Sequence[int]) -> None:
-    """Refuse no block at all, and positions that are none."""
-    check_counts("dilations", dilations)
 
 
 class DilatedConvRefiner(nn.Module):

@@ -7,9 +7,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import TokenizerOutput, check_stages
+from .base import TokenizerOutput, check_counts, check_stages
 from .errors import IGNORED, CrossEntropyError
-from .refiners import DilatedConvRefiner, check_dilations, in_segments
+from .refiners import DilatedConvRefiner, in_segments
 from .text_spans import TextSpanConfig, TextSpanTokenizer
 from .vqdraw import ROWS_TO_START_FROM, VQDraw
 
@@ -51,7 +51,7 @@ class VQDrawTextConfig(TextSpanConfig):
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        check_dilations(self.dilations)
+        check_counts("dilations", self.dilations)
         check_stages(
             self.num_stages,
             self.segment_length,

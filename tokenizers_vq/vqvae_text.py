@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import TokenizerOutput
+from .base import TokenizerOutput, check_counts
 from .errors import IGNORED
-from .refiners import DilatedBlock, check_dilations
+from .refiners import DilatedBlock
 from .residual import ResidualQuantizer
 from .text_spans import TextSpanConfig, TextSpanTokenizer
 from .vqvae import VECTORS_SHOWN, evaluating, start_counting
@@ -35,7 +35,7 @@ class VQVAETextConfig(TextSpanConfig, QuantizerConfig):
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
-        check_dilations(self.dilations)
+        check_counts("dilations", self.dilations)
 
 
 class DilatedStack(nn.Module):

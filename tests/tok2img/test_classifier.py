@@ -79,6 +79,18 @@ def test_a_saved_classifier_judges_as_before(classifier: CaptionClassifier, tmp_
     torch.testing.assert_close(loaded(pixel_values), classifier(pixel_values))
 
 
+@pytest.mark.parametrize("name", ["num_channels", "image_size", "captions"])
+def test_settings_without_one_of_those_that_are_saved_are_refused(
+    classifier: CaptionClassifier, tmp_path: Path, name: str
+) -> None:
+    classifier.save(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {}}
+    del settings[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json must hold num_channels, image_size, captions"):
+        CaptionClassifier.load(tmp_path)
+
+
 def test_saving_again_replaces_the_files_and_leaves_no_others(classifier: CaptionClassifier, tmp_path: Path) -> None:
     classifier.save(tmp_path)
     classifier.save(tmp_path)

@@ -103,6 +103,15 @@ def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pictur
     assert scores.shape == (6,) and scores.abs().max() <= 1 and len(scores.unique()) == 6
 
 
+@pytest.mark.parametrize("settings", [{"image_mean": []}, {"image_std": [0.5, 0, 0.5]}, {"image_std": None}])
+def test_pictures_cannot_be_normalised_by_anything(clip, tmp_path, settings):
+    clip.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: image_mean and image_std must be numbers"):
+        ClipRanker.from_pretrained(tmp_path)
+
+
 def test_a_score_does_not_depend_on_the_batch(clip, captions, pictures):
     alone = torch.cat([clip([caption], [picture]) for caption, picture in zip(captions, pictures, strict=True)])
     torch.testing.assert_close(clip(captions, pictures), alone)
