@@ -23,6 +23,15 @@ Split = Annotated[str, typer.Option(help="Split of the data.")]
 ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
 CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
 MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
+OnError = Annotated[
+    str, typer.Option(help="skip: leave rows out that cannot be read, and list them in manifest.json; raise: stop.")
+]
+Shard = Annotated[
+    str,
+    typer.Option(
+        help="i/n: do the i-th of n parts, counted from 0, as one of n jobs with the same --out; by default under torchrun."
+    ),
+]
 
 
 @app.command()
@@ -62,35 +71,23 @@ def tokenize(
         int, typer.Option(help="Search so wide for VQ-DRAW codes; 0: as the tokenizer's config says.")
     ] = 0,
     num_proc: Annotated[int, typer.Option(help="Processes.")] = 1,
-    on_error: Annotated[
-        str, typer.Option(help="skip: leave rows out that cannot be read, and list them in manifest.json; raise: stop.")
-    ] = "skip",
-    shard: Annotated[
-        str,
-        typer.Option(
-            help="i/n: do the i-th of n parts, counted from 0, as one of n jobs with the same --out; by default under torchrun."
-        ),
-    ] = "",
+    on_error: OnError = "skip",
+    shard: Shard = "",
 ) -> None:
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
-    from .data import load_captioned_images
     from .prior_runs import build_processor, set_beam
     from .processing import load_image_tokenizer
-    from .text import only_text
+    from .streamed_rows import stream_captioned_images
     from .tokenized import part_of, part_of_process, save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
     set_beam(image_tokenizer, beam_size)
-    rows = load_captioned_images(
-        data,
-        split=split,
-        image_column=image_column or None,
-        caption_column=caption_column or None,
-        max_rows=max_rows or None,
+    rows = stream_captioned_images(
+        data, split=split, image_column=image_column, caption_column=caption_column, max_rows=max_rows
     )
     processor = build_processor(
-        only_text(rows["caption"]) if on_error == "skip" else rows["caption"],
+        rows.captions,
         image_tokenizer,
         text_tokenizer=text_tokenizer,
         base=base,

@@ -5,11 +5,10 @@ undecoded, so that `load_image` alone decides what a file shows and a broken one
 """
 
 import csv
-import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from datasets import Image as ImageFeature
 
+from .columns import CAPTION_NAMES, column_of_captions, column_of_pictures, no_column
 from .packed_files import SPLITS, from_packed_files, of_split, packed_files, quiet_datasets, root_line
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -27,8 +27,6 @@ BUILT_IN_ROWS = 20_000
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".parquet", ".csv", ".json", ".jsonl", ".tar", ".txt")
-_CAPTION_NAMES = ("caption", "text")
-_TEXT = (Value("string"), Value("large_string"))
 _UNDECODED = ImageFeature(decode=False)
 
 
@@ -64,9 +62,9 @@ def load_captioned_images(
     if len(rows) == 0:
         raise ValueError(f"{source}: no rows in split {split!r}")
     rows = rows.select(range(min(len(rows), max_rows or len(rows))))
-    columns = {_picture_column(rows.features, image_column, source): "image"} if with_images else {}
+    columns = {column_of_pictures(rows.features, image_column, source): "image"} if with_images else {}
     if with_captions:
-        columns[_caption_column(rows.features, caption_column, source)] = "caption"
+        columns[column_of_captions(rows.features, caption_column, source)] = "caption"
     rows = _renamed(rows, columns)
     return _with_text_checked(rows, source) if with_captions else rows
 
@@ -103,7 +101,7 @@ def _open(
     path = Path(os.path.abspath(source))
     if packed := packed_files(path, split):
         return from_packed_files(packed)
-    captions = () if not with_captions else (caption,) if caption else _CAPTION_NAMES
+    captions = () if not with_captions else (caption,) if caption else CAPTION_NAMES
     return _from_picture_folder(path, split, file_key=image or "file_name", captions=captions)
 
 
@@ -158,7 +156,7 @@ def _metadata_columns(metadata: Path, root: Path, file_key: str, captions: Seque
     caption_key, columns = None, {file_key: [], "label": []}
     for where, row in _metadata_rows(metadata):
         if not isinstance(row.get(file_key), str):
-            raise ValueError(f"{where}: {_no_column(file_key, row)}")
+            raise ValueError(f"{where}: {no_column(file_key, row)}")
         picture = os.path.normpath(metadata.parent / row[file_key])
         if metadata.parent != root and root not in Path(picture).parents:
             continue  # of another split
@@ -188,7 +186,7 @@ def _metadata_rows(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _text_cell(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
-        raise ValueError(f"{where}: {_no_column(key, row)}")
+        raise ValueError(f"{where}: {no_column(key, row)}")
     if not isinstance(row[key], str):
         raise ValueError(f"{where}: {key!r} is {row[key]!r}, not text")
     return row[key]
@@ -197,42 +195,6 @@ def _text_cell(row: Mapping[str, Any], key: str, where: str) -> str:
 def _dataset_of_paths(image_column: str, columns: Mapping[str, Sequence[Any]]) -> Dataset:
     rows = [{"bytes": None, "path": path} for path in columns[image_column]]
     return Dataset.from_dict({**columns, image_column: rows}).cast_column(image_column, _UNDECODED)
-
-
-def _picture_column(features: Features, wanted: str | None, source: str) -> str:
-    pictures = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    pictures = pictures or [name for name, feature in features.items() if _may_hold_pictures(feature)]
-    name = _one_column(features, wanted, ("image",), pictures, source)
-    if not _may_hold_pictures(features[name]) and features[name] != Value("string"):
-        raise ValueError(f"{source}: column {name!r} holds {features[name]}, not pictures")
-    return name
-
-
-def _may_hold_pictures(feature: Any) -> bool:
-    is_bytes = feature in (Value("binary"), Value("large_binary"))
-    return is_bytes or isinstance(feature, ImageFeature) or (isinstance(feature, dict) and "bytes" in feature)
-
-
-def _caption_column(features: Features, wanted: str | None, source: str) -> str:
-    texts = [name for name, feature in features.items() if feature in _TEXT and not name.startswith("__")]
-    return _one_column(features, wanted, _CAPTION_NAMES, texts, source)
-
-
-def _one_column(
-    features: Features, wanted: str | None, usual: Sequence[str], suitable: Sequence[str], source: str
-) -> str:
-    names = [wanted] if wanted else [name for name in usual if name in features]
-    if not names and len(suitable) == 1:
-        names = suitable
-    if not names or names[0] not in features:
-        raise ValueError(f"{source}: {_no_column(wanted or usual[0], features)}")
-    return names[0]
-
-
-def _no_column(name: str, there: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, there, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"no column {name!r}, only {', '.join(map(repr, there))}{hint}"
 
 
 def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:

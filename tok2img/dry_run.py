@@ -17,7 +17,7 @@ from tokenizers_vq.with_loss import inner_of
 
 from .dataset import TokenizeBatch, token_features
 from .lora import add_lora
-from .prior_runs import is_tokenized, make_prior, open_source, with_loss
+from .prior_runs import make_prior, open_source, with_loss
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
 from .runs import TEXT_TOKENIZERS, arguments, build_model, open_data, rows_for
 from .trainer import Trainer
@@ -69,11 +69,13 @@ def estimate_prior(recipe: PriorRecipe) -> Estimate:
     prior = make_prior(recipe, processor)
     if recipe.lora_rank:
         add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed)
-    few, seconds = source.select(range(min(MAX_ROWS, len(source)))), 0.0
-    if not is_tokenized(few):
+    num_rows, seconds = min(MAX_ROWS, len(source)), 0.0
+    if isinstance(source, Dataset):
+        few = source.select(range(num_rows))
+    else:
         started = time.perf_counter()
-        tokens = TokenizeBatch(processor)(few[:])
-        seconds = (time.perf_counter() - started) / len(few) * len(source)
+        tokens = TokenizeBatch(processor)(next(source.batches(range(num_rows), num_rows)))
+        seconds = (time.perf_counter() - started) / num_rows * len(source)
         few = Dataset.from_dict(tokens, features=token_features(processor.layout))
     estimate = take_steps(with_loss(recipe, prior, processor), batch_of(few, recipe).with_format("torch"), recipe)
     estimate.tokenize_seconds = seconds

@@ -1,7 +1,7 @@
 """Carries recipes for priors out: tokens from pictures, a prior from tokens, ending in a folder that loads as it stands."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
 from .recipes import PriorRecipe, require
 from .resumption import goes_on
-from .runs import arguments, finish, open_data, split
+from .runs import arguments, finish, split
 from .sampling import Sampling
-from .text import only_text
+from .streamed_rows import CaptionedRows, stream_captioned_images
+from .text import OnlyText
 from .text_codes import load_text_tokenizer
 from .tokenized import fit_text, load_tokens, save_tokens
 from .trainer import Trainer
@@ -42,8 +43,9 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
-    tokens = source
-    if not is_tokenized(source):
+    if isinstance(source, Dataset):
+        tokens = source
+    else:
         make_tokens(Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size))
         tokens = load_tokens(Path(recipe.out, TOKENS))[0]
     pipeline = TextToImagePipeline(prior, processor)
@@ -72,34 +74,34 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     return pipeline
 
 
-def is_tokenized(rows: Dataset) -> bool:
-    """Whether rows are tokens, and not captioned pictures."""
-    return "image_codes" in rows.column_names
-
-
-def open_source(recipe: PriorRecipe) -> tuple[Dataset, Tok2ImgProcessor]:
-    """The rows that a recipe names, tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
+def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgProcessor]:
+    """What a recipe names, a data set of tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
     made_before = Path(recipe.out, TOKENS)
     if recipe.tokens or (goes_on(recipe) and made_before.is_dir()):
         tokens, processor = load_tokens(recipe.tokens or made_before)
         return tokens.select(range(min(recipe.max_rows or len(tokens), len(tokens)))), processor
     require(recipe, "data", "image_tokenizer")
-    data = open_data(recipe)
+    rows = stream_captioned_images(
+        recipe.data,
+        image_column=recipe.image_column,
+        caption_column=recipe.caption_column,
+        max_rows=recipe.max_rows,
+    )
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     set_beam(image_tokenizer, recipe.beam_size)
     processor = build_processor(
-        only_text(data["caption"]),
+        rows.captions,
         image_tokenizer,
         text_tokenizer=recipe.text_tokenizer,
         base=recipe.base,
         vocab_size=recipe.vocab_size,
         text_length=recipe.text_length,
     )
-    return data, processor
+    return rows, processor
 
 
 def build_processor(
-    captions: Sequence[str],
+    captions: Iterable[object],
     image_tokenizer: DiscreteTokenizer,
     *,
     text_tokenizer: str = "",
@@ -110,6 +112,7 @@ def build_processor(
     """A processor for these captions, on a GPU where there is one.
 
     Args:
+        captions: looked at several times; those that are no text are passed over.
         text_tokenizer: a saved one; without it that of the base, and without a base BPE learned from the captions.
         base: a pretrained language model that is to become the prior: text keeps as many ids as it has rows for.
     """
@@ -121,7 +124,7 @@ def build_processor(
             f"the text tokenizer in {name} has {given.vocab_size} ids, but the language model in {base} has {rows}: "
             "give the one that it was trained with"
         )
-    text, length = fit_text(list(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
+    text, length = fit_text(OnlyText(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
     return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length, text_vocab_size=rows)
 
 
@@ -166,7 +169,7 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
     )
 
 
-def make_tokens(folder: Path, data: Dataset, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:
+def make_tokens(folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:
     """Make tokens of captioned pictures in a folder, each process its part, and wait until all is there; say which rows were skipped."""
     manifest = save_tokens(data, processor, folder, part=part)
     PartialState().wait_for_everyone()

@@ -6,10 +6,11 @@ caption says, it is only text.
 
 import string
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
@@ -164,14 +165,17 @@ def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -
         check_text(caption, row)
 
 
-def only_text(captions: Iterable[object]) -> list[str]:
-    """Those of the captions that `check_text` takes."""
-    kept: list[Any] = []
-    for caption in captions:
-        with suppress(ValueError):
-            check_text(caption, row=0)
-            kept.append(caption)
-    return kept
+@dataclass(frozen=True)
+class OnlyText:
+    """Those of some captions that `check_text` takes, each time anew, so that of many none is kept."""
+
+    captions: Iterable[object]
+
+    def __iter__(self) -> Iterator[str]:
+        for caption in self.captions:
+            with suppress(ValueError):
+                check_text(caption, row=0)
+                yield cast(str, caption)
 
 
 def check_text(caption: object, row: int) -> None:

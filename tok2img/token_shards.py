@@ -21,6 +21,7 @@ from tokenizers_vq.base import check_choice
 
 from .dataset import ReadBatch, TokenizeBatch, token_features
 from .shard_workers import in_workers
+from .streamed_rows import CaptionedRows
 from .whole_files import remove_folder, sha256_of, sweep, temporary_name, write_atomically
 
 ON_ERROR = ("skip", "raise")
@@ -46,7 +47,7 @@ class Shard:
 class Job:
     """Rows, what tokenizes them, and where their shards go."""
 
-    data: Dataset
+    data: CaptionedRows
     work: TokenizeBatch
     folder: Path
     rows_per_shard: int
@@ -133,9 +134,11 @@ def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
 def read_ahead(job: Job, rows: range) -> Iterator[ReadBatch]:
     """The rows in batches, each decoded while the one before is encoded."""
 
+    batches = job.data.batches(rows, BATCH_SIZE)
+
     def read(first: int) -> ReadBatch:
-        some = range(first, min(first + BATCH_SIZE, rows.stop))
-        return job.work.read(job.data[some.start : some.stop], some, skip=job.on_error == "skip")
+        batch = next(batches)
+        return job.work.read(batch, range(first, first + len(batch["image"])), skip=job.on_error == "skip")
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(read, rows.start)

@@ -5,6 +5,8 @@ tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  
 
 import json
 import os
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tokenizers_vq.ranks import own_rank
 
 from .dataset import TokenizeBatch
 from .processing import Tok2ImgProcessor
+from .streamed_rows import CaptionedRows, DatasetRows
 from .text import SubwordTokenizer, TextTokenizer
 from .token_shards import Job, clear_records, gather, tokenize_shards
 from .whole_files import (
@@ -33,22 +36,29 @@ MAX_TEXT_LENGTH = 64
 
 
 def fit_text(
-    captions: list[str], *, text_tokenizer: TextTokenizer | None = None, vocab_size: int = 4096, text_length: int = 0
+    captions: Iterable[str],
+    *,
+    text_tokenizer: TextTokenizer | None = None,
+    vocab_size: int = 4096,
+    text_length: int = 0,
 ) -> tuple[TextTokenizer, int]:
     """A text tokenizer for these captions (BPE learned from them when none is given) and the text length that holds them.
 
     Args:
+        captions: looked at several times, some at once.
         text_length: 0 means as many tokens as the longest caption has, 64 at most.
     """
     text_tokenizer = text_tokenizer or SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size)
     if text_length:
         return text_tokenizer, text_length
-    lengths = text_tokenizer.lengths(sorted(set(captions)), max_length=MAX_TEXT_LENGTH)
-    return text_tokenizer, min(MAX_TEXT_LENGTH, text_tokenizer.max_ids, max(1, *lengths))
+    waiting, longest = iter(captions), 1
+    while some := set(islice(waiting, ROWS_PER_SHARD)):
+        longest = max(longest, *text_tokenizer.lengths(sorted(some), max_length=MAX_TEXT_LENGTH))
+    return text_tokenizer, min(MAX_TEXT_LENGTH, text_tokenizer.max_ids, longest)
 
 
 def save_tokens(
-    data: Dataset,
+    data: Dataset | CaptionedRows,
     processor: Tok2ImgProcessor,
     folder: str | Path,
     *,
@@ -59,6 +69,7 @@ def save_tokens(
     """Tokenize columns `image` and `caption` into a folder, which appears whole or not at all; a job that was killed goes on.
 
     Args:
+        data: a data set of `datasets`, or what `stream_captioned_images` opens.
         on_error: "skip" leaves rows out that cannot be read, and lists them in the manifest; "raise" is a ValueError with the first.
         part: (i, n) does every n-th shard from the i-th on, in one of n jobs with the same folder. The last of them puts all together;
             of processes in a torch.distributed group only the first does, so it calls again after a barrier.
@@ -71,8 +82,9 @@ def save_tokens(
     if not len(data):
         raise ValueError("the data set is empty")
     target, alone = Path(folder), part == (0, 1)
-    job = Job(data, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
-    settings = {"data": data._fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
+    rows = DatasetRows(data) if isinstance(data, Dataset) else data
+    job = Job(rows, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
+    settings = {"data": rows.fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
     if not alone and read_json(target / MANIFEST).get("job") == settings:
         return read_json(target / MANIFEST)  # a job beside this one was quicker

@@ -1,0 +1,129 @@
+"""Captioned pictures of any number of files, in order and in batches, none of them kept.
+
+`datasets` writes all rows of Parquet files and tars to its cache before the first is to be had; here they stay where they lie.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .columns import TEXT, column_of_captions, column_of_pictures
+from .data import load_captioned_images
+from .packed_files import packed_files, root_line
+from .packed_rows import UNREADABLE, Packed, open_packed
+
+
+def stream_captioned_images(
+    source: str, *, split: str = "train", image_column: str = "", caption_column: str = "", max_rows: int = 0
+) -> "CaptionedRows":
+    """Open captioned pictures, of Parquet files and tars without a copy; all else as `load_captioned_images` does.
+
+    Raises:
+        ValueError: one line that names the file, column or split.
+    """
+    files = packed_files(Path(source).absolute(), split) if Path(source).exists() and source != "shapes" else []
+    if not files:
+        names = {"image_column": image_column or None, "caption_column": caption_column or None}
+        return DatasetRows(load_captioned_images(source, split=split, max_rows=max_rows or None, **names))
+    opened = [rows for rows in map(open_packed, files) if len(rows)]
+    if not opened:
+        raise ValueError(f"{files[0]}: no rows")
+    picture = caption = ""
+    for rows in opened:
+        features = rows.features
+        picture = column_of_pictures(features, picture or image_column or None, str(rows.path))
+        caption = column_of_captions(features, caption or caption_column or None, str(rows.path))
+        if features[caption] not in TEXT:
+            raise ValueError(f"{rows.path}: column {caption!r} holds {features[caption]}, not text")
+    return StreamedRows(opened, image_column=picture, caption_column=caption, max_rows=max_rows)
+
+
+class DatasetRows:
+    """Rows of a data set of `datasets`, with columns `image` and `caption`, as `StreamedRows` gives them."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.fingerprint = dataset, dataset._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def captions(self) -> Iterable[Any]:
+        """All captions."""
+        return self.dataset["caption"]
+
+    def batches(self, rows: range, size: int) -> Iterator[dict[str, list[Any]]]:
+        """Rows in batches."""
+        return (self.dataset[first : min(first + size, rows.stop)] for first in rows[::size])
+
+
+class StreamedRows:
+    """Captioned pictures of several files; `len` and the captions cost no picture.
+
+    Args:
+        files: of one kind, one after another.
+        image_column, caption_column: where they are, as `columns` finds them.
+        max_rows: the first so many only; 0: all.
+    """
+
+    def __init__(self, files: Sequence[Packed], *, image_column: str, caption_column: str, max_rows: int = 0):
+        self.files, self.image_column, self.caption_column = list(files), image_column, caption_column
+        self.starts = np.cumsum([0, *map(len, files)]).tolist()
+        self.num_rows = min(max_rows or self.starts[-1], self.starts[-1])
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Says whether rows are the same as those of another time, by the files' sizes and times."""
+        stats = [(str(file.path.resolve()), file.path.stat()) for file in self.files]
+        what = [
+            [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+            self.image_column,
+            self.caption_column,
+        ]
+        return hashlib.sha256(json.dumps([*what, self.num_rows]).encode()).hexdigest()
+
+    @property
+    def captions(self) -> Iterable[Any]:
+        """All captions, read anew each time."""
+        return Captions(self)
+
+    def batches(self, rows: range, size: int) -> Iterator[dict[str, list[Any]]]:
+        """Rows in batches, with columns `image` and `caption`."""
+        cells = self.cells(rows, [self.image_column, self.caption_column])
+        while batch := list(islice(cells, size)):
+            images, captions = zip(*batch, strict=True)
+            yield {"image": list(images), "caption": list(captions)}
+
+    def cells(self, rows: range, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The cells of some columns; ValueError that names the file for one that is damaged."""
+        for file, first in zip(self.files, self.starts, strict=False):
+            own = range(max(rows.start - first, 0), min(rows.stop - first, len(file)))
+            try:
+                yield from file.read(own, columns) if own else ()
+            except UNREADABLE as error:
+                raise ValueError(f"{file.path}: cannot be read: {root_line(error)}") from error
+
+
+CaptionedRows = DatasetRows | StreamedRows
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of rows, each time anew."""
+
+    rows: StreamedRows
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = self.rows
+        return (caption for (caption,) in rows.cells(range(len(rows)), [rows.caption_column]))
