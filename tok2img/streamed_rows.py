@@ -31,8 +31,14 @@ def stream_captioned_images(
     """
     files = packed_files(Path(source).absolute(), split) if Path(source).exists() and source != "shapes" else []
     if not files:
-        names = {"image_column": image_column or None, "caption_column": caption_column or None}
-        return DatasetRows(load_captioned_images(source, split=split, max_rows=max_rows or None, **names))
+        dataset = load_captioned_images(
+            source,
+            split=split,
+            image_column=image_column or None,
+            caption_column=caption_column or None,
+            max_rows=max_rows or None,
+        )
+        return DatasetRows(dataset)
     opened = [rows for rows in map(open_packed, files) if len(rows)]
     if not opened:
         raise ValueError(f"{files[0]}: no rows")

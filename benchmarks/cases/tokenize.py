@@ -10,6 +10,7 @@ from datasets import Image as ImageFeature
 
 from tok2img.dataset import TokenizeBatch
 from tok2img.processing import Tok2ImgProcessor
+from tok2img.streamed_rows import DatasetRows
 from tok2img.text import SubwordTokenizer
 from tok2img.token_shards import BATCH_SIZE, Job, tokenize_shards
 from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
@@ -51,7 +52,7 @@ class Tokenizing:
     def __call__(self) -> None:
         """Do it, in a folder of its own."""
         with TemporaryDirectory() as folder:
-            job = Job(self.rows, self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise")
+            job = Job(DatasetRows(self.rows), self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise")
             tokenize_shards(job, [0])
 
 
