@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tok2img.whole_files import write_atomically
 from tokenizers_vq.base import check_number, refuse_unknown
-from tokenizers_vq.images import ImageSource, load_image, pixels_from_images
+from tokenizers_vq.images import ImageSource, load_image
 from tokenizers_vq.model_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -29,6 +29,7 @@ from tokenizers_vq.model_folder import (
     refuse_misfit,
     refuse_non_finite,
 )
+from tokenizers_vq.pixels import pixels_from_images
 
 MAX_CAPTIONS = 1000
 MAX_LR = 3e-3

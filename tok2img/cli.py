@@ -179,7 +179,7 @@ def generate(
 
 def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None) -> None:
     """A sheet of pictures of random codes, by the image tokenizer of a trained model or one of its own folder."""
-    from tokenizers_vq.images import images_from_pixels
+    from tokenizers_vq.pixels import images_from_pixels
 
     from .drawing import random_codes
     from .plots import image_grid, save_image

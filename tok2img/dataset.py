@@ -2,21 +2,23 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from safetensors.torch import load, save
-from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from tokenizers_vq.base import own_fields
 from tokenizers_vq.model_folder import first_line
+from tokenizers_vq.pixels import pixels_from_levels
 
 from .layout import SequenceLayout
-from .processing import Tok2ImgProcessor, fit_pixels, load_images
+from .processing import Tok2ImgProcessor, fit_levels, load_images
 from .text import TextTokenizer, check_text
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
@@ -28,12 +30,13 @@ class ReadBatch:
     """Rows that could be read, and those that could not.
 
     Attributes:
-        pixel_values: `b c h w` of the rows; `skipped`: numbers and reasons of the others.
+        text_ids: `b t` of the rows; levels: `b c h w` uint8; num_cut: captions that are longer than there is room for.
+        skipped: numbers and reasons of the other rows.
     """
 
-    rows: list[int]
-    captions: list[str]
-    pixel_values: Tensor
+    text_ids: np.ndarray
+    levels: np.ndarray
+    num_cut: int
     skipped: list[tuple[int, str]]
 
 
@@ -51,11 +54,11 @@ class TokenizeBatch:
         """A batch of rows -> their tokens. ValueError for a caption or picture that is none, with its row."""
         numbers = range(len(batch[self.caption_column])) if rows is None else rows
         read = self.read(batch, numbers, skip=False)
-        return {"text_ids": self.text_ids(read), "image_codes": self.image_codes(read)}
+        return {"text_ids": read.text_ids, "image_codes": self.image_codes(read)}
 
     def read(self, batch: dict[str, list[Any]], rows: Sequence[int], *, skip: bool) -> ReadBatch:
         """Decode a batch; a row that cannot be read is skipped, or else a ValueError with its number."""
-        pictures, read, skipped = [], ReadBatch([], [], torch.empty(0), []), []
+        numbers, captions, pictures, skipped = [], [], [], []
         for row, caption, image in zip(rows, batch[self.caption_column], batch[self.image_column], strict=True):
             try:
                 check_text(caption, row)
@@ -65,25 +68,24 @@ class TokenizeBatch:
                     raise
                 skipped.append((row, first_line(error).removeprefix(f"row {row}: ")))
             else:
-                read.rows.append(row)
-                read.captions.append(caption)
-        if pictures:
-            read.pixel_values = fit_pixels(pictures, self.processor.image_tokenizer)
-        return replace(read, skipped=skipped)
-
-    def text_ids(self, batch: ReadBatch) -> np.ndarray:
-        """Text `b t` of what was read."""
+                numbers.append(row)
+                captions.append(caption)
         layout = self.processor.layout
-        if not batch.rows:
-            return np.empty((0, layout.text_length), dtype=layout.text_dtype)
-        return self.processor.encode_text(batch.captions, rows=batch.rows).numpy().astype(layout.text_dtype)
+        if not pictures:
+            return ReadBatch(np.empty((0, layout.text_length), layout.text_dtype), np.empty(0, np.uint8), 0, skipped)
+        text_ids = self.processor.encode_text(captions, rows=numbers)
+        is_full = (text_ids[:, -1] != layout.pad_id).tolist()  # a caption that is cut leaves no room
+        num_cut = self.processor.num_cut(list(compress(captions, is_full)))
+        levels = fit_levels(pictures, self.processor.image_tokenizer).numpy()
+        return ReadBatch(text_ids.numpy().astype(layout.text_dtype), levels, num_cut, skipped)
 
     def image_codes(self, batch: ReadBatch) -> np.ndarray:
         """Codes `b n` of what was read."""
         layout = self.processor.layout
-        if not batch.rows:
+        if not len(batch.levels):
             return np.empty((0, layout.num_codes), dtype=layout.code_dtype)
-        return self.processor.encode_pixels(batch.pixel_values).numpy().astype(layout.code_dtype)
+        levels = torch.from_numpy(batch.levels).to(self.processor.image_tokenizer.device)
+        return self.processor.encode_pixels(pixels_from_levels(levels)).numpy().astype(layout.code_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tokenizer = self.processor.image_tokenizer
@@ -124,6 +126,16 @@ def token_features(layout: SequenceLayout) -> Features:
             "image_codes": List(Value(layout.code_dtype.name), length=layout.num_codes),
         }
     )
+
+
+def tokens_of(layout: SequenceLayout, text_ids: np.ndarray, image_codes: np.ndarray) -> Dataset:
+    """A tokenized data set of `n t` and `n c`; `Dataset.from_dict` would take them apart number by number."""
+    schema = token_features(layout).arrow_schema
+    columns = [
+        pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1), field.type.value_type), type=field.type)
+        for rows, field in zip((text_ids, image_codes), schema, strict=True)
+    ]
+    return Dataset(pa.Table.from_arrays(columns, schema=schema))
 
 
 def tokenize_dataset(

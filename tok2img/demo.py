@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_vq import DiscreteTokenizer
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 from .cli import quiet
 from .drawing import draw_reconstructions, draw_stages

@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 from .pipeline import TextToImagePipeline
 from .plots import captioned_sheet, reconstruction_sheet, stage_sheet

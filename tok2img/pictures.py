@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 from .charts import plot_code_usage, plot_codebook, plot_curves
 from .drawing import draw_reconstructions, draw_stages

@@ -15,8 +15,8 @@ from transformers import BatchFeature
 
 from tokenizers_vq import DiscreteTokenizer, load_image
 from tokenizers_vq.base import tokenizer_class
-from tokenizers_vq.images import images_from_pixels, pixels_from_images
 from tokenizers_vq.model_folder import first_line, local_folder, read_config
+from tokenizers_vq.pixels import images_from_pixels, levels_from_images, pixels_from_levels
 
 from .layout import SequenceLayout
 from .text import TextTokenizer
@@ -157,13 +157,13 @@ def load_pixels(
     images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
 ) -> Tensor:
     """Pictures in any form -> `b c h w` of the size and channels that a tokenizer reads; errors as in `load_images`."""
-    return fit_pixels(load_images(images, rows=rows), image_tokenizer)
+    return pixels_from_levels(fit_levels(load_images(images, rows=rows), image_tokenizer))
 
 
-def fit_pixels(pictures: list[Image.Image], image_tokenizer: DiscreteTokenizer) -> Tensor:
-    """Upright RGB pictures -> `b c h w` of the size and channels that a tokenizer reads."""
+def fit_levels(pictures: list[Image.Image], image_tokenizer: DiscreteTokenizer) -> Tensor:
+    """Upright RGB pictures -> `b c h w` uint8 of the size and channels that a tokenizer reads."""
     config: Any = image_tokenizer.config
-    return pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+    return levels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
 
 
 def load_images(images: Sequence[Any], *, rows: Sequence[int] | None = None) -> list[Image.Image]:

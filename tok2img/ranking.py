@@ -16,7 +16,6 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 from tokenizers_vq import load_image
 from tokenizers_vq.base import is_number
-from tokenizers_vq.images import pixels_from_images
 from tokenizers_vq.model_folder import (
     CONFIG_FILE,
     build_config,
@@ -28,6 +27,7 @@ from tokenizers_vq.model_folder import (
     refuse_non_finite,
     unfilled_tensors,
 )
+from tokenizers_vq.pixels import pixels_from_images
 
 from .layout import SequenceLayout
 from .prior import code_logits, trunk

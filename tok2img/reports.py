@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer, load_image
-from tokenizers_vq.images import pixels_from_images
+from tokenizers_vq.pixels import pixels_from_images
 
 from .captioning import can_caption, caption
 from .classifier import CONFIG_FILE, MAX_CAPTIONS, CaptionClassifier, train_classifier

@@ -66,7 +66,9 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
     """
     waiting, workers, num_lost = deque(numbers), list[Worker](), 0
     try:
-        while busy := busy_ones(workers, waiting, work, num_proc=num_proc):
+        busy = busy_ones(workers, waiting, work, num_proc=num_proc)
+        while busy:
+            results = []
             for worker in ready_ones(busy):
                 result = worker.result()
                 if result is KILLED:
@@ -78,7 +80,9 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
                 if isinstance(result, Exception):
                     raise result
                 worker.number, num_lost = None, 0
-                yield result
+                results.append(result)
+            busy = busy_ones(workers, waiting, work, num_proc=num_proc)
+            yield from results  # while what comes next is under way
     finally:
         for worker in workers:
             worker.end()

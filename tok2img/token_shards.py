@@ -5,21 +5,20 @@ redone but what was under way: at most a shard for each worker.
 """
 
 import json
+import multiprocessing
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from tokenizers_vq.base import check_choice
 
-from .dataset import ReadBatch, TokenizeBatch, token_features
+from .dataset import ReadBatch, TokenizeBatch, tokens_of
 from .shard_workers import in_workers
 from .streamed_rows import CaptionedRows
 from .whole_files import remove_folder, sha256_of, sweep, temporary_name, write_atomically
@@ -112,14 +111,13 @@ def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
     rows = job.rows_of(number)
     text_ids, codes, skipped, num_cut = [], [], [], 0
     for batch in read_ahead(job, rows):
-        text_ids.append(job.work.text_ids(batch))
+        text_ids.append(batch.text_ids)
         codes.append(job.work.image_codes(batch))
         skipped += batch.skipped
-        num_cut += job.work.processor.num_cut(batch.captions)
+        num_cut += batch.num_cut
         if bar is not None:
-            bar.update(len(batch.rows) + len(batch.skipped))
-    columns = {"text_ids": np.concatenate(text_ids), "image_codes": np.concatenate(codes)}
-    tokens = Dataset.from_dict(columns, features=token_features(job.work.processor.layout))
+            bar.update(len(batch.text_ids) + len(batch.skipped))
+    tokens = tokens_of(job.work.processor.layout, np.concatenate(text_ids), np.concatenate(codes))
     temporary = temporary_name(job.file(number))
     try:
         tokens.to_parquet(str(temporary))
@@ -132,21 +130,26 @@ def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
 
 
 def read_ahead(job: Job, rows: range) -> Iterator[ReadBatch]:
-    """The rows in batches, each decoded while the one before is encoded."""
+    """The rows in batches, each decoded while the one before is encoded: in a process of its own, as decoding holds Python's lock."""
+    firsts, reader = rows[::BATCH_SIZE], Reader(job, rows)
+    is_worker = multiprocessing.current_process().daemon  # which may not have processes of its own
+    yield from map(reader, firsts) if is_worker or len(firsts) == 1 else in_workers(reader, firsts, num_proc=1)
 
-    batches = job.data.batches(rows, BATCH_SIZE)
 
-    def read(first: int) -> ReadBatch:
-        batch = next(batches)
-        return job.work.read(batch, range(first, first + len(batch["image"])), skip=job.on_error == "skip")
+class Reader:
+    """Reads a job's rows batch by batch; those that follow the ones before come out of files that are open already."""
 
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(read, rows.start)
-        for first in range(rows.start + BATCH_SIZE, rows.stop + BATCH_SIZE, BATCH_SIZE):
-            batch = coming.result()
-            if first < rows.stop:
-                coming = thread.submit(read, first)
-            yield batch
+    def __init__(self, job: Job, rows: range):
+        self.job, self.rows = job, rows
+        self.next_row, self.batches = -1, iter(())
+
+    def __call__(self, first: int) -> ReadBatch:
+        """The batch that begins with this row."""
+        if first != self.next_row:
+            self.batches = self.job.data.batches(range(first, self.rows.stop), BATCH_SIZE)
+        batch = next(self.batches)
+        self.next_row = first + len(batch["image"])
+        return self.job.work.read(batch, range(first, self.next_row), skip=self.job.on_error == "skip")
 
 
 def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:

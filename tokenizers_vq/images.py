@@ -1,4 +1,4 @@
-"""Any file, bytes or PIL picture -> upright RGB -> pixel tensor, and back: one policy, in one place.
+"""Any file, bytes or PIL picture -> upright RGB: one policy, in one place.
 
 Upright by EXIF, white behind transparency, 16-bit gray scaled rather than clipped, the first frame of an
 animation, at most 64 megapixels, six formats told by content alone, regular files only. Whatever cannot be shown
@@ -13,15 +13,12 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 ImageErrorCode = (
     Literal["missing", "not_regular_file", "permission", "empty", "not_image"]
@@ -95,59 +92,6 @@ def load_image(source: ImageSource) -> Image.Image:
         return _load_file(source)
     expected = "a path, bytes, a PIL image, or a row with 'bytes' or 'path'"
     raise ImageError(f"a picture must be {expected}, not {type(source).__name__}", "not_image")
-
-
-def pixels_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
-    """Square pictures from the middle of each, short side resized to `image_size`; one of that size stays exact.
-
-    Args:
-        images: upright pictures of mode RGB or L, as `load_image` returns them, of any sizes
-        image_size: height and width of what comes out
-        num_channels: 3 for RGB, 1 for luminance
-
-    Returns:
-        `b c h w`, float32 in [0, 1]
-
-    Raises:
-        ValueError: for no pictures, another mode or channel count, or a size below 1
-    """
-    if num_channels not in (1, 3) or image_size < 1:
-        raise ValueError(f"expected num_channels 1 or 3 and image_size >= 1, got {num_channels} and {image_size}")
-    if len(images) == 0:
-        raise ValueError("expected at least one picture, got none")
-    mode = "L" if num_channels == 1 else "RGB"
-    squares = np.stack([np.asarray(_centre_square(image, image_size, mode)) for image in images])
-    pixels = rearrange(torch.from_numpy(squares), "b h w ... -> b (...) h w")
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-def images_from_pixels(pixels: Tensor) -> list[Image.Image]:
-    """PIL pictures (RGB, or L for one channel) from `b c h w` floats, clamped to [0, 1] and rounded.
-
-    Raises:
-        ValueError: for another shape, integers, or NaN
-    """
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
-        raise ValueError(f"expected floats `b c h w` with c 1 or 3, got {pixels.dtype} of shape {tuple(pixels.shape)}")
-    if pixels.isnan().any():
-        raise ValueError("pixels hold NaN, which has no colour")
-    levels = pixels.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-    pattern = "b 1 h w -> b h w" if pixels.shape[1] == 1 else "b c h w -> b h w c"
-    return [Image.fromarray(array) for array in rearrange(levels, pattern).contiguous().numpy()]
-
-
-def _centre_square(image: Image.Image, image_size: int, mode: Literal["L", "RGB"]) -> Image.Image:
-    if image.mode not in ("RGB", "L"):
-        raise ValueError(f"expected pictures of mode RGB or L, got {image.mode}: load_image makes RGB of any")
-    image = image if image.mode == mode else image.convert(mode)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == image_size:
-        return image if image.size == (side, side) else image.crop(box)
-    # Whole factors are plain averages over a box, as in downsampled ImageNet (Chrabaszcz et al. 2017). 256 -> 64:
-    # 115 us a picture against 240 for F.interpolate on uint8, conversion included, and 400 for Pillow's full filter.
-    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box, reducing_gap=1.0)
 
 
 def _load_row(row: Mapping[str, Any]) -> Image.Image:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tok2img.data import load_captioned_images
 from tok2img.processing import load_images
 from tokenizers_vq import VectorQuantizer
-from tokenizers_vq.images import pixels_from_images
+from tokenizers_vq.pixels import pixels_from_images
 from tokenizers_vq.quantizer import perplexity
 
 IMAGE_SIZE, CODEBOOK_SIZE, CODE_DIM = 32, 512, 64

@@ -12,7 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_vq.images import load_image, pixels_from_images
+from tokenizers_vq.images import load_image
+from tokenizers_vq.pixels import pixels_from_images
 
 from ..harness import Case, Comparison
 

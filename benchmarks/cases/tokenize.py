@@ -14,18 +14,20 @@ from tok2img.streamed_rows import DatasetRows
 from tok2img.text import SubwordTokenizer
 from tok2img.token_shards import BATCH_SIZE, Job, tokenize_shards
 from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
+from tokenizers_vq.pixels import pixels_from_levels
 
 from ..harness import Case, Comparison
 from .pictures import encoded
 from .vqdraw import perturbed
 
 IMAGE_SIZE, FILE_SIZE = 32, 64
+NUM_PICTURES, NUM_FILES = 10_000, 512
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """A shard of JPEGs of 64 pixels, as codes of 32: a VQ-VAE, and a VQ-DRAW model whose search is the default one."""
-    num = 4 if tiny else 2 * BATCH_SIZE
-    files = encoded(num, FILE_SIZE, "JPEG")
+    num = 4 if tiny else NUM_PICTURES
+    files = (encoded(min(num, NUM_FILES), FILE_SIZE, "JPEG") * num)[:num]
     captions = [f"a picture of number {row}" for row in range(num)]
     cells = {"image": [{"bytes": data, "path": None} for data in files], "caption": captions}
     rows = Dataset.from_dict(cells).cast_column("image", ImageFeature(decode=False))
@@ -38,7 +40,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         processor = Tok2ImgProcessor.build(model, SubwordTokenizer.train_bpe(captions, vocab_size=300), text_length=8)
         work = TokenizeBatch(processor)
         read = work.read(rows[:], range(num), skip=False)
-        batches = read.pixel_values.split(BATCH_SIZE)
+        batches = pixels_from_levels(torch.from_numpy(read.levels)).split(BATCH_SIZE)
         cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
         yield Comparison(f"{num} pictures, {name}", cases, "encode")
 

@@ -11,7 +11,7 @@ from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import build_prior
 from tok2img.processing import Tok2ImgProcessor
 from tok2img.text import SubwordTokenizer, TextTokenizer
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 CAPTIONS = ["a red square", "a blue disc", "two green cats", "a red disc", "", "a dog"]
 

@@ -6,7 +6,7 @@ from tok2img.generation import generate
 from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import build_prior
 from tok2img.sampling import Sampling
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 MASKS = [[True, True, False, False], [False, True, True, False], [True, False, True, True], [False] * 4]
 only_qwen = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)

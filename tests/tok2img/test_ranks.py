@@ -18,7 +18,7 @@ from tok2img import tokenized
 from tok2img.checkpoints import newest_whole
 from tok2img.runs import share_of_batch
 from tok2img.training_log import load_log
-from tokenizers_vq.images import images_from_pixels
+from tokenizers_vq.pixels import images_from_pixels
 
 ON_RANKS = Path(__file__).with_name("on_ranks.py")
 RUN = runpy.run_path(str(ON_RANKS))["run"]

@@ -14,14 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenizers_vq.images import (
-    MAX_PIXELS,
-    MAX_PNG_TEXTS,
-    ImageError,
-    images_from_pixels,
-    load_image,
-    pixels_from_images,
-)
+from tokenizers_vq.images import MAX_PIXELS, MAX_PNG_TEXTS, ImageError, load_image
+from tokenizers_vq.pixels import images_from_pixels, pixels_from_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 # The transpositions that store an upright picture as a camera with orientation 2, 3, ... 8 would.

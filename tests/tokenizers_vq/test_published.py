@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig, load_image
 from tokenizers_vq.convolution import StageGain
-from tokenizers_vq.images import pixels_from_images
+from tokenizers_vq.pixels import pixels_from_images
 from tokenizers_vq.published import PRESETS, PublishedRefiner, ResidualStack
 
 SHARED = Path(__file__).parents[3] / "shared"

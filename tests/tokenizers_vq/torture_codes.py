@@ -35,7 +35,7 @@ from tokenizers_vq import (
     VQVAETextConfig,
     load_image,
 )
-from tokenizers_vq.images import pixels_from_images
+from tokenizers_vq.pixels import pixels_from_images
 
 SIZE, BATCH_SIZE, OTHER_BATCH_SIZES = 16, 256, (1, 2, 7, 48)
 NUM_TO_START = 200
