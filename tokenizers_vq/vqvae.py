@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, TokenizerOutput
-from .convolution import ResidualBlock, SteadyProjection, downsampling, group_norm, upsampling
+from .convolution import ResidualBlock, downsampling, group_norm, in_company, steadily, upsampling
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
 from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
@@ -36,7 +36,7 @@ class CoarserGrid(nn.Module):
             *residual_stack(width, config.num_encoder_blocks),
             nn.ReLU(),
         )
-        self.to_code = SteadyProjection(width, config.code_dim)
+        self.to_code = nn.Conv2d(width, config.code_dim, 1)
         self.quantizer = build_quantizer(config)
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
@@ -60,7 +60,7 @@ class VQVAE(DiscreteTokenizer):
         self.encoder = nn.Sequential(
             downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
         )
-        self.to_code = SteadyProjection(width, config.code_dim)
+        self.to_code = nn.Conv2d(width, config.code_dim, 1)
         self.quantizer = build_quantizer(config)
         self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
@@ -137,7 +137,7 @@ class VQVAE(DiscreteTokenizer):
         """
         target = self.normalize(pixel_values, finite=True)
         with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self):
-            return in_sequence(self._code(target, reconstruct=False)[1])
+            return in_company(lambda some: in_sequence(self._code(some, reconstruct=False)[1]), target)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, image_size: tuple[int, int] | None = None) -> Tensor:
@@ -196,7 +196,7 @@ class VQVAE(DiscreteTokenizer):
         context: Tensor | None = None
         codes, losses = [], []
         for grid, seen in zip(self.grids(), reversed(features), strict=True):
-            latents = grid.to_code(plus(seen, context))
+            latents = steadily(grid.to_code, plus(seen, context))
             if starting:
                 grid.quantizer.start_from_data(latents)
             quantized = grid.quantizer(latents)
