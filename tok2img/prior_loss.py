@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq import ModelWithLoss
-from tokenizers_vq.ranks import num_ranks, own_rank, summed_over_ranks
+from tokenizers_vq.ranks import num_ranks, own_shares, summed_over_ranks
 
 from .layout import SequenceLayout
 from .prior import caption_logits, check_fits, code_logits, segment_logits, trunk
@@ -110,9 +110,8 @@ class PriorWithLoss(ModelWithLoss):
         if not sizes:
             return []
         draws = chance(1 + num_ranks() * sum(sizes)).to(batches[0]["text_ids"].device)
-        of_rows = draws[1:].split([size for size in sizes for _ in range(num_ranks())])[own_rank() :: num_ranks()]
         prepared, counts = [], []
-        for batch, hidden in zip(batches, of_rows, strict=True):
+        for batch, hidden in zip(batches, own_shares(draws[1:], sizes), strict=True):
             num = self.num_captioning(len(hidden), draws[0])
             text_ids = self.hide(batch["text_ids"].long(), hidden, num_captioning=num)
             prepared.append(batch | {"text_ids": text_ids, "num_captioning": num})

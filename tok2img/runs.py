@@ -25,6 +25,7 @@ from tokenizers_vq import (
 from tokenizers_vq.text_spans import UNKNOWN
 from tokenizers_vq.with_loss import inner_of
 
+from .augmentation import Augmentation
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .drawing import draw_held_out
 from .processing import load_image_tokenizer, load_images, load_pixels
@@ -47,7 +48,7 @@ PICTURES_LOOKED_AT = 512
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
     """Train a tokenizer on the pictures of a data set, or on its captions, and save it to `recipe.out`."""
     require(recipe, "data", "out")
-    of_text = recipe.tokenizer in TEXT_TOKENIZERS
+    of_text, augment = recipe.tokenizer in TEXT_TOKENIZERS, augmentation_of(recipe)
     rows = open_data(recipe, with_captions=of_text, with_images=not of_text)
     if recipe.tokenizer == "bpe":
         text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=recipe.vocab_size)
@@ -62,11 +63,20 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         arguments(recipe, best_by="" if recipe.adversarial_start else "loss"),
         train_dataset=rows_for(tokenizer, training_rows),
         eval_dataset=rows_for(tokenizer, held_out),
+        augment=augment,
         draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
     )
     finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer
+
+
+def augmentation_of(recipe: TokenizerRecipe) -> Augmentation:
+    """What a recipe does to pictures in training; ValueError for a share that is none, and for a tokenizer of text."""
+    augment = Augmentation(recipe.flip, recipe.crop)
+    if augment and recipe.tokenizer in TEXT_TOKENIZERS:
+        raise ValueError(f"keys 'flip' and 'crop' are for tokenizers of pictures, got {recipe.tokenizer!r}")
+    return augment
 
 
 def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:

@@ -6,6 +6,7 @@ way, and a tokenizer looks at its data before the first step.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, RandomSampler, Sampler
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.quantizer import CodeUsage
+from tokenizers_vq.ranks import num_ranks, own_shares
 from tokenizers_vq.with_loss import inner_of
 
+from .augmentation import Augmentation
 from .plots import save_image
 from .prior_loss import PriorWithLoss
 from .processing import load_pixels
@@ -38,6 +41,7 @@ class Trainer(SafeTrainer):
     Args:
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
         args: plain arguments of transformers.
+        augment: what is done to the pictures that a tokenizer trains on.
         draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
@@ -48,10 +52,13 @@ class Trainer(SafeTrainer):
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
+        augment: Augmentation | None = None,
         draw: Callable[[], Image.Image | str] | None = None,
         draw_every: int = 0,
     ):
+        train_dataset = Endless(train_dataset) if is_stream(train_dataset) else train_dataset
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.augment = augment
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressInWords())
@@ -92,13 +99,21 @@ class Trainer(SafeTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step; those for a prior know of each other."""
+        """The batches of one step, with what chance decides about them; those for a prior know of each other."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # By seed and step alone: the same in all processes, and after a run was taken up again.
+        generator = np.random.default_rng([self.args.seed, self.state.global_step])
+
+        def chance(*shape: int) -> Tensor:
+            return torch.from_numpy(generator.random(shape, dtype=np.float32))
+
         model = self.unwrapped()
         if isinstance(model, PriorWithLoss):
-            # By seed and step alone: the same in all processes, and after a run was taken up again.
-            chance = np.random.default_rng([self.args.seed, self.state.global_step])
-            batches = model.prepare(batches, lambda num: torch.from_numpy(chance.random(num, dtype=np.float32)))
+            batches = model.prepare(batches, chance)
+        if self.augment:
+            sizes = [len(batch["pixel_values"]) for batch in batches]
+            for batch, draws in zip(batches, own_shares(chance(num_ranks() * sum(sizes), 4), sizes), strict=True):
+                batch["pixel_values"] = self.augment(batch["pixel_values"], draws.to(batch["pixel_values"].device))
         return batches, num_items
 
     def compute_loss(
@@ -162,6 +177,26 @@ class Trainer(SafeTrainer):
 def is_stream(dataset: Any) -> bool:
     """Whether rows only come one after another."""
     return not hasattr(dataset, "__len__")
+
+
+class Endless(IterableDataset[Any]):
+    """A stream over and over, each time as its next epoch.
+
+    transformers counts the steps of an epoch by the rows of a data set; of a stream it would go on from the wrong place after the first.
+    """
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count():
+            if hasattr(self.rows, "set_epoch"):
+                self.rows.set_epoch(epoch)
+            row = None
+            for row in self.rows:
+                yield row
+            if row is None:
+                return
 
 
 class ProgressInWords(ProgressCallback):

@@ -3,6 +3,8 @@
 Sums are summed over all, and what is drawn at random is drawn by the first. Of one process alone all of it is the thing itself.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +42,11 @@ def of_first_rank(drawn: Tensor) -> Tensor:
 def own_part_of_noise(like: Tensor) -> Tensor:
     """Exponential noise for values `n`: this process's part of one draw for all of them, as long as they draw alike."""
     return like.new_empty(num_ranks(), len(like)).exponential_()[own_rank()]
+
+
+def own_shares(of_all: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Of one draw `n ...` for all rows of a step, what falls on each batch of this process; all processes have batches of these sizes."""
+    return list(of_all.split([size for size in sizes for _ in range(num_ranks())])[own_rank() :: num_ranks()])
 
 
 def best_of_ranks(keys: Tensor, rows: Tensor) -> Tensor:

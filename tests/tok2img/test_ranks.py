@@ -57,6 +57,7 @@ def folder(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     model = [word for key, value in TINY_VQVAE.items() for word in (f"--model.{key}", str(value))]
     tokenizer = ["train-tokenizer", "--data", data, *TINY, *model, "--max-steps", "50", "--eval-every", "25"]
+    tokenizer += ["--flip", "true", "--crop", "0.7"]
     prior = ["train-prior", "--data", data, *TINY, "--max-steps", "9", "--eval-every", "3", "--depth", "1"]
     prior += ["--image-tokenizer", str(folder / "tokenizer-alone"), "--dropout", "0", "--vocab-size", "270"]
     prior += ["--caption-dropout", "0.3"]

@@ -14,15 +14,17 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tok2img import safe_trainer, whole_files
+from tok2img.augmentation import Augmentation
 from tok2img.bad_steps import DivergedError
 from tok2img.checkpoints import by_step, newest_whole
 from tok2img.interruption import Interrupted
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
-from tok2img.recipes import PriorRecipe
+from tok2img.recipes import PriorRecipe, TokenizerRecipe
 from tok2img.runs import arguments
 from tok2img.trainer import Trainer
+from tokenizers_vq import VQVAE, VQVAEConfig
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
 RUN = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1, "dropout": 0.1}
@@ -107,6 +109,44 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, settings,
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 8
     assert weights(resumed) == weights(whole)
+
+
+class TestOtherRows:
+    """The same for pictures that are changed at random, and for a stream that is shuffled on the way."""
+
+    @pytest.fixture(params=["augmented", "augmented, by workers", "stream", "stream, third epoch", "stream, workers"])
+    def trainer(self, request):
+        """A trainer in a folder."""
+
+        def in_folder(out) -> Trainer:
+            num_workers = 2 if "workers" in request.param else 0
+            run = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1}
+            run |= {"out": str(out), "eval_every": 0, "save_every": 2, "num_workers": num_workers}
+            if request.param.startswith("augmented"):
+                torch.manual_seed(0)
+                model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=8, code_dim=4))
+                pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+                rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
+                augment = Augmentation(flip=True, crop=0.5)
+                return Trainer(
+                    model, arguments(TokenizerRecipe(**run), best_by=""), train_dataset=rows, augment=augment
+                )
+            rows = token_rows(12 if request.param.endswith("epoch") else 40)
+            stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=6)
+            prior = PriorWithLoss(build_prior(LAYOUT, depth=1, dropout=0.1), LAYOUT, caption_dropout=0.5)
+            return Trainer(prior, arguments(PriorRecipe(**run), best_by=""), train_dataset=stream)
+
+        return in_folder
+
+    @pytest.mark.parametrize("killed_at", [3, 7])
+    def test_a_killed_run_goes_on_to_the_same_losses_and_weights(self, trainer, tmp_path, killed_at):
+        whole = trainer(tmp_path / "whole")
+        whole.train()
+        run_until_killed(trainer(tmp_path / "killed"), killed_at)
+        resumed = trainer(tmp_path / "killed")
+        resumed.train(resume_from_checkpoint=True)
+        assert losses(resumed) == losses(whole) and len(losses(whole)) == 8
+        assert weights(resumed) == weights(whole)
 
 
 def test_a_run_killed_again_and_again_arrives_where_one_does_that_is_not(tmp_path):

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from datasets import concatenate_datasets
+
+from tok2img.augmentation import Augmentation
+from tok2img.recipes import TokenizerRecipe
+from tok2img.runs import train_tokenizer
+from tok2img.training_log import load_log
+
+WHOLE = torch.tensor([[0.9, 1.0, 0.5, 0.5]])
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def draws(num: int, **fixed: float) -> torch.Tensor:
+    made = torch.rand(num, 4, generator=torch.Generator().manual_seed(1))
+    for name, value in fixed.items():
+        made[:, ("flip", "side", "column", "row").index(name)] = value
+    return made
+
+
+def test_half_of_the_pictures_are_mirrored_and_none_changed_otherwise(pixels):
+    made = Augmentation(flip=True)(pixels, torch.tensor([[0.1], [0.6], [0.49], [0.5]]).expand(4, 4))
+    assert made.equal(torch.stack([pixels[0].flip(-1), pixels[1], pixels[2].flip(-1), pixels[3]]))
+
+
+def test_the_whole_of_a_picture_is_the_picture(pixels):
+    made = Augmentation(crop=0.3)(pixels, draws(4, side=1))
+    torch.testing.assert_close(made, pixels, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("column", "row", "corner"), [(0, 0, (0, 0)), (1, 0, (0, 4)), (0, 1, (4, 0)), (1, 1, (4, 4))])
+def test_half_of_the_sides_is_a_quarter_of_the_picture_enlarged(column, row, corner):
+    pixels = torch.zeros(1, 1, 8, 8)
+    top, left = corner
+    pixels[..., top : top + 4, left : left + 4] = 1
+    made = Augmentation(crop=0.5)(pixels, draws(1, side=0, column=column, row=row))
+    assert made.shape == pixels.shape and made[..., 1:7, 1:7].eq(1).all()
+
+
+def test_crops_keep_at_least_their_share_of_the_sides():
+    ramp = torch.linspace(0, 1, 64).expand(500, 1, 64, 64)
+    made = Augmentation(crop=0.6)(ramp, draws(500))
+    spans = made.amax(dim=(1, 2, 3)) - made.amin(dim=(1, 2, 3))
+    assert 0.58 < spans.min() < 0.63 and 0.97 < spans.max() <= 1 and made.isfinite().all()
+
+
+@pytest.mark.parametrize("crop", [0, -0.5, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(crop):
+    with pytest.raises(ValueError, match="crop must lie above 0 and not above 1"):
+        Augmentation(crop=crop)
+
+
+@pytest.fixture
+def recipe(rows, tmp_path):
+    """A run on twelve pictures, in a folder of its own."""
+    concatenate_datasets([rows] * 2).to_parquet(str(tmp_path / "train.parquet"))
+
+    def build(name: str, **settings) -> TokenizerRecipe:
+        tiny = {"hidden_channels": 8, "num_decoder_blocks": 1, "codebook_size": 8, "code_dim": 4}
+        short = {"max_steps": 6, "batch_size": 4, "eval_every": 0, "sample_every": 0, "log_every": 1, "warmup_steps": 1}
+        data = {"data": str(tmp_path / "train.parquet"), "out": str(tmp_path / name)}
+        return TokenizerRecipe(**data | short | {"model": tiny} | settings)
+
+    return build
+
+
+def losses(recipe: TokenizerRecipe) -> list[float]:
+    train_tokenizer(recipe)
+    return [line["loss"] for line in load_log(recipe.out) if "loss" in line]
+
+
+def test_a_recipe_trains_on_changed_pictures_and_any_workers_see_the_same(recipe):
+    plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5))
+    assert len(plain) == len(changed) == 6 and all(ours != theirs for ours, theirs in zip(plain, changed, strict=True))
+    assert losses(recipe("again", flip=True, crop=0.5, num_workers=2)) == changed
+
+
+@pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}], ids=str)
+def test_text_is_neither_mirrored_nor_cropped(recipe, settings):
+    with pytest.raises(ValueError, match="keys 'flip' and 'crop' are for tokenizers of pictures, got 'bpe'"):
+        train_tokenizer(recipe("text", tokenizer="bpe", **settings))
