@@ -62,7 +62,7 @@ class TokenizeBatch:
         for row, caption, image in zip(rows, batch[self.caption_column], batch[self.image_column], strict=True):
             try:
                 check_text(caption, row)
-                pictures += load_images([image], rows=[row])
+                pictures += load_images([image], rows=[row], fit_for=self.processor.image_tokenizer)
             except ValueError as error:
                 if not skip:
                     raise

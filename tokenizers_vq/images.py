@@ -69,12 +69,14 @@ class ImageError(ValueError):
         return ImageError, (str(self), self.code)
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, least_side: int | None = None) -> Image.Image:
     """Read a picture as upright RGB, or say why not.
 
     Args:
         source: a path, the bytes of a file, a PIL image (left as it is), or an undecoded row of a `datasets` image
             column: a mapping with "bytes" and "path", where bytes count when both are there.
+        least_side: where the picture is going to be made smaller. A JPEG of at least twice that is read at a half, quarter or eighth of
+            its size, none of its sides below this, which takes half of the time or less and comes to the same to a few levels.
 
     Returns:
         A PIL image of mode RGB that carries no metadata.
@@ -83,40 +85,40 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: with a `code`; the message names the file.
     """
     if isinstance(source, Mapping):
-        return _load_row(source)
+        return _load_row(source, least_side)
     if isinstance(source, Image.Image):
         return _upright_rgb(source, getattr(source, "filename", "") or "PIL image")
     if isinstance(source, bytes):
-        return _load_bytes(source, "image bytes")
+        return _load_bytes(source, "image bytes", least_side)
     if isinstance(source, str | os.PathLike):
-        return _load_file(source)
+        return _load_file(source, least_side)
     expected = "a path, bytes, a PIL image, or a row with 'bytes' or 'path'"
     raise ImageError(f"a picture must be {expected}, not {type(source).__name__}", "not_image")
 
 
-def _load_row(row: Mapping[str, Any]) -> Image.Image:
+def _load_row(row: Mapping[str, Any], least_side: int | None) -> Image.Image:
     data, path = row.get("bytes"), row.get("path")
     if data is not None and not isinstance(data, bytes):
         raise ImageError(f"'bytes' of a picture's row must be bytes, not {type(data).__name__}", "not_image")
     if data is not None:
-        return _load_bytes(data, str(path or "image bytes"))
+        return _load_bytes(data, str(path or "image bytes"), least_side)
     if path is None:
         raise ImageError(f"a picture's row has neither 'bytes' nor 'path', only {sorted(map(str, row))}", "missing")
-    return load_image(path)
+    return load_image(path, least_side=least_side)
 
 
-def _load_bytes(data: bytes, name: str) -> Image.Image:
+def _load_bytes(data: bytes, name: str, least_side: int | None) -> Image.Image:
     if not data:
         raise ImageError(f"{_shown(name)}: zero bytes", "empty")
-    return _load_stream(io.BytesIO(data), name)
+    return _load_stream(io.BytesIO(data), name, least_side)
 
 
-def _load_file(path: str | os.PathLike[str]) -> Image.Image:
+def _load_file(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
     name = os.fsdecode(path)
     try:
         _refuse_irregular(os.stat(path), name)
         with open(path, "rb") as file:
-            return _load_stream(file, name)
+            return _load_stream(file, name, least_side)
     except ImageError:
         raise
     except PermissionError as error:
@@ -136,7 +138,7 @@ def _refuse_irregular(status: os.stat_result, name: str) -> None:
         raise ImageError(f"{_shown(name)}: {status.st_size} bytes, more than {MAX_FILE_BYTES}", "too_large")
 
 
-def _load_stream(file: BinaryIO, name: str) -> Image.Image:
+def _load_stream(file: BinaryIO, name: str, least_side: int | None) -> Image.Image:
     try:
         texts = sum(kind in (b"zTXt", b"iTXt") for kind, _ in _png_chunks(file))
         if texts > MAX_PNG_TEXTS:
@@ -144,6 +146,9 @@ def _load_stream(file: BinaryIO, name: str) -> Image.Image:
         with _pillow_warnings_muted():
             image = Image.open(file, formats=FORMATS)
         with image:
+            _refuse_large(image, name)
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))
             rgb = _upright_rgb(image, name)
             if image.format == "PNG" and _png_lacks_rows(image, file):
                 raise ImageError(f"{_shown(name)}: truncated, rows are missing", "truncated")
@@ -182,9 +187,13 @@ def _declared_size(start: bytes) -> int:
     return 0
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _refuse_large(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{_shown(name)}: {image.width}x{image.height} exceeds {MAX_PIXELS} pixels", "too_large")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    _refuse_large(image, name)
     if image.mode in ("I", "F"):
         raise ImageError(f"{_shown(name)}: mode {image.mode} has no known range of values", "unsupported_mode")
     try:

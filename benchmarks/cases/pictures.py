@@ -66,7 +66,8 @@ def plain(data: bytes) -> Image.Image:
 
 def our_batch(files: list[bytes], image_size: int) -> Tensor:
     """Files -> normalised `b c h w`."""
-    pixels = pixels_from_images([load_image(data) for data in files], image_size=image_size, num_channels=3)
+    pictures = [load_image(data, least_side=2 * image_size) for data in files]
+    pixels = pixels_from_images(pictures, image_size=image_size, num_channels=3)
     return (pixels - MEAN) / STD
 
 

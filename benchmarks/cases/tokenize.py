@@ -25,24 +25,30 @@ NUM_PICTURES, NUM_FILES = 10_000, 512
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """A shard of JPEGs of 64 pixels, as codes of 32: a VQ-VAE, and a VQ-DRAW model whose search is the default one."""
-    num = 4 if tiny else NUM_PICTURES
-    files = (encoded(min(num, NUM_FILES), FILE_SIZE, "JPEG") * num)[:num]
-    captions = [f"a picture of number {row}" for row in range(num)]
-    cells = {"image": [{"bytes": data, "path": None} for data in files], "caption": captions}
-    rows = Dataset.from_dict(cells).cast_column("image", ImageFeature(decode=False))
+    """A shard of JPEGs of 64 pixels, as codes of 32: VQ-VAEs of two widths, and a VQ-DRAW model whose search is the default one."""
     sizes = VQDrawImageConfig(image_size=IMAGE_SIZE, num_stages=4, codebook_size=16, hidden_channels=16)
+    widths = (8,) if tiny else (64, 128)
     models = {
-        "VQ-VAE": VQVAE(VQVAEConfig(image_size=IMAGE_SIZE, hidden_channels=8 if tiny else 64)),
-        "VQ-DRAW": perturbed(VQDrawForImages(sizes)),
+        f"VQ-VAE of width {width}": VQVAE(VQVAEConfig(image_size=IMAGE_SIZE, hidden_channels=width)) for width in widths
     }
-    for name, model in models.items():
-        processor = Tok2ImgProcessor.build(model, SubwordTokenizer.train_bpe(captions, vocab_size=300), text_length=8)
+    for name, model in (models | {"VQ-DRAW": perturbed(VQDrawForImages(sizes))}).items():
+        num = 4 if tiny else NUM_PICTURES // 10 if name == "VQ-DRAW" else NUM_PICTURES
+        rows = captioned(num)
+        text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"][:], vocab_size=300)
+        processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
         work = TokenizeBatch(processor)
         read = work.read(rows[:], range(num), skip=False)
         batches = pixels_from_levels(torch.from_numpy(read.levels)).split(BATCH_SIZE)
         cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
         yield Comparison(f"{num} pictures, {name}", cases, "encode")
+
+
+def captioned(num: int) -> Dataset:
+    """So many rows, some files over and over."""
+    files = encoded(min(num, NUM_FILES), FILE_SIZE, "JPEG")
+    cells = [{"bytes": files[row % len(files)], "path": None} for row in range(num)]
+    rows = Dataset.from_dict({"image": cells, "caption": [f"a picture of number {row}" for row in range(num)]})
+    return rows.cast_column("image", ImageFeature(decode=False))
 
 
 class Tokenizing:

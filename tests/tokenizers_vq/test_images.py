@@ -222,6 +222,41 @@ def test_a_pil_image_is_left_as_it_is() -> None:
     assert (image.mode, image.getpixel((0, 0))) == ("RGBA", (0, 0, 0, 0))
 
 
+def smooth(width: int, height: int) -> Image.Image:
+    corners = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+    return images_from_pixels(
+        torch.nn.functional.interpolate(corners, size=(height, width), mode="bicubic").clamp(0, 1)
+    )[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "read"),
+    [((256, 256), (64, 64)), ((300, 131), (150, 66)), ((130, 900), (65, 450)), ((127, 500), (127, 500))],
+)
+def test_a_large_jpeg_is_read_smaller_where_that_is_enough(size: tuple[int, int], read: tuple[int, int]) -> None:
+    data = encoded(smooth(*size), "JPEG", quality=95)
+    small, whole = load_image(data, least_side=64), load_image(data)
+    assert (small.size, whole.size, small.mode) == (read, size, "RGB")
+    ours, plain = (pixels_from_images([each], image_size=32, num_channels=3) for each in (small, whole))
+    assert (ours - plain).abs().mean() < 4 / 255 and (ours - plain).abs().max() < 20 / 255
+
+
+def test_a_turned_jpeg_is_upright_when_it_is_read_smaller() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = quadrants(256, 192).transpose(Image.Transpose.ROTATE_90)
+    turned = load_image(encoded(stored, "JPEG", exif=exif), least_side=48)
+    assert turned.size == (64, 48)
+    assert np.abs(np.asarray(turned, dtype=int) - np.asarray(quadrants(64, 48), dtype=int)).mean() < 4
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP"])
+def test_other_formats_are_read_whole(image_format: str) -> None:
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encoded(noise(256, 128), image_format, **options)
+    assert load_image(data, least_side=16).tobytes() == noise(256, 128).tobytes()
+
+
 def test_threads_leave_the_warning_filters_as_they_were() -> None:
     data, filters = encoded(quadrants(), "PNG"), list(warnings.filters)
     threads = [threading.Thread(target=lambda: [load_image(data) for _ in range(30)]) for _ in range(4)]
