@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .finite import all_finite
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TEXT_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TEXT_FILES, "*.safetensors")
@@ -239,7 +241,7 @@ def unfilled_tensors(info: dict[str, Any]) -> list[str]:
 def refuse_non_finite(model: nn.Module, name: str | Path) -> None:
     """ValueError for a model with a NaN or an infinity in its weights."""
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{name}: the tensor {key} holds values that are not finite")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .base import nearest_multiples
+from .finite import all_finite
 
 
 class PixelNormalization:
@@ -29,7 +30,7 @@ class PixelNormalization:
         self.check_shape(pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
-        if finite and not pixel_values.isfinite().all():
+        if finite and not all_finite(pixel_values):
             raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
