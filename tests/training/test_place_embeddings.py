@@ -1,0 +1,33 @@
+import re
+
+import torch
+
+from tok2img.processing import Tok2ImgProcessor
+from tok2img.shapes import shapes_dataset
+from tok2img.text import SubwordTokenizer
+from tok2img.tokenized import save_tokens
+from tokenizers_vq import VQVAE, VQVAEConfig
+
+
+def test_both_priors_train_on_the_same_batches(script, tmp_path, monkeypatch, capsys):
+    rows = shapes_dataset("train", 30)
+    model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=6, code_dim=4))
+    processor = Tok2ImgProcessor.build(
+        model, SubwordTokenizer.train_bpe(rows["caption"][:], vocab_size=256), text_length=4
+    )
+    place_embeddings = script("place_embeddings")
+    monkeypatch.setattr(place_embeddings, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(place_embeddings, "DEPTH", 1)
+    save_tokens(rows, processor, tmp_path / "tokens")
+    place_embeddings.main(str(tmp_path / "tokens"), 4, [3])
+    lines = re.findall(r"seed 3  (\w+) +places  (\d\.\d{4})  (\d\.\d{4})", capsys.readouterr().out)
+    assert [line[0] for line in lines] == ["without", "with"] and lines[0][1:] != lines[1][1:]
+
+
+def test_each_place_of_a_code_has_vectors_of_its_own_and_text_has_none(script):
+    places = script("place_embeddings").PlaceEmbeddings(num_codes=9, prompt_length=4, width=5)
+    read = torch.zeros(2, 12, 5)
+    added = places(None, None, read)
+    assert added[:, :3].eq(0).all() and added.shape == read.shape
+    assert len(added[0, 3:].detach().unique(dim=0)) == 9 and added[0].equal(added[1])
+    assert places(None, None, read[:, :3]).equal(read[:, :3])
