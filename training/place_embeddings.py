@@ -2,9 +2,10 @@
 
     python training/place_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. For each seed trains the same prior without and with embeddings of places, learned and added to
-those of the ids, on the same batches; prints the held-out loss of a code, in nats, halfway and at the end. Where the number of codes is no
-square they count as stages. The embeddings cost no time to speak of, so equal steps are equal cost.
+TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with embeddings of places, learned and added to
+those of the ids, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out loss
+of a code, in nats, halfway and at the end. Where the number of codes is no square they count as stages. The embeddings cost no time to speak
+of, so equal steps are equal cost.
 """
 
 import math
@@ -20,6 +21,12 @@ from tok2img.prior_loss import PriorWithLoss
 from tok2img.tokenized import load_tokens
 
 BATCH_SIZE, DEPTH, LEARNING_RATE, WARM_UP_STEPS, NUM_HELD_OUT = 64, 3, 1e-3, 50, 1000
+
+KINDS: dict[str, dict[str, Any]] = {
+    "without places": {},
+    "with places": {"with_places": True},
+    "GPT-2": {"architecture": "gpt2"},
+}
 
 
 class PlaceEmbeddings(nn.Module):
@@ -39,9 +46,11 @@ class PlaceEmbeddings(nn.Module):
         return torch.cat([embeddings[:, : self.first], embeddings[:, self.first :] + places], dim=1)
 
 
-def train(tokens: Any, layout: Any, *, num_steps: int, seed: int, with_places: bool) -> Iterator[float]:
+def train(
+    tokens: Any, layout: Any, *, num_steps: int, seed: int, architecture: str = "qwen3", with_places: bool = False
+) -> Iterator[float]:
     """Train one prior; its held-out losses."""
-    prior = build_prior(layout, depth=DEPTH, seed=seed)
+    prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
     model = PriorWithLoss(prior, layout, caption_dropout=0.1)
     parameters = list(model.parameters())
     if with_places:
@@ -79,14 +88,13 @@ def held_out(model: PriorWithLoss, rows: dict[str, Tensor]) -> float:
 
 
 def main(folder: str, num_steps: int, seeds: list[int]) -> None:
-    """Both, seed by seed."""
+    """All kinds, seed by seed."""
     tokens, processor = load_tokens(folder)
     tokens = tokens.shuffle(seed=0).with_format("torch")
     for seed in seeds or [0]:
-        for with_places in (False, True):
-            losses = train(tokens, processor.layout, num_steps=num_steps, seed=seed, with_places=with_places)
-            figures = "  ".join(f"{loss:.4f}" for loss in losses)
-            print(f"seed {seed}  {'with' if with_places else 'without':7} places  {figures}", flush=True)
+        for name, settings in KINDS.items():
+            losses = train(tokens, processor.layout, num_steps=num_steps, seed=seed, **settings)
+            print(f"seed {seed}  {name:15}  {'  '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
 
 
 if __name__ == "__main__":
