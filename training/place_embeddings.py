@@ -2,10 +2,10 @@
 
     python training/place_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with embeddings of places, learned and added to
-those of the ids, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out loss
-of a code, in nats, halfway and at the end. Where the number of codes is no square they count as stages. The embeddings cost no time to speak
-of, so equal steps are equal cost.
+TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with embeddings of places, learned and added
+to those of the ids, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out
+loss of a code, in nats, halfway and at the end. Where the number of codes is no square they count as stages. The embeddings cost no time
+to speak of, so equal steps are equal cost.
 """
 
 import math
