@@ -92,16 +92,20 @@ class TarRows:
     """Rows of a webdataset tar: files whose names are alike up to the first dot. What JSON holds stands in columns of its own."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.num_rows = len(places_in(path))
+        self.path, self.changed = path, path.stat().st_mtime_ns
+        self.num_rows = len(self.places())
 
     def __len__(self) -> int:
         return self.num_rows
 
+    def places(self) -> list[dict[str, Place]]:
+        """Where the files of each row lie."""
+        return places_in(self.path, self.changed)
+
     @property
     def features(self) -> Features:
         """What the files of the first row hold."""
-        places = places_in(self.path)[0]
+        places = self.places()[0]
         with self.path.open("rb") as file:
             record = record_at(file, places["json"]) if "json" in places else {}
         texts = [name for name, value in record.items() if isinstance(value, str)]
@@ -112,13 +116,14 @@ class TarRows:
     def read(self, rows: range, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """The cells of some columns, row by row; None for what a row does not have."""
         with self.path.open("rb") as file:
-            for places in places_in(self.path)[rows.start : rows.stop]:
+            for places in self.places()[rows.start : rows.stop]:
                 yield tuple(cell(file, places, name) for name in columns)
 
 
 @lru_cache(maxsize=1)
-def places_in(tar: Path) -> list[dict[str, Place]]:
-    """Where the files of each row of a tar lie, by what their names end in."""
+def places_in(tar: Path, changed: int) -> list[dict[str, Place]]:
+    """Where the files of each row of a tar lie, by what their names end in; `changed` tells it from what was there before."""
+    del changed
     rows, key_before = [], None
     with tarfile.open(tar, "r:") as opened:
         for member in opened:
@@ -138,20 +143,21 @@ def cell(file: BinaryIO, places: dict[str, Place], name: str) -> Any:
     """A column of a row: a picture's bytes, a text, or what the row's JSON has under that name; None where there is none."""
     if name in places and name in PICTURE_FIELDS:
         return content_at(file, places[name])
+    if name not in places:
+        return record_at(file, places["json"]).get(name) if "json" in places else None
     try:
-        if name in places:
-            return content_at(file, places[name]).decode()
-        return record_at(file, places["json"]).get(name)
-    except (KeyError, ValueError):
+        return content_at(file, places[name]).decode()
+    except UnicodeDecodeError:
         return None
 
 
 def record_at(file: BinaryIO, place: Place) -> dict[str, Any]:
-    """The JSON object at a place; ValueError where there is none."""
-    record = json.loads(content_at(file, place))
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got a {type(record).__name__}")
-    return record
+    """The JSON object at a place; an empty one where there is none."""
+    try:
+        record = json.loads(content_at(file, place))
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def content_at(file: BinaryIO, place: Place) -> bytes:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -138,9 +139,10 @@ def test_no_more_than_some_pages_are_in_memory(tmp_path):
 class TestWhatIsNotThere:
     @pytest.fixture
     def tar(self, tmp_path) -> Path:
-        """Four rows: one without a picture, one without a caption, one whose JSON is none."""
+        """Six rows: one without a picture, one without a caption, three whose JSON is none."""
         parts = {"0.png": encoded(0), "0.json": b'{"caption": "a"}', "1.json": b'{"caption": "b"}', "2.png": encoded(2)}
         parts |= {"2.json": b"{}", "3.png": encoded(3), "3.json": b"[", "._4.png": b"", "README": b"no row"}
+        parts |= {"5.png": encoded(5), "5.json": b"[" * 200_000, "6.png": encoded(6), "6.json": b"\xff"}
         with tarfile.open(tmp_path / "train.tar", "w") as tar:
             for name, content in parts.items():
                 member = tarfile.TarInfo(name)
@@ -150,7 +152,7 @@ class TestWhatIsNotThere:
 
     def test_a_row_without_a_picture_or_a_caption_is_skipped_and_listed(self, tar, processor, tmp_path):
         manifest = save_tokens(stream_captioned_images(str(tar)), processor, tmp_path / "tokens")
-        assert manifest["rows"] == 1 and [each["row"] for each in manifest["skipped"]] == [1, 2, 3]
+        assert manifest["rows"] == 1 and [each["row"] for each in manifest["skipped"]] == [1, 2, 3, 4, 5]
         assert len(load_tokens(tmp_path / "tokens")[0]) == 1
 
     def test_it_is_refused_by_its_row_where_that_is_asked_for(self, tar, processor, tmp_path):
@@ -183,6 +185,25 @@ class TestWhatIsNotThere:
         (tmp_path / "train.tar").write_bytes((tmp_path / "train.tar").read_bytes()[:num_bytes])
         with pytest.raises(ValueError, match=r"train\.tar: cannot be read as tar"):
             stream_captioned_images(str(tmp_path))
+
+
+def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
+    write_tar(tmp_path / "train.tar", range(3), as_json=False)
+    before = list(stream_captioned_images(str(tmp_path / "train.tar")).captions)
+    write_tar(tmp_path / "train.tar", range(3, 7), as_json=True)
+    os.utime(tmp_path / "train.tar", ns=(0, 1))
+    after = list(stream_captioned_images(str(tmp_path / "train.tar")).captions)
+    assert before == [WORDS[row] for row in range(3)] and after == [WORDS[row % 5] for row in range(3, 7)]
+
+
+def test_a_tar_whose_first_row_has_no_caption_is_refused_by_its_name(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in {"0.png": encoded(0), "0.json": b"{"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"train\.tar: no column 'caption', only 'png'"):
+        stream_captioned_images(str(tmp_path))
 
 
 def test_a_folder_of_pictures_is_read_as_before(tmp_path):
