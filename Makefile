@@ -14,6 +14,7 @@ test: .venv/.installed
 torture: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture.py 200
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture_tokens.py 200
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CRASH_EVERY=1 $(RUN) pytest tests/tok2img/test_safe_trainer.py -k crash
 	OMP_NUM_THREADS=1 .venv/bin/python tests/tokenizers_vq/torture_codes.py 100000
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PROPERTY_CASES=1000 $(RUN) pytest -m hypothesis
 

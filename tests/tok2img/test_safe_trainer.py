@@ -2,6 +2,8 @@ import errno
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -27,7 +29,9 @@ from tok2img.trainer import Trainer
 from tokenizers_vq import VQVAE, VQVAEConfig
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
-RUN = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1, "dropout": 0.1}
+RUN_OF_ALL = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1}
+RUN = RUN_OF_ALL | {"dropout": 0.1}
+CRASH_EVERY = int(os.environ.get("CRASH_EVERY", "3"))  # 1 in `make torture`
 
 
 def token_rows(num: int) -> Dataset:
@@ -47,6 +51,16 @@ def trainer_in(out, *, best: str = "", **settings) -> Trainer:
         train_dataset=token_rows(10),
         eval_dataset=token_rows(5),
     )
+
+
+def tokenizer_trainer_in(out, **settings) -> Trainer:
+    """A tiny VQ-VAE on pictures that are changed at random."""
+    recipe = TokenizerRecipe(**({"out": str(out), "eval_every": 0, "save_every": 2} | RUN_OF_ALL | settings))
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=8, code_dim=4))
+    pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
+    return Trainer(model, arguments(recipe, best_by=""), train_dataset=rows, augment=Augmentation(flip=True, crop=0.5))
 
 
 def losses(trainer: Trainer) -> dict[int, str]:
@@ -120,17 +134,9 @@ class TestOtherRows:
 
         def in_folder(out) -> Trainer:
             num_workers = 2 if "workers" in request.param else 0
-            run = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1}
-            run |= {"out": str(out), "eval_every": 0, "save_every": 2, "num_workers": num_workers}
             if request.param.startswith("augmented"):
-                torch.manual_seed(0)
-                model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=8, code_dim=4))
-                pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-                rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
-                augment = Augmentation(flip=True, crop=0.5)
-                return Trainer(
-                    model, arguments(TokenizerRecipe(**run), best_by=""), train_dataset=rows, augment=augment
-                )
+                return tokenizer_trainer_in(out, num_workers=num_workers)
+            run = RUN_OF_ALL | {"out": str(out), "eval_every": 0, "save_every": 2, "num_workers": num_workers}
             rows = token_rows(12 if request.param.endswith("epoch") else 40)
             stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=6)
             prior = PriorWithLoss(build_prior(LAYOUT, depth=1, dropout=0.1), LAYOUT, caption_dropout=0.5)
@@ -187,7 +193,24 @@ def test_a_flipped_bit_sends_the_run_back_to_the_checkpoint_before(tmp_path, pat
     assert pattern in caplog.text and "passed over" in caplog.text
 
 
-def events_of_a_save(tmp_path, monkeypatch) -> list[str]:
+@pytest.mark.parametrize("pattern", ["model.safetensors", "optimizer.safetensors"])
+def test_fifty_of_fifty_flipped_bits_are_reported(tmp_path, pattern, caplog):
+    run_until_killed(trainer_in(tmp_path), 7)
+    chance = random.Random(5)
+    for number in range(50):
+        checkpoints = tmp_path / f"copy-{number}"
+        shutil.copytree(tmp_path / "checkpoints", checkpoints)
+        damaged = checkpoints / "checkpoint-6" / pattern
+        content = bytearray(damaged.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        damaged.write_bytes(content)
+        caplog.clear()
+        assert newest_whole(checkpoints) == checkpoints / "checkpoint-4"
+        assert pattern in caplog.text and "passed over" in caplog.text
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-6"
+
+
+def events_of_a_save(trainer_in, tmp_path, monkeypatch) -> list[str]:
     """What a save does to the file system, in order, by trying it once."""
     events: list[str] = []
     watch(monkeypatch, lambda name: events.append(name))
@@ -217,12 +240,13 @@ def watch(monkeypatch, act) -> None:
         monkeypatch.setattr(module, name, before)
 
 
-def test_a_crash_at_any_step_of_a_save_loses_no_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trainer_in", [trainer_in, tokenizer_trainer_in])
+def test_a_crash_at_any_step_of_a_save_loses_no_run(trainer_in, tmp_path, monkeypatch):
     whole = trainer_in(tmp_path / "whole", save_every=3)
     whole.train()
-    num_events = len(events_of_a_save(tmp_path, monkeypatch))
+    num_events = len(events_of_a_save(trainer_in, tmp_path, monkeypatch))
     assert num_events > 15
-    for crash_at in range(0, num_events, 3):
+    for crash_at in range(0, num_events, CRASH_EVERY):
         out, seen = tmp_path / f"crash-{crash_at}", []
 
         def crash(name, seen=seen, crash_at=crash_at):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,19 @@ def test_a_flipped_byte_is_refused_by_the_name_of_its_shard(folder):
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"train-00000\.parquet is missing or damaged"):
         load_tokens(folder)
+
+
+def test_fifty_of_fifty_flipped_bits_are_refused(folder):
+    shard, chance = folder / "train-00000.parquet", random.Random(5)
+    whole = shard.read_bytes()
+    for _ in range(50):
+        content = bytearray(whole)
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-00000\.parquet is missing or damaged"):
+            load_tokens(folder)
+    shard.write_bytes(whole)
+    assert len(load_tokens(folder)[0]) == 6
 
 
 def test_a_missing_shard_is_refused_by_its_name(folder):
