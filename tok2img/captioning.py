@@ -47,6 +47,8 @@ def caption(
     sampling = sampling or Sampling(temperature=0)
     if sampling.guidance_scale != 1:
         raise ValueError(f"captions are written without guidance, got guidance_scale {sampling.guidance_scale}")
+    if indices is not None and len(indices) != len(codes):
+        raise ValueError(f"got {len(indices)} indices for {len(codes)} pictures")
     sequence = step_ids = layout.caption_prompt(codes.to(prior.device))
     uniforms = streams_of_rows(len(codes), layout.text_length, seed=seed, indices=indices)
     cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache)

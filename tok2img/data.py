@@ -56,8 +56,7 @@ def load_captioned_images(
     Raises:
         ValueError: one line that names the file, column, row or split
     """
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    check_max_rows(max_rows)
     rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_rows=max_rows)
     if len(rows) == 0:
         raise ValueError(f"{source}: no rows in split {split!r}")
@@ -67,6 +66,18 @@ def load_captioned_images(
         columns[column_of_captions(rows.features, caption_column, source)] = "caption"
     rows = _renamed(rows, columns)
     return _with_text_checked(rows, source) if with_captions else rows
+
+
+def check_max_rows(max_rows: int | None) -> None:
+    """ValueError for a number of rows that is none."""
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+
+
+def packed_files_of(source: str, split: str) -> list[Path]:
+    """The Parquet files or tars that a source means; none if it is something else."""
+    is_path = source != "shapes" and os.path.exists(source)
+    return packed_files(Path(os.path.abspath(source)), split) if is_path else []
 
 
 def held_out_split(dataset: Dataset, *, share: float, max_rows: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -92,6 +103,8 @@ def held_out_split(dataset: Dataset, *, share: float, max_rows: int, seed: int) 
 def _open(
     source: str, split: str, image: str | None, caption: str | None, *, with_captions: bool, max_rows: int | None
 ) -> Dataset:
+    if packed := packed_files_of(source, split):
+        return from_packed_files(packed)
     if source == "shapes":
         from tok2img.shapes import shapes_dataset
 
@@ -99,8 +112,6 @@ def _open(
     if not os.path.exists(source):
         return _from_hub(source, split)
     path = Path(os.path.abspath(source))
-    if packed := packed_files(path, split):
-        return from_packed_files(packed)
     captions = () if not with_captions else (caption,) if caption else CAPTION_NAMES
     return _from_picture_folder(path, split, file_key=image or "file_name", captions=captions)
 

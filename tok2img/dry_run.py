@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tokenizers_vq.with_loss import inner_of
 
-from .dataset import TokenizeBatch, token_features
+from .dataset import TokenizeBatch, tokens_of
 from .lora import add_lora
 from .prior_runs import make_prior, open_source, with_loss
 from .recipes import PriorRecipe, RunSettings, TokenizerRecipe, require
@@ -76,7 +76,7 @@ def estimate_prior(recipe: PriorRecipe) -> Estimate:
         started = time.perf_counter()
         tokens = TokenizeBatch(processor)(next(source.batches(range(num_rows), num_rows)))
         seconds = (time.perf_counter() - started) / num_rows * len(source)
-        few = Dataset.from_dict(tokens, features=token_features(processor.layout))
+        few = tokens_of(processor.layout, **tokens)
     estimate = take_steps(with_loss(recipe, prior, processor), batch_of(few, recipe).with_format("torch"), recipe)
     estimate.tokenize_seconds = seconds
     return estimate

@@ -56,7 +56,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache, compiled=compile)
-    check_rows(len(text_ids), uniforms=uniforms, negative_text_ids=negative_text_ids)
+    check_rows(len(text_ids), indices=indices, uniforms=uniforms, negative_text_ids=negative_text_ids)
     kept, codes = start_codes(layout, len(text_ids), given_codes, keep)
     codes = codes.to(prior.device)
     scales = sampling.guidance_schedule(layout.num_codes)

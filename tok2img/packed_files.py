@@ -16,6 +16,12 @@ from datasets import Dataset
 from tokenizers_vq.model_folder import first_line
 
 SPLITS = ("train", "validation", "test")
+UNREADABLE = (
+    pa.ArrowException,
+    tarfile.TarError,
+    EOFError,
+    OSError,
+)  # what reading a damaged Parquet file or tar raises
 
 _SPLIT_NAME = re.compile("|".join(SPLITS))
 
@@ -72,7 +78,7 @@ def _num_entries(file: Path) -> int:
             return pq.read_metadata(file).num_rows
         with tarfile.open(file) as tar:
             return sum(member.isfile() for member in tar)
-    except (pa.ArrowException, tarfile.TarError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_line(error)}") from error
 
 

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 
-from .packed_files import root_line
+from .columns import CAPTION_NAMES
+from .data import PICTURE_SUFFIXES
+from .packed_files import UNREADABLE, root_line
 
-UNREADABLE = (pa.ArrowException, tarfile.TarError, EOFError, OSError)
 BUFFER_BYTES = 2**20
 ROWS_AT_ONCE = 64
-PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-TEXT_FIELDS = ("txt", "text", "caption")
+PICTURE_FIELDS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+TEXT_FIELDS = ("txt", *CAPTION_NAMES)
 # As webdataset has it: what comes before the first dot of a name says which row a file belongs to, what comes after is its column.
 KEY_AND_FIELD = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 

@@ -157,7 +157,14 @@ def load_pixels(
     images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
 ) -> Tensor:
     """Pictures in any form -> `b c h w` of the size and channels that a tokenizer reads; errors as in `load_images`."""
-    return pixels_from_levels(fit_levels(load_images(images, rows=rows, fit_for=image_tokenizer), image_tokenizer))
+    return pixels_from_levels(load_levels(images, image_tokenizer, rows=rows))
+
+
+def load_levels(
+    images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
+) -> Tensor:
+    """The same as bytes, `b c h w` uint8."""
+    return fit_levels(load_images(images, rows=rows, fit_for=image_tokenizer), image_tokenizer)
 
 
 def fit_levels(pictures: list[Image.Image], image_tokenizer: DiscreteTokenizer) -> Tensor:

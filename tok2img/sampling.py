@@ -92,11 +92,8 @@ def uniform_streams(seed: int, indices: Sequence[int], length: int) -> Tensor:
 
 
 def streams_of_rows(num_rows: int, length: int, *, seed: int, indices: Sequence[int] | None = None) -> Tensor:
-    """The streams of rows `b` in a batch, `b n`: those of their indices, `0..b-1` when left out; ValueError where they are not as many."""
-    indices = range(num_rows) if indices is None else indices
-    if len(indices) != num_rows:
-        raise ValueError(f"got {len(indices)} indices for {num_rows} rows")
-    return uniform_streams(seed, indices, length)
+    """The streams of rows `b` in a batch, `b n`: those of their indices, `0..b-1` when left out."""
+    return uniform_streams(seed, range(num_rows) if indices is None else indices, length)
 
 
 def streams_between(first: Tensor, last: Tensor, num_steps: int) -> Tensor:

@@ -9,16 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from .columns import TEXT, column_of_captions, column_of_pictures
-from .data import load_captioned_images
-from .packed_files import packed_files, root_line
-from .packed_rows import UNREADABLE, Packed, open_packed
+from .data import check_max_rows, load_captioned_images, packed_files_of
+from .packed_files import UNREADABLE, root_line
+from .packed_rows import Packed, open_packed
 
 
 def stream_captioned_images(
@@ -29,27 +28,31 @@ def stream_captioned_images(
     Raises:
         ValueError: one line that names the file, column or split.
     """
-    files = packed_files(Path(source).absolute(), split) if Path(source).exists() and source != "shapes" else []
+    check_max_rows(max_rows or None)
+    files = packed_files_of(source, split)
     if not files:
-        dataset = load_captioned_images(
-            source,
-            split=split,
-            image_column=image_column or None,
-            caption_column=caption_column or None,
-            max_rows=max_rows or None,
+        num_rows = max_rows or None
+        return DatasetRows(
+            load_captioned_images(
+                source, split=split, image_column=image_column, caption_column=caption_column, max_rows=num_rows
+            )
         )
-        return DatasetRows(dataset)
     opened = [rows for rows in map(open_packed, files) if len(rows)]
     if not opened:
         raise ValueError(f"{files[0]}: no rows")
-    picture = caption = ""
-    for rows in opened:
-        features = rows.features
-        picture = column_of_pictures(features, picture or image_column or None, str(rows.path))
-        caption = column_of_captions(features, caption or caption_column or None, str(rows.path))
-        if features[caption] not in TEXT:
-            raise ValueError(f"{rows.path}: column {caption!r} holds {features[caption]}, not text")
-    return StreamedRows(opened, image_column=picture, caption_column=caption, max_rows=max_rows)
+    for rows in opened:  # all have the columns of the first
+        image_column, caption_column = columns_of(rows, image_column, caption_column)
+    return StreamedRows(opened, image_column=image_column, caption_column=caption_column, max_rows=max_rows)
+
+
+def columns_of(rows: Packed, image_column: str, caption_column: str) -> tuple[str, str]:
+    """The columns of pictures and captions in a file, those named or else found; ValueError where it has none."""
+    features, source = rows.features, str(rows.path)
+    picture = column_of_pictures(features, image_column, source)
+    caption = column_of_captions(features, caption_column, source)
+    if features[caption] not in TEXT:
+        raise ValueError(f"{source}: column {caption!r} holds {features[caption]}, not text")
+    return picture, caption
 
 
 class DatasetRows:

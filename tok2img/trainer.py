@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
+from tokenizers_vq.pixels import pixels_from_levels
 from tokenizers_vq.quantizer import CodeUsage
 from tokenizers_vq.ranks import num_ranks, own_shares
 from tokenizers_vq.with_loss import inner_of
@@ -26,7 +27,7 @@ from tokenizers_vq.with_loss import inner_of
 from .augmentation import Augmentation
 from .plots import save_image
 from .prior_loss import PriorWithLoss
-from .processing import load_pixels
+from .processing import load_levels
 from .safe_trainer import SafeTrainer
 from .whole_files import write_atomically
 
@@ -274,11 +275,12 @@ class PictureRows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         if self.decoded is not None:
-            return {"pixel_values": self.decoded[row].float() / 255}
-        return {"pixel_values": self._load([row])[0]}
+            return {"pixel_values": pixels_from_levels(self.decoded[row])}
+        return {"pixel_values": pixels_from_levels(self._load([row])[0])}
 
     def _load(self, rows: Sequence[int]) -> Tensor:
-        return load_pixels(self.dataset[list(rows)][self.image_column], self.image_tokenizer, rows=rows)
+        """Pictures as bytes, `b c h w`."""
+        return load_levels(self.dataset[list(rows)][self.image_column], self.image_tokenizer, rows=rows)
 
     def _decode(self) -> Tensor:
         """All pictures as bytes, `n c h w`."""
@@ -286,7 +288,7 @@ class PictureRows(Dataset[dict[str, Tensor]]):
         with tqdm(total=len(self), desc="decode", unit=" pictures") as bar:
             decoded = []
             for rows in runs:
-                decoded.append(self._load(rows).mul(255).round().byte())
+                decoded.append(self._load(rows))
                 bar.update(len(rows))
         return torch.cat(decoded)
 

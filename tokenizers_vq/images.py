@@ -146,10 +146,7 @@ def _load_stream(file: BinaryIO, name: str, least_side: int | None) -> Image.Ima
         with _pillow_warnings_muted():
             image = Image.open(file, formats=FORMATS)
         with image:
-            _refuse_large(image, name)
-            if least_side is not None:
-                image.draft(None, (least_side, least_side))
-            rgb = _upright_rgb(image, name)
+            rgb = _upright_rgb(image, name, least_side)
             if image.format == "PNG" and _png_lacks_rows(image, file):
                 raise ImageError(f"{_shown(name)}: truncated, rows are missing", "truncated")
             return rgb
@@ -187,13 +184,11 @@ def _declared_size(start: bytes) -> int:
     return 0
 
 
-def _refuse_large(image: Image.Image, name: str) -> None:
+def _upright_rgb(image: Image.Image, name: str, least_side: int | None = None) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{_shown(name)}: {image.width}x{image.height} exceeds {MAX_PIXELS} pixels", "too_large")
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    _refuse_large(image, name)
+    if least_side is not None:
+        image.draft(None, (least_side, least_side))
     if image.mode in ("I", "F"):
         raise ImageError(f"{_shown(name)}: mode {image.mode} has no known range of values", "unsupported_mode")
     try:

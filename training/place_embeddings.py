@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timed import set_rate
 from torch import Tensor, nn
 
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
 from tok2img.tokenized import load_tokens
 
-BATCH_SIZE, DEPTH, LEARNING_RATE, WARM_UP_STEPS, NUM_HELD_OUT = 64, 3, 1e-3, 50, 1000
+BATCH_SIZE, DEPTH, LEARNING_RATE, NUM_HELD_OUT = 64, 3, 1e-3, 1000
 
 KINDS: dict[str, dict[str, Any]] = {
     "without places": {},
@@ -64,9 +65,7 @@ def train(
         (batch,) = model.prepare(
             [{name: rows[name][chosen] for name in rows}], lambda num: torch.rand(num, generator=generator)
         )
-        warm_up = min(1, (step + 1) / WARM_UP_STEPS)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+        set_rate(optimizer, LEARNING_RATE, step=step, share=step / num_steps)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -33,11 +33,16 @@ def train_for(
         share = (time.process_time() - started) / seconds
         if share >= 1:
             return step
-        for group in optimizer.param_groups:
-            warm_up = min(1, (step + 1) / WARM_UP_STEPS)
-            group["lr"] = learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * share))
+        set_rate(optimizer, learning_rate, step=step, share=share)
         optimizer.zero_grad()
         model(rows[torch.randint(len(rows), (batch_size,))]).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     raise AssertionError("count() has no end")
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float, *, step: int, share: float) -> None:
+    """The rate of a step: warmed up, then along a cosine of the share that is done."""
+    warm_up = min(1, (step + 1) / WARM_UP_STEPS)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * share))

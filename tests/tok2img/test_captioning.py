@@ -149,7 +149,7 @@ class TestCaption:
     def test_guidance_and_a_wrong_number_of_indices_are_refused(self, prior, layout, codes):
         with pytest.raises(ValueError, match="without guidance, got guidance_scale 3"):
             caption(prior, layout, codes, sampling=Sampling(guidance_scale=3.0))
-        with pytest.raises(ValueError, match="got 1 indices for 4 rows"):
+        with pytest.raises(ValueError, match="got 1 indices for 4 pictures"):
             caption(prior, layout, codes, indices=[0])
 
 

@@ -219,3 +219,5 @@ def test_a_negative_text_for_another_number_of_pictures_is_refused(prior, layout
 def test_another_number_of_indices_is_refused(prior, layout, text_ids):
     with pytest.raises(ValueError, match="indices"):
         generate(prior, layout, text_ids, indices=[0])
+    with pytest.raises(ValueError, match="got 1 indices for"):  # also where streams take their place
+        generate(prior, layout, text_ids, indices=[0], uniforms=torch.rand(len(text_ids), layout.num_codes))

@@ -159,6 +159,11 @@ class TestWhatIsNotThere:
         with pytest.raises(ValueError, match="row 1: "):
             save_tokens(stream_captioned_images(str(tar)), processor, tmp_path / "tokens", on_error="raise")
 
+    def test_a_number_of_rows_that_is_none(self, tmp_path):
+        write_parquet(tmp_path / "train.parquet", range(3), row_group_size=5)
+        with pytest.raises(ValueError, match="max_rows must be at least 1, got -5"):
+            stream_captioned_images(str(tmp_path), max_rows=-5)
+
     def test_a_folder_without_any_row(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", range(0), row_group_size=5)
         with pytest.raises(ValueError, match=r"train\.parquet: no rows"):
