@@ -6,6 +6,7 @@ batches, and codes that fall out of use are put back where vectors are worst ser
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from .clustering import (
     nearest_codes,
 )
 from .ranks import best_of_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
-from .vectors import GRADIENTS, Vectors, VectorView, squared_distances
+from .vectors import GRADIENTS, Vectors, VectorView, differences, may_look_at, with_gradient
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
 VECTORS_PER_CODE = 4  # k-means waits until it has so many
@@ -35,6 +36,15 @@ class QuantizerOutput:
     quantized: Tensor
     codes: Tensor
     loss: Tensor
+
+
+class Assigned(NamedTuple):
+    """Codebook entries `chosen` `n d` of vectors, their `codes` `n`, the `loss`, a scalar, and what they leave, `rest` `n d`."""
+
+    chosen: Tensor
+    codes: Tensor
+    loss: Tensor
+    rest: Tensor
 
 
 class CodeUsage(nn.Module):
@@ -138,30 +148,31 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             vectors = self.view.open(x, mask)
             vectors.flat = self.scaled(vectors.flat)
-            chosen, codes, loss = self.assign(vectors)
-            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, chosen), vectors)
-        return QuantizerOutput(quantized, codes.reshape(vectors.grid), loss)
+            found = self.assign(vectors)
+            quantized = with_gradient(self.gradient, vectors.flat, found.chosen, found.rest)
+            quantized = self.view.close(quantized, vectors)
+        return QuantizerOutput(quantized, found.codes.reshape(vectors.grid), found.loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> codebook entries `... d` (or `b d h w`)."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.view.place(F.embedding(codes, self.entries()))
 
-    def assign(self, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors `n d` -> their codebook entries `n d`, codes `n`, and the loss; in training the codebook moves on."""
+    def assign(self, vectors: Vectors) -> Assigned:
+        """The nearest codebook entries of vectors `n d`; in training the codebook moves on."""
         flat = vectors.flat.detach()
         if self.training and self.needs_start():
             self.start(flat[vectors.kept])
         entries = self.entries()
         codes = nearest_codes(flat, entries)
         chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
-        errors = squared_distances(vectors.flat, chosen.detach())
+        rest, errors = differences(vectors.flat, chosen.detach())
         loss = self.commitment * vectors.mean(errors) / self.code_dim
         if not self.ema:
-            loss = loss + vectors.mean(squared_distances(flat, chosen)) / self.code_dim
+            loss = loss + vectors.mean(differences(flat, chosen)[1]) / self.code_dim
         if self.training:
             self._learn(flat, codes, vectors.kept, errors.detach())
-        return chosen, codes, loss
+        return Assigned(chosen, codes, loss, rest)
 
     def entries(self) -> Tensor:
         """The codebook `k d` as vectors are compared with it."""
@@ -223,8 +234,9 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.copy_(torch.where(self.counts[:, None] < SMALLEST_COUNT, self.codebook, means))
-        if self.revive:
-            self._revive(self._places(vectors, codes, kept, errors))
+        dead = self.counts < DEAD_SHARE * self.counts.mean()
+        if self.revive and (not may_look_at(dead) or dead.any()):
+            self._revive(dead, self._places(vectors, codes, kept, errors))
 
     def _places(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> Tensor:
         """Where codes out of use may go, `k d`: drawn among the worst served of the vectors `n d` of all processes."""
@@ -235,12 +247,10 @@ class VectorQuantizer(nn.Module):
         missing = self.codebook_size - len(worst)
         return best_of_ranks(F.pad(keys, (0, missing), value=-torch.inf), F.pad(places, (0, 0, 0, missing)))
 
-    def _revive(self, places: Tensor) -> None:
-        """Give each code that is out of use the place `d` of its row `k d`."""
-        even_share = self.counts.mean()
-        dead = self.counts < DEAD_SHARE * even_share
+    def _revive(self, dead: Tensor, places: Tensor) -> None:
+        """Give each code that is out of use, `k` booleans, the place `d` of its row `k d`."""
         # Ten times the share at which a code counts as dead: time to prove itself, then another try.
-        second_chance = 10 * DEAD_SHARE * even_share
+        second_chance = 10 * DEAD_SHARE * self.counts.mean()
         self.codebook.data.copy_(torch.where(dead[:, None], places, self.codebook))
         self.sums.copy_(torch.where(dead[:, None], places * second_chance, self.sums))
         self.counts.copy_(torch.where(dead, second_chance, self.counts))

@@ -4,6 +4,7 @@ Fixed vectors for every level, as in multi-stage vector quantization (Juang & Gr
 section III.C); VQ-DRAW is what becomes of it when a network makes the vectors of each level out of the picture so far.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .base import check_choice, check_number
 from .clustering import nearest_codes
 from .quantizer import QuantizerOutput, VectorQuantizer
-from .vectors import GRADIENTS, VectorView
+from .vectors import GRADIENTS, VectorView, with_gradient
 
 
 class ResidualQuantizer(nn.Module):
@@ -67,16 +68,15 @@ class ResidualQuantizer(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             vectors = self.view.open(x, mask)
-            total, codes, losses = torch.zeros_like(vectors.flat), [], []
-            shown = total
+            rest, total, codes, losses = vectors, torch.zeros_like(vectors.flat), [], []
             for number, level in enumerate(self.quantizers()):
                 # Every level's term draws the encoder; none of them another level.
-                chosen, level_codes, loss = level.assign(vectors.minus(total))
-                total = total + chosen.detach()
-                shown = total if known is None else shown + chosen.detach() * known[..., number].reshape(-1, 1)
+                chosen, level_codes, loss, left = level.assign(rest)
+                rest = replace(rest, flat=left)
+                total += chosen.detach() if known is None else chosen.detach() * known[..., number].reshape(-1, 1)
                 codes.append(level_codes)
                 losses.append(loss)
-            quantized = self.view.close(GRADIENTS[self.gradient](vectors.flat, shown), vectors)
+            quantized = self.view.close(with_gradient(self.gradient, vectors.flat, total, rest.flat), vectors)
         stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_levels)
         return QuantizerOutput(quantized, stacked, torch.stack(losses).mean())
 

@@ -1,6 +1,6 @@
 """A tensor of any layout as a list of vectors, and back: what all quantizers do before and after they choose codes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import check_number
+
+
+GRADIENTS = ("straight_through", "rotation")
 
 
 @dataclass
@@ -24,10 +27,6 @@ class Vectors:
     kept: Tensor
     grid: torch.Size
     dtype: torch.dtype
-
-    def minus(self, total: Tensor) -> "Vectors":
-        """What of them `total`, `n d`, leaves."""
-        return replace(self, flat=self.flat - total)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `n` values over the vectors that are kept; 0 where none is."""
@@ -88,8 +87,12 @@ class VectorView(nn.Module):
 
 def zero_unless(finite: Tensor, flat: Tensor) -> Tensor:
     """Vectors `n d`, zero where `finite`, `n`, is false; as they are where it is not: a tenth off a training step on a CPU."""
-    may_look = flat.device.type == "cpu" and not torch.compiler.is_compiling()
-    return flat if may_look and finite.all() else torch.where(finite[:, None], flat, 0)
+    return flat if may_look_at(finite) and finite.all() else torch.where(finite[:, None], flat, 0)
+
+
+def may_look_at(values: Tensor) -> bool:
+    """Whether to ask what they are costs nothing: on a CPU, outside a compiled graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def checked(mask: Tensor, grid: torch.Size) -> Tensor:
@@ -120,28 +123,32 @@ def straight_through(vectors: Tensor, chosen: Tensor) -> Tensor:
     return StraightThrough.apply(vectors, chosen)
 
 
-class SquaredDistances(torch.autograd.Function):
-    """|a - b|^2 of each pair of vectors, whose gradient is the difference once more: half the passes that autograd would make."""
+class Differences(torch.autograd.Function):
+    """a - b and its squared length for each pair of vectors; both give their gradients in one pass over them."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """`n d`, `n d` -> `n`."""
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """`n d`, `n d` -> `n d`, and the squared lengths `n`."""
         difference = a - b
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference, dim=1).square()
+        ctx.set_materialize_grads(False)  # no zeros for what is not used
+        return difference, torch.linalg.vector_norm(difference, dim=1).square()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """2 (a - b) to the first, the opposite to the second."""
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """That of the difference plus 2 (a - b) times that of its square to the first, the opposite to the second."""
         (difference,) = ctx.saved_tensors
-        gradient = difference * (2 * gradients[0][:, None])
+        gradient, of_squares = gradients
+        if of_squares is not None:
+            scale = 2 * of_squares[:, None]
+            gradient = difference * scale if gradient is None else torch.addcmul(gradient, difference, scale)
         to_a, to_b = ctx.needs_input_grad
-        return gradient if to_a else None, -gradient if to_b else None
+        return gradient if to_a else None, -gradient if to_b and gradient is not None else None
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2 of vectors `n d` -> `n`."""
-    return SquaredDistances.apply(a, b)
+def differences(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a - b of vectors `n d` -> `n d`, and |a - b|^2, `n`."""
+    return Differences.apply(a, b)
 
 
 def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
@@ -161,4 +168,7 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     return straight_through(turned, chosen)
 
 
-GRADIENTS = {"straight_through": straight_through, "rotation": rotated}
+def with_gradient(kind: str, vectors: Tensor, chosen: Tensor, rest: Tensor) -> Tensor:
+    """The chosen vectors `n d` with a gradient of a kind to `vectors`, of which they leave `rest`, whose gradient is theirs."""
+    # By way of what is left the gradient of its square comes along in the same pass.
+    return rotated(vectors, chosen) if kind == "rotation" else straight_through(rest, chosen)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vq.clustering import SCORES_PER_CHUNK, SMALLEST_CHUNK, nearest_codes
+from tokenizers_vq.clustering import CHUNK, nearest_codes
 from tokenizers_vq.quantizer import QuantizerOutput, VectorQuantizer
 from tokenizers_vq.residual import ResidualQuantizer
 
@@ -57,12 +57,13 @@ def both(size: str, quantizers: dict[str, nn.Module], vectors: Tensor, *, baseli
 
 def search_comparison(title: str, vectors: Tensor, codebook: Tensor) -> Comparison:
     """The search beside its scores alone, made in pieces that stay in the cache."""
-    columns, rows = codebook.T.contiguous(), max(SMALLEST_CHUNK, SCORES_PER_CHUNK // len(codebook))
-    scores = torch.empty(min(rows, len(vectors)), len(codebook))
+    parts = [part.T.contiguous() for part in codebook.split(CHUNK)]
+    scores = torch.empty(min(CHUNK, len(vectors)), min(CHUNK, len(codebook)))
 
     def multiply() -> None:
-        for chunk in vectors.split(rows):
-            torch.mm(chunk, columns, out=scores[: len(chunk)])
+        for chunk in vectors.split(CHUNK):
+            for part in parts:
+                torch.mm(chunk, part, out=scores[: len(chunk), : part.shape[1]])
 
     cases = [Case("ours", lambda: nearest_codes(vectors, codebook)), Case("matrix product", multiply)]
     return Comparison(title, cases, "matrix product")

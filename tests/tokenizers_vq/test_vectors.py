@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
-from tokenizers_vq.vectors import rotated, squared_distances, straight_through
+from tokenizers_vq.vectors import differences, rotated, straight_through
 
 QUANTIZERS = {
     "vector": lambda **settings: VectorQuantizer(16, 4, **settings),
@@ -141,11 +141,15 @@ def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
     torch.testing.assert_close(scaled @ scaled.mT, torch.eye(4).expand(8, 4, 4), atol=1e-5, rtol=0)
 
 
-def test_squared_distances_are_the_sums_of_squares_and_so_is_their_gradient():
+def test_squared_differences_are_the_sums_of_squares_and_so_is_their_gradient():
     a, b = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_()
-    torch.testing.assert_close(squared_distances(a, b), (a - b).square().sum(dim=1))
-    assert torch.autograd.gradcheck(squared_distances, (a.detach().requires_grad_(), b.detach().requires_grad_()))
-    assert squared_distances(a.detach(), a.detach()).eq(0).all()
+    difference, squared = differences(a, b)
+    torch.testing.assert_close(squared, (a - b).square().sum(dim=1))
+    assert torch.equal(difference, a - b)
+    pair = a.detach().requires_grad_(), b.detach().requires_grad_()
+    for used in (differences, lambda a, b: differences(a, b)[0], lambda a, b: differences(a, b)[1]):
+        assert torch.autograd.gradcheck(used, pair)
+    assert differences(a.detach(), a.detach())[1].eq(0).all()
 
 
 def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
