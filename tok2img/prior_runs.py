@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tokenizers_vq import DiscreteTokenizer
 
+from .attention import attend_in_float32
 from .captioning import CAPTION_KEY
 from .codebook_start import codebooks_of, start_from_codebook
 from .drawing import NUM_SAMPLES, draw_samples, read_caption
@@ -42,6 +43,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     settings = arguments(recipe, best_by="image_loss", fsdp=recipe.fsdp)
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
+    if settings.bf16 and settings.use_cpu:
+        attend_in_float32(prior)
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
     if isinstance(source, Dataset):
         tokens = source

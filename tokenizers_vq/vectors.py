@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .base import check_number
 
-
 GRADIENTS = ("straight_through", "rotation")
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, TokenizerOutput
-from .convolution import ResidualBlock, downsampling, group_norm, in_company, steadily, upsampling
+from .convolution import ResidualBlock, channels_last, downsampling, group_norm, in_company, steadily, upsampling
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
 from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
@@ -189,7 +189,7 @@ class VQVAE(DiscreteTokenizer):
 
         What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
         """
-        features = [self.encoder(target)]
+        features = [self.encoder(channels_last(target))]
         for coarser in self.coarser:
             assert isinstance(coarser, CoarserGrid)
             features.append(coarser.down(features[-1]))

@@ -20,6 +20,7 @@ def train_for(
     learning_rate: float,
     batch_size: int,
     rows_to_start_from: int,
+    bf16: bool = False,
 ) -> int:
     """AdamW with a cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
 
@@ -35,7 +36,9 @@ def train_for(
             return step
         set_rate(optimizer, learning_rate, step=step, share=share)
         optimizer.zero_grad()
-        model(rows[torch.randint(len(rows), (batch_size,))]).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(rows[torch.randint(len(rows), (batch_size,))]).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     raise AssertionError("count() has no end")

@@ -5,12 +5,14 @@ DALLE-pytorch 1.49; ours in bfloat16 2.8, for want of instructions for it.
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tok2img.attention import attend_in_float32
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
@@ -29,9 +31,12 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         prior = llama(layout, tiny=tiny).train()
         text_ids, codes = captions(layout, batch_size), image_codes(layout, batch_size)
         ours = PriorWithLoss(prior, layout, caption_dropout=0.0)
+        low = deepcopy(prior)
+        attend_in_float32(low)
+        ours_in_bfloat16 = PriorWithLoss(low, layout, caption_dropout=0.0)
         steps = {
             "ours": TrainingStep(prior, partial(our_loss, ours, text_ids, codes)),
-            "ours, bfloat16": TrainingStep(prior, partial(in_bfloat16, ours, text_ids, codes)),
+            "ours, bfloat16": TrainingStep(low, partial(in_bfloat16, ours_in_bfloat16, text_ids, codes)),
             "stock labels=": TrainingStep(prior, partial(stock_loss, prior, layout, text_ids, codes)),
         }
         peer = dalle_pytorch(layout) if codes_shared and not tiny else None
