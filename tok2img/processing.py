@@ -28,6 +28,9 @@ TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 IGNORED_LABEL = -100
 # What a config says about where a model lies and who wrote it, not about what it computes.
 UNRELATED_TO_CODES = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
+LATER_SETTINGS = {
+    "encode_dtype": "float32"
+}  # came with a value that changes nothing; tokens made before keep their fingerprint
 
 
 class Tok2ImgProcessor:
@@ -117,7 +120,9 @@ class Tok2ImgProcessor:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         settings = {
-            key: value for key, value in self.image_tokenizer.config.to_dict().items() if key not in UNRELATED_TO_CODES
+            key: value
+            for key, value in self.image_tokenizer.config.to_dict().items()
+            if key not in UNRELATED_TO_CODES and LATER_SETTINGS.get(key) != value
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         digest.update(self.text_tokenizer.state())

@@ -51,9 +51,10 @@ def search_group(draw: VQDraw, target: Tensor, beam_size: int) -> Tensor:
     state, codes = draw.first_state(len(target)), owner.new_zeros(len(target), 0)
     for stage, width in enumerate(widths(draw.num_stages, beam_size)):
         options = draw.options(state, stage)
-        errors = draw.error(options, state, target[owner])
-        owner, parents, chosen = best_of_all(errors, owner, width, margin)
-        state = state[parents] + options.select(parents).chosen(chosen[:, None]).squeeze(1)
+        with torch.autocast(target.device.type, enabled=False):  # as in `VQDraw.stage`
+            errors = draw.error(options, state, target[owner])
+            owner, parents, chosen = best_of_all(errors, owner, width, margin)
+            state = state[parents] + options.select(parents).chosen(chosen[:, None]).squeeze(1)
         codes = torch.cat([codes[parents], chosen[:, None]], dim=1)
     return codes
 

@@ -176,7 +176,7 @@ class ConvolvedOptions:
     """Steps made by one convolution of the features, as the heads of the published models are.
 
     Attributes:
-        features: `b f h w`.
+        features: `b f h w`; where autocast made them bfloat16, all steps are made in it, and those chosen are not.
         weight: `k c f p p`, p odd. bias: `k c`.
     """
 
@@ -184,14 +184,12 @@ class ConvolvedOptions:
     weight: Tensor
     bias: Tensor
 
-    def __post_init__(self) -> None:
-        self.features = self.features.to(self.weight.dtype)  # where autocast made them bfloat16
-
     def all(self) -> Tensor:
         """Every step, `b k c h w`."""
-        weight, padding = self.weight.flatten(0, 1), self.weight.shape[-1] // 2
-        steps = F.conv2d(self.features, weight, self.bias.flatten(), padding=padding)
-        return steps.unflatten(1, self.bias.shape)
+        dtype, padding = self.features.dtype, self.weight.shape[-1] // 2
+        weight, bias = self.weight.flatten(0, 1).to(dtype), self.bias.flatten().to(dtype)
+        steps = F.conv2d(self.features, weight, bias, padding=padding)
+        return steps.unflatten(1, self.bias.shape).to(self.weight.dtype)
 
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m c h w`.
@@ -201,7 +199,7 @@ class ConvolvedOptions:
         """
         weight = rearrange(self.weight.flip(-1, -2)[codes], "b m c f p q -> b (m c p q) f")
         width = self.weight.shape[-1]
-        taps = weight @ self.features.flatten(2)
+        taps = weight @ self.features.to(weight.dtype).flatten(2)
         steps = F.fold(taps, self.features.shape[2:], kernel_size=width, padding=width // 2)
         return steps.unflatten(1, (codes.shape[1], -1)) + self.bias[codes][..., None, None]
 

@@ -94,6 +94,15 @@ def test_a_setting_changes_the_fingerprint(processor):
     assert processor.fingerprint() != before
 
 
+def test_searching_in_bfloat16_changes_the_fingerprint_and_the_default_does_not(stage_processor):
+    config = stage_processor.image_tokenizer.config
+    default = stage_processor.fingerprint()
+    config.encode_dtype = "bfloat16"
+    assert stage_processor.fingerprint() != default
+    del config.encode_dtype  # as in files from before there was the setting
+    assert stage_processor.fingerprint() == default
+
+
 def test_the_type_of_the_weights_changes_the_fingerprint(processor):
     before = processor.fingerprint()
     processor.image_tokenizer.half()

@@ -204,3 +204,16 @@ def test_a_beam_finds_better_codes_of_the_published_model(published, digits):
         for beam in (1, 2, 4)
     }
     assert errors[2] < 0.92 * errors[1] and errors[4] < 0.86 * errors[1]
+
+
+@needs_reference
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_codes_searched_in_bfloat16_decode_as_near(published, digits, beam_size, monkeypatch):
+    target = published.normalize(digits[:500])
+    errors = {}
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(published.config, "encode_dtype", dtype)
+        codes = published.encode(digits[:500], beam_size=beam_size)
+        errors[dtype] = (published.draw.decode(codes) - target).square().mean().item()
+    assert errors["bfloat16"] != errors["float32"]
+    assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.003)

@@ -117,3 +117,31 @@ def test_every_variant_decodes_to_its_reconstruction_and_trains_every_parameter(
     assert torch.equal(model.decode(output.codes), output.reconstruction.detach())
     output.loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+@pytest.mark.parametrize("refiner", ["conv", "mnist"])
+def test_in_bfloat16_the_refiner_computes_and_errors_do_not(refiner, beam_size, monkeypatch):
+    sizes = {"image_size": 28 if refiner == "mnist" else 8, "num_stages": 3, "codebook_size": 8}
+    model = VQDrawForImages(VQDrawImageConfig(**sizes, refiner=refiner, num_channels=1, encode_dtype="bfloat16")).eval()
+    seen, error = [], model.draw.error
+
+    def watched_error(options, state, target):
+        seen.append((torch.is_autocast_enabled("cpu"), state.dtype))
+        return error(options, state, target)
+
+    monkeypatch.setattr(model.draw, "error", watched_error)
+    inside = []
+    handle = model.draw.refiner.register_forward_hook(
+        lambda *_: inside.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+    )
+    pixels = torch.rand(2, 1, sizes["image_size"], sizes["image_size"])
+    codes = model.encode(pixels, beam_size=beam_size)
+    handle.remove()
+    assert codes.dtype == torch.int64 and seen and set(seen) == {(False, torch.float32)}
+    assert set(inside) == {torch.bfloat16}
+
+
+def test_another_type_to_encode_in_is_refused():
+    with pytest.raises(ValueError, match="encode_dtype must be one of float32, bfloat16, got 'float16'"):
+        VQDrawImageConfig(encode_dtype="float16")
