@@ -2,7 +2,7 @@
 
     python training/best_of_n.py MODEL RANKER JUDGE DATA [NUM]
 
-RANKER and JUDGE are two models of `tok2img train-ranker`, of other seeds and sizes: one chooses, and the other, which took no part in the
+RANKER and JUDGE are two models of `tok2img train-ranker`, of different seeds: one chooses, and the other, which took no part in the
 choice, says whether of all NUM captions it finds a picture's own first. DATA is a Parquet file of captioned pictures, whose first NUM
 distinct captions are drawn; the real pictures come first, as what can be reached. Prints shares of pictures found, at n = 1, 4 and 16.
 """

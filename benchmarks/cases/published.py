@@ -49,12 +49,13 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
         "decode": {"ours": partial(ours.decode, codes)},
         "encode": {
             "ours": partial(ours.encode, pixel_values),
-            "bfloat16": partial(in_bfloat16, ours, target),
+            "bfloat16": partial(in_bfloat16(ours).encode, pixel_values),
             **{f"beam {beam}": partial(ours.encode, pixel_values, beam_size=beam) for beam in (2, 4)},
         },
         "training step": {
             "exact": partial(training_step, exact, pixel_values),
             f"{NUM_AUX_OPTIONS} options": partial(training_step, sparse, pixel_values),
+            f"{NUM_AUX_OPTIONS} options, bfloat16": partial(training_step, sparse, pixel_values, bf16=True),
         },
     }
     yield from beside_original(title, work, original, target, codes, trained=[exact, sparse])
@@ -101,11 +102,11 @@ def original_step(model: Any, target: Tensor) -> Tensor:
     return loss
 
 
-@torch.no_grad()
-def in_bfloat16(model: VQDrawForImages, target: Tensor) -> Tensor:
-    """Codes by a network that computes in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return model.draw(target).codes
+def in_bfloat16(model: VQDrawForImages) -> VQDrawForImages:
+    """The model, searching codes in bfloat16."""
+    copy = deepcopy(model)
+    copy.config.encode_dtype = "bfloat16"
+    return copy
 
 
 @torch.no_grad()

@@ -61,8 +61,9 @@ def with_dense_options(model: VQDrawForImages) -> VQDrawForImages:
     return plain
 
 
-def training_step(model: VQDrawForImages, pixel_values: Tensor) -> Tensor:
+def training_step(model: VQDrawForImages, pixel_values: Tensor, *, bf16: bool = False) -> Tensor:
     """Forward and back; what an optimizer does is the same for all."""
-    loss = model(pixel_values).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(pixel_values).loss
     loss.backward()
     return loss
