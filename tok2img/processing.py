@@ -122,7 +122,7 @@ class Tok2ImgProcessor:
         settings = {
             key: value
             for key, value in self.image_tokenizer.config.to_dict().items()
-            if key not in UNRELATED_TO_CODES and LATER_SETTINGS.get(key) != value
+            if key not in UNRELATED_TO_CODES and (key, value) not in LATER_SETTINGS.items()
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         digest.update(self.text_tokenizer.state())

@@ -103,6 +103,12 @@ def test_searching_in_bfloat16_changes_the_fingerprint_and_the_default_does_not(
     assert stage_processor.fingerprint() == default
 
 
+def test_a_setting_that_is_none_is_a_setting(processor):
+    before = processor.fingerprint()
+    processor.image_tokenizer.config.unheard_of = None
+    assert processor.fingerprint() != before
+
+
 def test_the_type_of_the_weights_changes_the_fingerprint(processor):
     before = processor.fingerprint()
     processor.image_tokenizer.half()
