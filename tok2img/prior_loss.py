@@ -12,6 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.ranks import num_ranks, own_shares, summed_over_ranks
+from tokenizers_vq.vectors import may_look_at
 
 from .layout import SequenceLayout
 from .prior import caption_logits, check_fits, code_logits, segment_logits, trunk
@@ -136,8 +137,9 @@ class PriorWithLoss(ModelWithLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of text `b t` and the codes `b n` after it, given states `b s d` of all positions but the last; and its two parts."""
         text, image = self.layout.text, self.layout.image
-        text_logits = segment_logits(self.prior, hidden[:, : text.length], text.offset, text.num_ids)
-        text_loss = mean_loss(text_logits, self.drawing_labels(text_ids), num_tokens)
+        states, labels = learned(hidden[:, : text.length], self.drawing_labels(text_ids))
+        text_logits = segment_logits(self.prior, states, text.offset, text.num_ids)
+        text_loss = mean_loss(text_logits, labels, num_tokens)
         image_logits = code_logits(self.prior, hidden[:, self.layout.prompt_length - 1 :], image)
         image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.long().flatten())
         loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
@@ -156,6 +158,14 @@ class PriorWithLoss(ModelWithLoss):
         """What is learned of text `b t` after a picture: all up to and including the first [PAD]."""
         is_pad = text_ids == self.layout.pad_id
         return text_ids.masked_fill(is_pad & (is_pad.cumsum(dim=1) > 1), -100)
+
+
+def learned(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of states `b s d` and labels `b s` those whose label is not -100, as one row, where to know how many costs nothing: on a CPU."""
+    if not may_look_at(labels):
+        return hidden, labels
+    counts = labels >= 0
+    return hidden[counts][None], labels[counts][None]
 
 
 def mean_loss(logits: Tensor, labels: Tensor, num_labels: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ def distinct(rows: Any, num: int) -> tuple[list[str], list[Any]]:
     return captions, [rows[first_row[caption]]["image"] for caption in captions]
 
 
-def main(model: str, ranker: str, judge: str, data: str, num: int = 200) -> dict[str, list[float]]:
+def main(model: str, ranker: str, judge: str, data: str, *, num: int) -> dict[str, list[float]]:
     """Draw, choose, judge; print a line for each way to choose."""
     pipeline = TextToImagePipeline.from_pretrained(model)
     chooser, judging = ClipRanker.from_pretrained(ranker), ClipRanker.from_pretrained(judge)
@@ -45,11 +45,14 @@ def main(model: str, ranker: str, judge: str, data: str, num: int = 200) -> dict
         shares[name] = []
         for n in CANDIDATES:
             drawn = pipeline(captions, seed=0, best_of=n, ranker=used if n > 1 else None)
-            shares[name].append(share_found(judging, captions, drawn.images))
+            shares[name].append(share_found(judging, captions, list(drawn.images)))
     for name, each in shares.items():
         print(f"{name:14}  {'  '.join(f'{share:6.1%}' for share in each)}", flush=True)
     return shares
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5], *map(int, sys.argv[5:]))
+    folders, rest = sys.argv[1:5], sys.argv[5:]
+    if len(folders) != 4 or len(rest) > 1:
+        sys.exit(__doc__)
+    main(*folders, num=int(rest[0]) if rest else 200)

@@ -1,15 +1,15 @@
 """Drawing codes from a prior: our loop, stock `model.generate` with our logits processor, and the samplers of other projects.
 
-CPU time as many times ours (Xeon at 2.5 GHz, one thread, batch 16; medians of 7 rounds of 64 codes and 2 of 256, on a busy machine):
+CPU time as many times ours (Xeon at 2.0 GHz, one thread, batch 16; medians of 3 rounds beside other work):
 
 | | 64 codes | 256 codes |
 | --- | ---: | ---: |
-| ours, guidance 3 | 1.30 | 1.42 |
-| stock `generate` | 1.36 | 1.57 |
-| DALLE-pytorch, cache mended | 1.67 | 1.90 |
-| minDALL-E | 1.11 | 2.15 |
-| LlamaGen | 1.32 | 2.11 |
-| DALLE-pytorch as shipped (one run) | 16.2 | not measured |
+| ours, guidance 3 | 1.60 | 1.57 |
+| stock `generate` | 1.54 | 1.72 |
+| DALLE-pytorch, cache mended | 1.68 | 2.02 |
+| minDALL-E | 1.14 | 2.21 |
+| LlamaGen | 1.33 | 2.55 |
+| DALLE-pytorch as shipped (one run) | 20.0 | 48.7 |
 """
 
 from collections.abc import Iterator

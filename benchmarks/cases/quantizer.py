@@ -1,4 +1,4 @@
-"""Nearest-neighbour quantization: ours, the textbook form, and vector-quantize-pytorch.
+"""Nearest-neighbour quantization: ours, the textbook form, diffusers' and vector-quantize-pytorch's.
 
 A search is measured beside the matrix product that it cannot do without, a stack of four codebooks beside the peer's.
 All give the codes, the vectors they stand for and (the peer in training only) the commitment loss; training adds the gradient and the
@@ -27,12 +27,14 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """Search, encoding and a training step, with a small codebook and a large one; and four codebooks, one after another."""
     num_vectors, code_dim = (64, 4) if tiny else (16_384, 64)
     vectors = torch.randn(num_vectors, code_dim, generator=torch.Generator().manual_seed(0))
-    peer = import_peer("vector_quantize_pytorch")
+    peer, diffusers = import_peer("vector_quantize_pytorch"), import_peer("diffusers.models.autoencoders.vae")
     for codebook_size in (8,) if tiny else (512, 8192):
         codebook = vectors[:codebook_size] + 0.1
         size = f"{num_vectors} x {code_dim}, K={codebook_size}"
         yield search_comparison(f"search, {size}", vectors, codebook)
         quantizers = {"ours": our_quantizer(codebook), "plain": PlainQuantizer(codebook)}
+        if diffusers is not None:
+            quantizers["diffusers"] = DiffusersQuantizer(diffusers, codebook)
         if peer is not None:
             quantizers[PEER] = PeerQuantizer(peer, codebook)
         yield from both(size, quantizers, vectors, baseline="plain")
@@ -112,6 +114,21 @@ class PeerQuantizer(nn.Module):
     def forward(self, x: Tensor) -> QuantizerOutput:
         """`n d` -> quantized `n d`, codes `n`, loss."""
         return QuantizerOutput(*self.inner(x))
+
+
+class DiffusersQuantizer(nn.Module):
+    """That of diffusers' VQModel, whose codebook learns by its loss; its gradient is measured, its optimizer's step is not."""
+
+    def __init__(self, diffusers: Any, codebook: Tensor):
+        super().__init__()
+        self.inner = diffusers.VectorQuantizer(*codebook.shape, beta=COMMITMENT, legacy=False)
+        self.inner.embedding.weight.data.copy_(codebook)
+
+    def forward(self, x: Tensor) -> QuantizerOutput:
+        """`n d` -> quantized `n d`, codes `n`, loss."""
+        picture = x[None, None].movedim(-1, 1)  # `1 d 1 n`, whose vectors lie as it wants them
+        quantized, loss, (_, _, codes) = self.inner(picture)
+        return QuantizerOutput(quantized.movedim(1, -1)[0, 0], codes, loss)
 
 
 class PeerStack(nn.Module):

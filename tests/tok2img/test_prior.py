@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tok2img import prior_loss
 from tok2img.layout import SequenceLayout
 from tok2img.prior import build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
 from tok2img.prior_loss import PriorWithLoss
@@ -254,3 +255,14 @@ def test_stock_loading_gives_the_class_that_was_built(prior, architecture, tmp_p
     prior.save_pretrained(str(tmp_path))
     assert type(AutoModelForCausalLM.from_pretrained(str(tmp_path))) is type(prior)
     assert AutoConfig.from_pretrained(str(tmp_path)).model_type == architecture
+
+
+def test_padding_is_never_multiplied_with_the_head(monkeypatch):
+    layout, rows = SequenceLayout(11, text_length=5, num_codes=2, codebook_size=3), []
+    monkeypatch.setattr(
+        prior_loss, "segment_logits", lambda *given: rows.append(given[1].shape[:2]) or segment_logits(*given)
+    )
+    text_ids = torch.tensor([[1, 2, *[layout.pad_id] * 3], [3, *[layout.pad_id] * 4]])
+    model = PriorWithLoss(build_prior(layout, depth=1), layout, caption_dropout=0.0)
+    model(text_ids, torch.tensor([[0, 1], [2, 2]])).loss.backward()
+    assert rows == [(1, 3)]
