@@ -128,7 +128,8 @@ class DiffusersQuantizer(nn.Module):
         """`n d` -> quantized `n d`, codes `n`, loss."""
         picture = x[None, None].movedim(-1, 1)  # `1 d 1 n`, whose vectors lie as it wants them
         quantized, loss, (_, _, codes) = self.inner(picture)
-        return QuantizerOutput(quantized.movedim(1, -1)[0, 0], codes, loss)
+        own_share = COMMITMENT / (1 + COMMITMENT)  # its loss holds the codebook's term too, which ours has no need of
+        return QuantizerOutput(quantized.movedim(1, -1)[0, 0], codes, own_share * loss)
 
 
 class PeerStack(nn.Module):
