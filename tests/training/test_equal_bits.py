@@ -5,8 +5,8 @@ import pytest
 from tok2img.shapes import shapes_dataset
 
 
-@pytest.mark.parametrize(("bits", "seconds"), [(120, 1.0), (240, 3.0)])
-def test_all_train_and_none_takes_more_bits_than_told(script, tmp_path, monkeypatch, bits, seconds):
+@pytest.mark.parametrize(("bits", "seconds", "num", "least"), [(120, 1.5, 5, 119), (240, 3.0, 6, 236)])
+def test_all_train_and_none_takes_more_bits_than_told(script, tmp_path, monkeypatch, bits, seconds, num, least):
     shapes_dataset("train", 60).to_parquet(tmp_path / "train.parquet")
     shapes_dataset("validation", 20).to_parquet(tmp_path / "validation.parquet")
     equal_bits = script("equal_bits")
@@ -14,6 +14,6 @@ def test_all_train_and_none_takes_more_bits_than_told(script, tmp_path, monkeypa
     monkeypatch.setattr(equal_bits, "VQDRAW", equal_bits.VQDRAW | {"hidden_channels": 8, "feature_channels": 8})
     monkeypatch.setattr(equal_bits, "ROWS_TO_START_FROM", 60)
     reports = equal_bits.main(str(tmp_path), seconds, bits)
-    assert len(reports) >= 5 and all(report["steps"] >= 1 and 0 < report["mse"] < 1 for report in reports.values())
+    assert len(reports) == num and all(report["steps"] >= 1 and 0 < report["mse"] < 1 for report in reports.values())
     assert max(report["bits_per_picture"] for report in reports.values()) == pytest.approx(bits, rel=1e-3)
-    assert min(report["bits_per_picture"] for report in reports.values()) > 0.98 * bits
+    assert min(report["bits_per_picture"] for report in reports.values()) > least
