@@ -16,12 +16,8 @@ from datasets import Dataset
 from tokenizers_vq.model_folder import first_line
 
 SPLITS = ("train", "validation", "test")
-UNREADABLE = (
-    pa.ArrowException,
-    tarfile.TarError,
-    EOFError,
-    OSError,
-)  # what reading a damaged Parquet file or tar raises
+# What reading a damaged Parquet file or tar raises.
+UNREADABLE = (pa.ArrowException, tarfile.TarError, EOFError, OSError)
 
 _SPLIT_NAME = re.compile("|".join(SPLITS))
 

@@ -147,8 +147,9 @@ class PriorWithLoss(ModelWithLoss):
 
     def captioning_loss(self, hidden: Tensor, text_ids: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Of text `b t` after a picture, given states `b s d` of all positions but the last."""
-        logits = caption_logits(self.prior, hidden[:, self.layout.caption_prompt_length - 1 :], self.layout)
-        return mean_loss(logits, self.captioning_labels(text_ids), num_tokens)
+        states = hidden[:, self.layout.caption_prompt_length - 1 :]
+        states, labels = learned(states, self.captioning_labels(text_ids))
+        return mean_loss(caption_logits(self.prior, states, self.layout), labels, num_tokens)
 
     def drawing_labels(self, text_ids: Tensor) -> Tensor:
         """What is learned of text `b t` before a picture: all but [PAD]."""

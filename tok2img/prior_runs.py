@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -43,8 +44,6 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     settings = arguments(recipe, best_by="image_loss", fsdp=recipe.fsdp)
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
-    if settings.bf16 and settings.use_cpu:
-        attend_in_float32(prior)
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
     if isinstance(source, Dataset):
         tokens = source
@@ -157,6 +156,8 @@ def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedMo
         )
     if codebooks is not None:
         start_from_codebook(prior, layout, codebooks, seed=recipe.seed)
+    if recipe.bf16 and not torch.accelerator.is_available():
+        attend_in_float32(prior)
     return prior
 
 

@@ -28,9 +28,8 @@ TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 IGNORED_LABEL = -100
 # What a config says about where a model lies and who wrote it, not about what it computes.
 UNRELATED_TO_CODES = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
-LATER_SETTINGS = {
-    "encode_dtype": "float32"
-}  # came with a value that changes nothing; tokens made before keep their fingerprint
+# Settings that came later, with the values that change nothing: tokens made before keep their fingerprint.
+LATER_SETTINGS = {"encode_dtype": "float32"}
 
 
 class Tok2ImgProcessor:

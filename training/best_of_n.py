@@ -16,7 +16,7 @@ from tok2img import TextToImagePipeline
 from tok2img.data import load_captioned_images
 from tok2img.ranking import ClipRanker, Ranker
 
-CANDIDATES = (1, 4, 16)
+CANDIDATES = (4, 16)  # beside one alone
 
 
 @torch.inference_mode()
@@ -41,11 +41,10 @@ def main(model: str, ranker: str, judge: str, data: str, *, num: int) -> dict[st
     captions, images = distinct(load_captioned_images(data, split="train"), num)
     shares = {"real pictures": [share_found(judging, captions, images)]}
     rankers: dict[str, Ranker | None] = {"CLIP": chooser, "likelihood": None}
+    alone = share_found(judging, captions, list(pipeline(captions, seed=0).images))
     for name, used in rankers.items():
-        shares[name] = []
-        for n in CANDIDATES:
-            drawn = pipeline(captions, seed=0, best_of=n, ranker=used if n > 1 else None)
-            shares[name].append(share_found(judging, captions, list(drawn.images)))
+        drawn = (pipeline(captions, seed=0, best_of=n, ranker=used) for n in CANDIDATES)
+        shares[name] = [alone, *(share_found(judging, captions, list(each.images)) for each in drawn)]
     for name, each in shares.items():
         print(f"{name:14}  {'  '.join(f'{share:6.1%}' for share in each)}", flush=True)
     return shares
