@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,7 +77,8 @@ def estimate_prior(recipe: PriorRecipe) -> Estimate:
         tokens = TokenizeBatch(processor)(next(source.batches(range(num_rows), num_rows)))
         seconds = (time.perf_counter() - started) / num_rows * len(source)
         few = tokens_of(processor.layout, **tokens)
-    estimate = take_steps(with_loss(recipe, prior, processor), batch_of(few, recipe).with_format("torch"), recipe)
+    rows = batch_of(few, recipe).with_format("torch")
+    estimate = take_steps(with_loss(recipe, prior, processor), rows, replace(recipe, compile=False))
     estimate.tokenize_seconds = seconds
     return estimate
 

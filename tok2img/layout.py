@@ -9,7 +9,7 @@ has a fixed length and pads are attended like any token, so there is no attentio
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,6 +131,10 @@ class SequenceLayout:
             codebook_size=image_tokenizer.codebook_size,
             code_groups=image_tokenizer.code_groups,
         )
+
+    def with_own_ids(self) -> Self:
+        """The same sequences with ids of their own for every position of a picture."""
+        return replace(self, codes_shared=False, code_groups=None)
 
     @property
     def bos_id(self) -> int:

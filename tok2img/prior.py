@@ -194,9 +194,12 @@ def head_is_plain(prior: PreTrainedModel, layout: SequenceLayout) -> bool:
     return torch.allclose(direct.float(), ours.float(), atol=1e-3, rtol=1e-3)
 
 
-def trunk(prior: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Hidden states under the head, `b s` -> `b s d`."""
-    return prior.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def trunk(prior: PreTrainedModel, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
+    """Hidden states under the head, `b s` -> `b s d`, with something `b s d` added to the embeddings."""
+    if added is None:
+        return prior.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    embeddings: Any = prior.get_input_embeddings()
+    return prior.base_model(inputs_embeds=embeddings(input_ids) + added, use_cache=False).last_hidden_state
 
 
 def segment_logits(prior: PreTrainedModel, hidden: Tensor, first: int, last: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.ranks import num_ranks, own_shares, summed_over_ranks
 from tokenizers_vq.vectors import may_look_at
 
+from .compiled_layers import CompiledLayers
 from .layout import SequenceLayout
+from .places import PlaceEmbeddings
 from .prior import caption_logits, check_fits, code_logits, segment_logits, trunk
 
 IMAGE_WEIGHT = 7.0  # against 1 for text, as in DALL-E (Ramesh et al. 2021, section 2.2)
@@ -36,6 +38,8 @@ class PriorWithLoss(ModelWithLoss):
         caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
         image_weight: weight of the mean loss of image codes against 1 for text.
         caption_share: share of the training rows that learn to caption: the picture comes first, and the text after it is all they learn.
+        places: what the places of codes add to their embeddings; it learns too.
+        compile: run the layers through `torch.compile` in training, see `CompiledLayers`.
     """
 
     kept = "prior"
@@ -53,11 +57,20 @@ class PriorWithLoss(ModelWithLoss):
         caption_dropout: float = 0.1,
         image_weight: float = IMAGE_WEIGHT,
         caption_share: float = 0.0,
+        places: PlaceEmbeddings | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         check_fits(prior, layout)
-        self.prior, self.layout = prior, layout
+        self.prior, self.layout, self.places = prior, layout, places
         self.caption_dropout, self.image_weight, self.caption_share = caption_dropout, image_weight, caption_share
+        self.compiled = CompiledLayers(prior) if compile else None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; layers run compiled in training alone."""
+        if self.compiled:
+            self.compiled.use(mode)
+        return super().train(mode)
 
     def forward(
         self,
@@ -82,7 +95,7 @@ class PriorWithLoss(ModelWithLoss):
         sequences = layout.sequence(drawn_text, drawn_codes)
         if num:
             sequences = torch.cat([sequences, layout.caption_sequence(text_ids[:num], image_codes[:num])])
-        hidden = trunk(self.prior, sequences[:, :-1])
+        hidden = trunk(self.prior, sequences[:, :-1], self.added(len(drawn_text), num))
         losses, metrics = [], {}
         share = num / len(text_ids) if self.training else self.caption_share
         of_drawing, of_captioning = (None, None) if mean_tokens is None else mean_tokens
@@ -95,6 +108,15 @@ class PriorWithLoss(ModelWithLoss):
         return PriorOutput(
             loss=torch.stack(losses).sum(), metrics={name: part.detach() for name, part in metrics.items()}
         )
+
+    def added(self, num_drawing: int, num_captioning: int) -> Tensor | None:
+        """What places add to the embeddings of all positions but the last, `b s d`, of rows of either direction; None without places."""
+        if self.places is None:
+            return None
+        vectors = self.places()
+        drawing = F.pad(vectors[:-1], (0, 0, self.layout.prompt_length, 0)).expand(num_drawing, -1, -1)
+        captioning = F.pad(vectors, (0, 0, 1, self.layout.text_length)).expand(num_captioning, -1, -1)
+        return torch.cat([drawing, captioning])
 
     def prepare(
         self, batches: Sequence[dict[str, Any]], chance: Callable[[int], Tensor] = torch.rand

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .drawing import NUM_SAMPLES, draw_samples, read_caption
 from .extend import extend_prior, text_rows
 from .lora import LoraPriorWithLoss, add_lora, merge_lora
 from .pipeline import TextToImagePipeline
+from .places import PlaceEmbeddings, with_own_ids
 from .prior import build_prior, check_architecture
 from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
@@ -41,10 +43,11 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     require(recipe, "out")
     check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
-    settings = arguments(recipe, best_by="image_loss", fsdp=recipe.fsdp)
+    settings = arguments(replace(recipe, compile=False), best_by="image_loss", fsdp=recipe.fsdp)  # its loss compiles
     source, processor = open_source(recipe)
     prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
+    model = with_loss(recipe, prior, processor)
     if isinstance(source, Dataset):
         tokens = source
     else:
@@ -57,11 +60,11 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
     prompts = [read_caption(row, processor) for row in held_out["text_ids"][:NUM_SAMPLES]]
     trainer = Trainer(
-        with_loss(recipe, prior, processor),
+        model,
         settings,
         train_dataset=training_rows,
         eval_dataset=held_out,
-        draw=lambda: draw_samples(pipeline, prompts),
+        draw=lambda: draw_samples(TextToImagePipeline(*plain_parts(prior, processor, model.places)), prompts),
         draw_every=0 if settings.fsdp else recipe.sample_every,  # with parts of a prior nobody can draw
     )
     pipeline.to(trainer.args.device)
@@ -69,7 +72,9 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     def save(folder: Path, trained: Any) -> None:
         if adapted is not None:
             merge_lora(adapted)
-        pipeline.prior = trained.to(trainer.args.device).eval()
+        model.eval()
+        trained = trained.to(trainer.args.device).eval()
+        pipeline.prior, pipeline.processor = plain_parts(trained, processor, model.places)
         pipeline.save_pretrained(folder, sample_prompts=prompts, name=Path(recipe.out).name)
 
     finish(trainer, recipe, save)
@@ -170,7 +175,19 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
         caption_dropout=recipe.caption_dropout,
         image_weight=recipe.image_weight,
         caption_share=recipe.caption_share,
+        places=PlaceEmbeddings(processor.layout, prior.config.hidden_size) if recipe.place_embeddings else None,
+        compile=recipe.compile,
     )
+
+
+def plain_parts(
+    prior: PreTrainedModel, processor: Tok2ImgProcessor, places: PlaceEmbeddings | None
+) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
+    """A prior and processor that draw as the prior has learned to; one that has learned with places is copied, and they with it."""
+    if places is None:
+        return prior, processor
+    own = Tok2ImgProcessor(processor.image_tokenizer, processor.text_tokenizer, processor.layout.with_own_ids())
+    return with_own_ids(prior, processor.layout, places), own
 
 
 def make_tokens(folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:

@@ -39,7 +39,7 @@ class Tok2ImgProcessor:
         image_tokenizer: pictures <-> codes.
         text_tokenizer: captions <-> text ids.
         layout: how both make one sequence; it must fit the two, but may keep more ids for text than the text tokenizer has, as language
-            models do.
+            models do, and may have ids of their own for codes of every position, see `PlaceEmbeddings`.
     """
 
     def __init__(self, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, layout: SequenceLayout):
@@ -47,7 +47,7 @@ class Tok2ImgProcessor:
         fitting = SequenceLayout.for_tokenizers(
             image_tokenizer, text_vocab_size=text_vocab_size, text_length=layout.text_length
         )
-        if fitting != layout:
+        if layout not in (fitting, fitting.with_own_ids()):
             raise ValueError(f"these tokenizers need {fitting}, got {layout}")
         self.image_tokenizer, self.text_tokenizer, self.layout = image_tokenizer.eval(), text_tokenizer, layout
 

@@ -27,7 +27,7 @@ class RunSettings:
         eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.
-        bf16: compute in bfloat16 where it is safe. compile: through torch.compile.
+        bf16: compute in bfloat16 where it is safe. compile: through torch.compile; worth its minute where steps are many.
         save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss.
         resume: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
         report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
@@ -141,6 +141,8 @@ class PriorRecipe(RunSettings):
         lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
         architecture, depth, dropout: see `build_prior`; a base has its own.
         start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
+        place_embeddings: learn vectors of the rows and columns of codes too, see `PlaceEmbeddings`; the model then has ids of their own for
+            the codes of every position.
         caption_dropout, image_weight, caption_share: see `PriorWithLoss`; with a share above 0 the model captions pictures too.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
@@ -158,6 +160,7 @@ class PriorRecipe(RunSettings):
     depth: int = 4
     dropout: float = 0.1
     start_from_codebook: bool = False
+    place_embeddings: bool = False
     caption_dropout: float = 0.1
     image_weight: float = 7.0
     caption_share: float = 0.0
@@ -175,6 +178,8 @@ class PriorRecipe(RunSettings):
             raise ValueError(
                 "key 'fsdp' does not go with 'lora_rank': updates are small, every process has room for them"
             )
+        if self.place_embeddings and (self.lora_rank or self.fsdp):
+            raise ValueError("key 'place_embeddings' goes neither with 'lora_rank' nor with 'fsdp'")
         if self.caption_share >= 1:
             raise ValueError(
                 f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"

@@ -1,15 +1,14 @@
-"""Does a prior learn more where it is told the row and column, or the stage, of the code that comes next?
+"""Does a prior learn more where it is told the row and column of the code that comes next?
 
     python training/place_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with embeddings of places, learned and added
-to those of the ids, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out
-loss of a code, in nats, halfway and at the end. Where the number of codes is no square they count as stages. The embeddings cost no time
-to speak of, so equal steps are equal cost.
+TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with `PlaceEmbeddings`, with ids of their own
+for every code, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out loss of
+a code, in nats, halfway and at the end, and the seconds of a step.
 """
 
-import math
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from timed import set_rate
 from torch import Tensor, nn
 
+from tok2img.layout import SequenceLayout
+from tok2img.places import PlaceEmbeddings
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
 from tok2img.tokenized import load_tokens
@@ -26,41 +27,31 @@ BATCH_SIZE, DEPTH, LEARNING_RATE, NUM_HELD_OUT = 64, 3, 1e-3, 1000
 KINDS: dict[str, dict[str, Any]] = {
     "without places": {},
     "with places": {"with_places": True},
+    "own ids": {"with_own_ids": True},
     "GPT-2": {"architecture": "gpt2"},
 }
 
 
-class PlaceEmbeddings(nn.Module):
-    """Vectors of rows and columns, added to what a prior reads where the next id is a code."""
-
-    def __init__(self, num_codes: int, prompt_length: int, width: int):
-        super().__init__()
-        side = math.isqrt(num_codes)
-        shape = (side, side) if side * side == num_codes else (1, num_codes)
-        self.tables = nn.ParameterList(nn.Parameter(0.02 * torch.randn(size, width)) for size in shape)
-        self.first, self.shape = prompt_length - 1, shape
-
-    def forward(self, _: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
-        """As a hook of the prior's embeddings: `b s d` -> `b s d`."""
-        rows, columns = self.tables
-        places = (rows[:, None] + columns).flatten(0, 1)[: embeddings.shape[1] - self.first]
-        return torch.cat([embeddings[:, : self.first], embeddings[:, self.first :] + places], dim=1)
-
-
 def train(
-    tokens: Any, layout: Any, *, num_steps: int, seed: int, architecture: str = "qwen3", with_places: bool = False
+    tokens: Any,
+    layout: SequenceLayout,
+    *,
+    num_steps: int,
+    seed: int,
+    architecture: str = "qwen3",
+    with_places: bool = False,
+    with_own_ids: bool = False,
 ) -> Iterator[float]:
-    """Train one prior; its held-out losses."""
+    """Train one prior; its held-out losses, and at the end the CPU seconds of a step."""
+    layout = layout.with_own_ids() if with_own_ids else layout
     prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
-    model = PriorWithLoss(prior, layout, caption_dropout=0.1)
-    parameters = list(model.parameters())
-    if with_places:
-        places = PlaceEmbeddings(layout.num_codes, layout.prompt_length, prior.config.hidden_size)
-        prior.get_input_embeddings().register_forward_hook(places)
-        parameters += places.parameters()
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    places = PlaceEmbeddings(layout, prior.config.hidden_size) if with_places else None
+    model = PriorWithLoss(prior, layout, caption_dropout=0.1, places=places)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     generator, rows = torch.Generator().manual_seed(seed), tokens[:]
+    seconds = 0.0
     for step in range(num_steps):
+        started = time.process_time()
         chosen = NUM_HELD_OUT + torch.randint(len(tokens) - NUM_HELD_OUT, (BATCH_SIZE,), generator=generator)
         (batch,) = model.prepare(
             [{name: rows[name][chosen] for name in rows}], lambda num: torch.rand(num, generator=generator)
@@ -68,10 +59,12 @@ def train(
         set_rate(optimizer, LEARNING_RATE, step=step, share=step / num_steps)
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        seconds += time.process_time() - started
         if step + 1 in (num_steps // 2, num_steps):
             yield held_out(model, rows)
+    yield seconds / num_steps
 
 
 @torch.no_grad()

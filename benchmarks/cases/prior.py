@@ -30,15 +30,14 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         layout = prior_layout(num_codes=4 if tiny else 64, codes_shared=codes_shared, tiny=tiny)
         prior = llama(layout, tiny=tiny).train()
         text_ids, codes = captions(layout, batch_size), image_codes(layout, batch_size)
-        ours = PriorWithLoss(prior, layout, caption_dropout=0.0)
-        low = deepcopy(prior)
-        attend_in_float32(low)
-        ours_in_bfloat16 = PriorWithLoss(low, layout, caption_dropout=0.0)
         steps = {
-            "ours": TrainingStep(prior, partial(our_loss, ours, text_ids, codes)),
-            "ours, bfloat16": TrainingStep(low, partial(in_bfloat16, ours_in_bfloat16, text_ids, codes)),
+            "ours": our_step(prior, layout, text_ids, codes),
+            "ours, bfloat16": our_step(prior, layout, text_ids, codes, bfloat16=True),
             "stock labels=": TrainingStep(prior, partial(stock_loss, prior, layout, text_ids, codes)),
         }
+        if not tiny:
+            steps["ours, compiled"] = our_step(prior, layout, text_ids, codes, compile=True)
+            steps["ours, bfloat16, compiled"] = our_step(prior, layout, text_ids, codes, bfloat16=True, compile=True)
         peer = dalle_pytorch(layout) if codes_shared and not tiny else None
         if peer is not None:
             steps["DALLE-pytorch"] = TrainingStep(peer.train(), partial(dalle_loss, peer, text_ids, codes))
@@ -62,6 +61,23 @@ class TrainingStep:
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
+
+
+def our_step(
+    prior: PreTrainedModel,
+    layout: SequenceLayout,
+    text_ids: Tensor,
+    codes: Tensor,
+    *,
+    bfloat16: bool = False,
+    compile: bool = False,
+) -> TrainingStep:
+    """Of a copy of a prior, with the keys of a recipe."""
+    copied = deepcopy(prior)
+    if bfloat16:
+        attend_in_float32(copied)
+    model = PriorWithLoss(copied, layout, caption_dropout=0.0, compile=compile).train()
+    return TrainingStep(copied, partial(in_bfloat16 if bfloat16 else our_loss, model, text_ids, codes))
 
 
 def prior_layout(*, num_codes: int, codes_shared: bool, tiny: bool) -> SequenceLayout:

@@ -107,9 +107,9 @@ class TestWhatTrainingHides:
         """The sequences that a prior gets to see."""
         seen: list[torch.Tensor] = []
 
-        def spy(prior, input_ids):
+        def spy(prior, input_ids, added):
             seen.append(input_ids)
-            return trunk(prior, input_ids)
+            return trunk(prior, input_ids, added)
 
         monkeypatch.setattr("tok2img.prior_loss.trunk", spy)
         return seen

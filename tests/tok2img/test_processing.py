@@ -125,11 +125,10 @@ def test_the_text_tokenizer_and_the_text_length_change_the_fingerprint(processor
 
 
 @pytest.mark.parametrize(
-    "change", [{"text_vocab_size": 5}, {"num_codes": 9}, {"codebook_size": 2}, {"codes_shared": 0}]
+    "change", [{"text_vocab_size": 5}, {"num_codes": 9}, {"codebook_size": 2}, {"code_groups": (1, 3)}]
 )
 def test_a_layout_that_does_not_fit_is_refused(processor, tiny_vqvae, text_tokenizer, change):
     fitting = vars(processor.layout)
-    change = {name: bool(value) if name == "codes_shared" else value for name, value in change.items()}
     with pytest.raises(ValueError, match="these tokenizers need"):
         Tok2ImgProcessor(tiny_vqvae, text_tokenizer, SequenceLayout(**(fitting | change)))
 
