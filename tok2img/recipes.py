@@ -76,6 +76,8 @@ class TokenizerRecipe(RunSettings):
 
     Attributes:
         tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for pictures, "vqdraw_text", "vqvae_text" or "bpe" for captions.
+        start_from: folder of a trained tokenizer of this kind to go on from, or a checkpoint of VQ-DRAW's own code; `model` then changes
+            what its weights leave open, such as `num_aux_options`.
         teacher: folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original's.
         model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig`, `VQDrawTextConfig` and
             `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first pictures, pixel_mean and
@@ -90,6 +92,7 @@ class TokenizerRecipe(RunSettings):
     """
 
     tokenizer: str = "vqvae"
+    start_from: str = ""
     teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     flip: bool = False
@@ -101,6 +104,8 @@ class TokenizerRecipe(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start_from and self.tokenizer in ("bpe", "vqdraw_student"):
+            raise ValueError(f"key 'start_from' is not for the tokenizer {self.tokenizer!r}, which begins anew")
         for key in ("perceptual", "adversarial_start"):
             if getattr(self, key) and self.tokenizer != "vqvae":
                 raise ValueError(f"key {key!r} is for the tokenizer 'vqvae', got {self.tokenizer!r}")

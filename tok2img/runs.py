@@ -28,7 +28,8 @@ from tokenizers_vq.with_loss import inner_of
 from .augmentation import Augmentation
 from .data import PICTURE_SUFFIXES, held_out_split, load_captioned_images
 from .drawing import draw_held_out
-from .processing import load_image_tokenizer, load_images, load_pixels
+from .fine_tuning import load_start, load_vqdraw
+from .processing import load_images, load_pixels
 from .recipes import RunSettings, TokenizerRecipe, require
 from .resumption import checkpoints_of, close_run, goes_on, open_run
 from .text import SubwordTokenizer, TextTokenizer
@@ -66,6 +67,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         augment=augment,
         draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
+        starts_from_data=not recipe.start_from,
     )
     finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer
@@ -81,26 +83,33 @@ def augmentation_of(recipe: TokenizerRecipe) -> Augmentation:
 
 def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:
     """What is to be trained on the rows; a student with its teacher beside it, a VQ-VAE with its losses."""
-    if recipe.tokenizer in TEXT_MODELS:
-        return build_text_model(recipe, rows)
-    if recipe.tokenizer != "vqdraw_student":
+    if recipe.tokenizer == "vqdraw_student":
+        return build_student(recipe)
+    if recipe.start_from:
+        tokenizer = load_start(recipe, kind_of(recipe)[0])
+    elif recipe.tokenizer in TEXT_MODELS:
+        tokenizer = build_text_model(recipe, rows)
+    else:
         tokenizer = build_tokenizer(recipe, rows)
-        return with_losses(recipe, tokenizer) if isinstance(tokenizer, VQVAE) else tokenizer
+    return with_losses(recipe, tokenizer) if isinstance(tokenizer, VQVAE) else tokenizer
+
+
+def build_student(recipe: TokenizerRecipe) -> Distillation:
+    """A student of the recipe's settings and its teacher."""
     require(recipe, "teacher")
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_vqdraw(recipe.teacher)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(teacher, **recipe.model)), teacher)
 
 
-def load_teacher(path: str) -> VQDrawForImages:
-    """A saved VQ-DRAW model, or a checkpoint of the original; ValueError for anything else."""
-    if Path(path).is_file():
-        return VQDrawForImages.from_vq_draw_checkpoint(path)
-    teacher = load_image_tokenizer(path)
-    if not isinstance(teacher, VQDrawForImages):
-        raise ValueError(f"{path} holds a {type(teacher).__name__}, not a VQ-DRAW model to learn from")
-    return teacher
+def kind_of(recipe: TokenizerRecipe) -> tuple[type[Any], type[Any]]:
+    """Classes of the model that a recipe trains and of its config; ValueError for a kind that there is not."""
+    kinds = MODELS | TEXT_MODELS
+    if recipe.tokenizer not in kinds:
+        known = ", ".join([*MODELS, "vqdraw_student", *TEXT_TOKENIZERS])
+        raise ValueError(f"tokenizer must be one of {known}, got {recipe.tokenizer!r}")
+    return kinds[recipe.tokenizer]
 
 
 def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
@@ -122,11 +131,7 @@ def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: b
 
 def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer:
     """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the pictures."""
-    if recipe.tokenizer not in MODELS:
-        raise ValueError(
-            f"tokenizer must be one of {', '.join([*MODELS, 'vqdraw_student', *TEXT_TOKENIZERS])}, got {recipe.tokenizer!r}"
-        )
-    model_class, config_class = MODELS[recipe.tokenizer]
+    model_class, config_class = kind_of(recipe)
     settings = shape_of(rows) | recipe.model
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)

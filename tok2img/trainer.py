@@ -43,6 +43,7 @@ class Trainer(SafeTrainer):
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
         args: plain arguments of transformers.
         augment: what is done to the pictures that a tokenizer trains on.
+        starts_from_data: whether a tokenizer looks at some data before its first step; not where it is trained already.
         draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
@@ -56,10 +57,11 @@ class Trainer(SafeTrainer):
         augment: Augmentation | None = None,
         draw: Callable[[], Image.Image | str] | None = None,
         draw_every: int = 0,
+        starts_from_data: bool = True,
     ):
         train_dataset = Endless(train_dataset) if is_stream(train_dataset) else train_dataset
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        self.augment = augment
+        self.augment, self.starts_from_data = augment, starts_from_data
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressInWords())
@@ -73,7 +75,8 @@ class Trainer(SafeTrainer):
         """A tokenizer that starts afresh looks at some of its data."""
         model: Any = self.model
         tokenizer = inner_of(model)
-        if afresh and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
+        may_start = afresh and self.starts_from_data
+        if may_start and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
             self.start_from_data(tokenizer)
 
     def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from tok2img.data import load_captioned_images
+from tok2img.fine_tuning import load_vqdraw
 from tok2img.prior_runs import set_beam
 from tok2img.probe import linear_probe
 from tok2img.processing import load_image_tokenizer, load_pixels
-from tok2img.runs import load_teacher
 from tokenizers_vq import DiscreteTokenizer
 
 
@@ -35,7 +35,7 @@ def codes_and_labels(
 
 def main(path: str, data: str, max_rows: int = 20_000, beam_size: int = 1) -> float:
     """Measure, and say so."""
-    tokenizer = load_teacher(path) if Path(path).is_file() else load_image_tokenizer(path)
+    tokenizer = load_vqdraw(path) if Path(path).is_file() else load_image_tokenizer(path)
     if hasattr(tokenizer.config, "beam_size"):
         set_beam(tokenizer, beam_size)
     train, test = (codes_and_labels(tokenizer, data, split, max_rows) for split in ("train", "test"))
