@@ -21,7 +21,7 @@ from .extend import extend_prior, text_rows
 from .lora import LoraPriorWithLoss, add_lora, merge_lora
 from .pipeline import TextToImagePipeline
 from .places import PlaceEmbeddings, with_own_ids
-from .prior import build_prior, check_architecture
+from .prior import build_prior, check_architecture, load_prior
 from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
 from .recipes import PriorRecipe, require
@@ -86,14 +86,20 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
     made_before = Path(recipe.out, TOKENS)
     if recipe.tokens or (goes_on(recipe) and made_before.is_dir()):
         tokens, processor = load_tokens(recipe.tokens or made_before)
+        if recipe.start_from:
+            processor = processor_to_go_on_with(recipe, processor)
         return tokens.select(range(min(recipe.max_rows or len(tokens), len(tokens)))), processor
-    require(recipe, "data", "image_tokenizer")
+    require(recipe, "data", *([] if recipe.start_from else ["image_tokenizer"]))
     rows = stream_captioned_images(
         recipe.data,
         image_column=recipe.image_column,
         caption_column=recipe.caption_column,
         max_rows=recipe.max_rows,
     )
+    if recipe.start_from:
+        processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
+        to_device(processor.image_tokenizer)
+        return rows, processor
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     set_beam(image_tokenizer, recipe.beam_size)
     processor = build_processor(
@@ -105,6 +111,21 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
         text_length=recipe.text_length,
     )
     return rows, processor
+
+
+def processor_to_go_on_with(recipe: PriorRecipe, of_tokens: Tok2ImgProcessor) -> Tok2ImgProcessor:
+    """That of the model that a recipe goes on from; ValueError where it is not the one that made the tokens."""
+    processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
+    made = of_tokens.layout
+    if (
+        processor.layout not in (made, made.with_own_ids())
+        or processor.with_layout(made).fingerprint() != of_tokens.fingerprint()
+    ):
+        raise ValueError(
+            f"the tokens in {recipe.tokens} were made by other tokenizers than those of {recipe.start_from}: "
+            "give data instead, which the run then tokenizes"
+        )
+    return processor
 
 
 def build_processor(
@@ -150,10 +171,12 @@ def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
 
 
 def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:
-    """The prior as it starts: a base extended, or one with random weights; codes from the codebook, where the recipe says so."""
+    """The prior as it starts: a trained one, a base extended or random weights; codes from the codebook, where the recipe says so."""
     layout = processor.layout
     codebooks = codebooks_of(processor.image_tokenizer) if recipe.start_from_codebook else None
-    if recipe.base:
+    if recipe.start_from:
+        prior = load_prior(recipe.start_from, layout)
+    elif recipe.base:
         prior = extend_prior(recipe.base, layout, seed=recipe.seed)
     else:
         prior = build_prior(
@@ -186,8 +209,7 @@ def plain_parts(
     """A prior and processor that draw as the prior has learned to; one that has learned with places is copied, and they with it."""
     if places is None:
         return prior, processor
-    own = Tok2ImgProcessor(processor.image_tokenizer, processor.text_tokenizer, processor.layout.with_own_ids())
-    return with_own_ids(prior, processor.layout, places), own
+    return with_own_ids(prior, processor.layout, places), processor.with_layout(processor.layout.with_own_ids())
 
 
 def make_tokens(folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:

@@ -70,6 +70,10 @@ class Tok2ImgProcessor:
         )
         return cls(image_tokenizer, text_tokenizer, layout)
 
+    def with_layout(self, layout: SequenceLayout) -> Self:
+        """The same tokenizers under another layout that fits them."""
+        return type(self)(self.image_tokenizer, self.text_tokenizer, layout)
+
     def __call__(self, text: str | list[str] | None = None, images: Any = None) -> BatchFeature:
         """Captions, with pictures or without.
 

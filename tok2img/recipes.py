@@ -140,6 +140,7 @@ class PriorRecipe(RunSettings):
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
         beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
+        start_from: folder of a trained model to go on from, on other data or for longer; tokenizers, layout and sizes are its own.
         base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
             wants a learning rate of 1e-4 or so.
         fsdp: share the weights among processes that torchrun starts (FSDP2), for a prior too large for one; draws no samples on the way.
@@ -158,6 +159,7 @@ class PriorRecipe(RunSettings):
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0
+    start_from: str = ""
     base: str = ""
     lora_rank: int = 0
     fsdp: bool = False
@@ -177,6 +179,10 @@ class PriorRecipe(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start_from and (self.base or self.start_from_codebook):
+            raise ValueError(
+                "key 'start_from' goes neither with 'base' nor with 'start_from_codebook', which begin anew"
+            )
         if self.lora_rank and not self.base:
             raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
         if self.lora_rank and self.fsdp:

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tok2img.recipes import TokenizerRecipe
+from tok2img.pipeline import TextToImagePipeline
+from tok2img.prior_runs import train_prior
+from tok2img.recipes import PriorRecipe, TokenizerRecipe
 from tok2img.runs import train_tokenizer
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
 
@@ -87,3 +89,44 @@ def test_the_published_model_goes_on(data, tmp_path):
     assert isinstance(model.config, VQDrawImageConfig) and model.config.refiner == "mnist"
     for name, tensor in weights(published).items():
         assert weights(model)[name].equal(tensor), name
+
+
+def prior_recipe(out, **changed) -> PriorRecipe:
+    """A short run, without dropout, whose steps move nothing unless told otherwise."""
+    settings = {"max_steps": 2, "batch_size": 8, "eval_every": 0, "sample_every": 0, "depth": 1, "dropout": 0.0}
+    return PriorRecipe(**settings | {"learning_rate": 0.0, "out": str(out)} | changed)
+
+
+@pytest.fixture(params=[False, True], ids=["shared ids", "places"])
+def model(data, image_tokenizer, tmp_path, request) -> str:
+    """Folder of a trained model."""
+    settings = {
+        "data": data,
+        "image_tokenizer": image_tokenizer,
+        "learning_rate": 0.01,
+        "place_embeddings": request.param,
+    }
+    train_prior(prior_recipe(tmp_path / "model", **settings))
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("source", ["data", "tokens"])
+def test_a_prior_goes_on_with_its_weights_and_tokenizers(data, model, tmp_path, source):
+    given = {"data": data} if source == "data" else {"tokens": f"{model}/tokens"}
+    again = train_prior(prior_recipe(tmp_path / "again", start_from=model, depth=7, **given))
+    before = TextToImagePipeline.from_pretrained(model)
+    for name, tensor in before.prior.state_dict().items():
+        assert again.prior.state_dict()[name].equal(tensor), name
+    assert again.processor.fingerprint() == before.processor.fingerprint()
+
+
+def test_tokens_of_other_tokenizers_are_refused(data, model, tiny_vqdraw, tmp_path):
+    tiny_vqdraw.save_pretrained(str(tmp_path / "other"))
+    train_prior(prior_recipe(tmp_path / "second", data=data, image_tokenizer=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="made by other tokenizers"):
+        train_prior(prior_recipe(tmp_path / "third", start_from=model, tokens=str(tmp_path / "second" / "tokens")))
+
+
+def test_a_prior_begins_anew_or_goes_on():
+    with pytest.raises(ValueError, match="'start_from' goes neither with"):
+        PriorRecipe(start_from="model", base="language-model")
