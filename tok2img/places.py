@@ -3,7 +3,8 @@
 A plain model of transformers has nowhere to keep them. When training ends, every cell of a grid gets ids of its own, whose embeddings are
 the code's plus the place's and whose head rows are the code's: the same logits, in a model that any tool can load.
 
-Held-out nats a code after 1,000 steps of 64 (qwen3, 3 layers, 49 codes of a digit): see docs/measured.md.
+Held-out nats a code after 1,000 steps of 64 (qwen3, 3 layers, 49 codes of a digit), two seeds: 1.345 -> 1.330 and 1.354 -> 1.335; with ids
+of their own from the start, which share nothing, 1.452.
 """
 
 import copy

@@ -21,6 +21,9 @@ from .ranks import of_first_rank, summed_over_ranks
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
 ROWS_TO_START_FROM = 2**14
+# How far from the best step there is towards its target a revived option goes: an option that makes one picture whole makes no other.
+# MNIST, the published refiner, squared error after 200 steps: 0.421 all the way, 0.381 half, 0.366 a quarter, 0.405 without revival.
+REVIVED_SHARE = 0.25
 DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
 
 Refiner = Callable[[Tensor, int], Options]
@@ -226,7 +229,7 @@ class VQDraw(nn.Module):
 
     @torch.no_grad()
     def revive(self, target: Tensor, dead: Tensor) -> None:
-        """Move the bias of each dead option, `n k` booleans, so that one of the worst served targets `b ...` finds its step there."""
+        """Move the bias of each dead option, `n k` booleans, so that its step brings one of the worst served targets `b ...` nearer."""
         state, wanted = self.first_state(len(target)), self.error.wanted(target)
         for stage, bias in enumerate(self.biases[: self.num_stages]):
             output = self.stage(state, target, stage)
@@ -234,6 +237,7 @@ class VQDraw(nn.Module):
             examples = draw_by_error(output.errors.amin(dim=1), len(lost))
             if len(lost):
                 step = self.options(state, stage).select(examples).chosen(lost[:, None]).squeeze(1)
-                bias[lost] += wanted[examples] - state[examples] - step
+                goal = output.state[examples].lerp(wanted[examples], REVIVED_SHARE)
+                bias[lost] += goal - state[examples] - step
             state = output.state
         of_first_rank(self.biases.data)

@@ -3,8 +3,8 @@
     python training/vqdraw_start.py DATA STEPS
 
 The architecture is the published one, with learned biases at stage 0 alone; steps are in bfloat16 where the processor has instructions
-for it. Prints, for each start and 1,000 test digits, the squared
-error in normalised pixels and the options in use at stage 0 and at all stages, halfway and at the end.
+for it. Prints, for each start and 1,000 test digits, the squared error in normalised pixels and the options in use at stage 0 and at all
+stages, halfway and at the end.
 """
 
 import sys
