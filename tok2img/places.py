@@ -52,6 +52,18 @@ def sides_of(num_cells: int) -> tuple[int, int]:
     return (side, side) if side * side == num_cells else (1, num_cells)
 
 
+def places_for(prior: PreTrainedModel, layout: SequenceLayout) -> PlaceEmbeddings:
+    """Places for a prior; ValueError for one whose embeddings are more than a table, which could not hold them in the end."""
+    embeddings: Any = prior.get_input_embeddings()
+    first = torch.zeros(1, dtype=torch.int64, device=prior.device)
+    if not embeddings(first).equal(F.embedding(first, embeddings.weight)):
+        kind = prior.config.model_type
+        raise ValueError(
+            f"{kind} models change embeddings after their table: leave place_embeddings false, or use qwen3"
+        )
+    return PlaceEmbeddings(layout, embeddings.weight.shape[1])
+
+
 @torch.no_grad()
 def with_own_ids(prior: PreTrainedModel, layout: SequenceLayout, places: PlaceEmbeddings) -> PreTrainedModel:
     """A copy of a prior for `layout.with_own_ids()` that reads and draws as the prior does with the places added."""

@@ -20,7 +20,7 @@ from .drawing import NUM_SAMPLES, draw_samples, read_caption
 from .extend import extend_prior, text_rows
 from .lora import LoraPriorWithLoss, add_lora, merge_lora
 from .pipeline import TextToImagePipeline
-from .places import PlaceEmbeddings, with_own_ids
+from .places import PlaceEmbeddings, places_for, with_own_ids
 from .prior import build_prior, check_architecture, load_prior
 from .prior_loss import PriorWithLoss
 from .processing import Tok2ImgProcessor, load_image_tokenizer, to_device
@@ -198,7 +198,7 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
         caption_dropout=recipe.caption_dropout,
         image_weight=recipe.image_weight,
         caption_share=recipe.caption_share,
-        places=PlaceEmbeddings(processor.layout, prior.config.hidden_size) if recipe.place_embeddings else None,
+        places=places_for(prior, processor.layout) if recipe.place_embeddings else None,
         compile=recipe.compile,
     )
 

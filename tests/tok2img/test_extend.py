@@ -11,6 +11,7 @@ from tok2img.extend import extend_prior, text_rows
 from tok2img.layout import SequenceLayout
 from tok2img.lora import add_lora, merge_lora
 from tok2img.pipeline import TextToImagePipeline
+from tok2img.places import places_for, with_own_ids
 from tok2img.prior import load_prior
 from tok2img.prior_loss import PriorWithLoss
 from tok2img.prior_runs import build_processor, train_prior
@@ -93,6 +94,19 @@ def steps(model: PriorWithLoss, batch: tuple[torch.Tensor, torch.Tensor], num: i
         optimizer.step()
         losses.append(output.metrics["image_loss"].item())
     return losses
+
+
+@every_kind
+def test_a_base_learns_places_and_is_plain_in_the_end(base, layout, batch):
+    prior = extend_prior(base, layout)
+    model = PriorWithLoss(prior, layout, places=places_for(prior, layout)).train()
+    steps(model, batch)
+    expected = model.eval()(*batch).metrics
+    plain = with_own_ids(prior, layout, model.places)
+    found = PriorWithLoss(plain, layout.with_own_ids()).eval()(*batch).metrics
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert plain.get_input_embeddings().weight[:ROWS].equal(prior.get_input_embeddings().weight[:ROWS])
 
 
 def tables(prior) -> list[torch.Tensor]:

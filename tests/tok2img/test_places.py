@@ -8,7 +8,7 @@ from tok2img.captioning import caption
 from tok2img.generation import generate
 from tok2img.layout import SequenceLayout
 from tok2img.pipeline import TextToImagePipeline
-from tok2img.places import PlaceEmbeddings, with_own_ids
+from tok2img.places import PlaceEmbeddings, places_for, with_own_ids
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
 from tok2img.prior_runs import train_prior
@@ -101,6 +101,13 @@ def test_a_head_with_biases_keeps_them(layout, places, text_ids, codes):
 def test_codes_with_ids_of_their_own_have_no_need_of_places():
     with pytest.raises(ValueError, match="leave place_embeddings false"):
         PlaceEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=False), width=64)
+
+
+def test_embeddings_that_are_more_than_a_table_are_refused(layout):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    prior = build_prior(layout, architecture="gemma3_text", depth=1, **sizes)
+    with pytest.raises(ValueError, match="gemma3_text models change embeddings after their table"):
+        places_for(prior, layout)
 
 
 def test_a_processor_takes_the_layout_of_its_tokenizers_or_the_finer_one(processor):
