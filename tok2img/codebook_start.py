@@ -40,7 +40,7 @@ def start_from_codebook(
     """
     image = layout.image
     embeddings: Any = prior.get_input_embeddings()
-    rows = embeddings.weight[image.offset : image.offset + image.num_ids]
+    rows = embeddings.weight[image.ids]
     generator = torch.Generator().manual_seed(seed)
     projected = torch.cat([project(vectors, rows.shape[1], generator) for vectors in codebooks])
     rows.copy_(rows.std() * projected)

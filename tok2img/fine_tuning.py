@@ -11,11 +11,14 @@ from .recipes import TokenizerRecipe
 from .text_codes import TEXT_MODELS, load_text_model
 
 
+def load_trained(path: str) -> DiscreteTokenizer:
+    """A saved image tokenizer, or a checkpoint of VQ-DRAW's own code; ValueError for anything else."""
+    return VQDrawForImages.from_vq_draw_checkpoint(path) if Path(path).is_file() else load_image_tokenizer(path)
+
+
 def load_vqdraw(path: str) -> VQDrawForImages:
-    """A saved VQ-DRAW model, or a checkpoint of the original; ValueError for anything else."""
-    if Path(path).is_file():
-        return VQDrawForImages.from_vq_draw_checkpoint(path)
-    model = load_image_tokenizer(path)
+    """The same, if it is a VQ-DRAW model; ValueError for any other."""
+    model = load_trained(path)
     if not isinstance(model, VQDrawForImages):
         raise ValueError(f"{path} holds a {type(model).__name__}, not a VQ-DRAW model")
     return model
@@ -28,10 +31,7 @@ def load_start(recipe: TokenizerRecipe, kind: type[DiscreteTokenizer]) -> Discre
         ValueError: for a folder that holds no tokenizer, or one of another kind, and for settings that its weights do not fit.
     """
     path = recipe.start_from
-    if recipe.tokenizer in TEXT_MODELS:
-        before = load_text_model(path)
-    else:
-        before = load_vqdraw(path) if kind is VQDrawForImages else load_image_tokenizer(path)
+    before = load_text_model(path) if recipe.tokenizer in TEXT_MODELS else load_trained(path)
     if not isinstance(before, kind):
         raise ValueError(f"key 'start_from': {path} holds a {type(before).__name__}, not a {kind.__name__}")
     config: Any = before.config

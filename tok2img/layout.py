@@ -56,6 +56,11 @@ class Segment:
         """Ids that the segment takes of the vocabulary."""
         return self.codebook_size * len(self.groups)
 
+    @property
+    def ids(self) -> slice:
+        """All of them, as rows of a table."""
+        return slice(self.offset, self.offset + self.num_ids)
+
     def position_offsets(self, device: torch.device | None = None) -> Tensor:
         """Id of code 0 at each position, `n`."""
         return self.offset + range_starts(self.groups, self.codebook_size, device)

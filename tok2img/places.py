@@ -74,21 +74,21 @@ def with_own_ids(prior: PreTrainedModel, layout: SequenceLayout, places: PlaceEm
     head: Any = prior.get_output_embeddings()
     new_embeddings: Any = copied.get_input_embeddings()
     new_head: Any = copied.get_output_embeddings()
-    fill(new_head.weight, rows_of_positions(head.weight, layout.image), fine)
+    fill(new_head.weight, rows_of_positions(head.weight, layout.image), fine.image)
     if getattr(head, "bias", None) is not None:
-        fill(new_head.bias, rows_of_positions(head.bias, layout.image), fine)
+        fill(new_head.bias, rows_of_positions(head.bias, layout.image), fine.image)
     # A head that is tied to these gets the places too, which add the same to the logits of all codes of a position: nothing, for a softmax.
-    fill(new_embeddings.weight, rows_of_positions(embeddings.weight, layout.image) + places()[:, None], fine)
+    fill(new_embeddings.weight, rows_of_positions(embeddings.weight, layout.image) + places()[:, None], fine.image)
     return copied
 
 
 def rows_of_positions(table: Tensor, image: Segment) -> Tensor:
     """A table's rows `v ...` for each position's codes, `n k ...`."""
-    groups = table[image.offset : image.offset + image.num_ids].unflatten(0, (-1, image.codebook_size))
+    groups = table[image.ids].unflatten(0, (-1, image.codebook_size))
     return groups.repeat_interleave(torch.tensor(image.groups, device=table.device), dim=0)
 
 
-def fill(table: Tensor, rows: Tensor, layout: SequenceLayout) -> None:
+def fill(table: Tensor, rows: Tensor, image: Segment) -> None:
     """Write the rows `n k ...` of each position's codes into a table `v ...`; those that no id needs become zero."""
-    table[layout.image.offset :] = 0
-    table[layout.image.offset : layout.image.offset + layout.image.num_ids] = rows.flatten(0, 1)
+    table[image.offset :] = 0
+    table[image.ids] = rows.flatten(0, 1)

@@ -85,9 +85,11 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
     """What a recipe names, a data set of tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
     made_before = Path(recipe.out, TOKENS)
     if recipe.tokens or (goes_on(recipe) and made_before.is_dir()):
-        tokens, processor = load_tokens(recipe.tokens or made_before)
+        folder = recipe.tokens or made_before
+        tokens, processor = load_tokens(folder)
         if recipe.start_from:
-            processor = processor_to_go_on_with(recipe, processor)
+            made_by, processor = processor, processor_to_go_on_with(recipe)
+            check_made_by(processor, made_by, folder)
         return tokens.select(range(min(recipe.max_rows or len(tokens), len(tokens)))), processor
     require(recipe, "data", *([] if recipe.start_from else ["image_tokenizer"]))
     rows = stream_captioned_images(
@@ -97,9 +99,7 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
         max_rows=recipe.max_rows,
     )
     if recipe.start_from:
-        processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
-        to_device(processor.image_tokenizer)
-        return rows, processor
+        return rows, processor_to_go_on_with(recipe)
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     set_beam(image_tokenizer, recipe.beam_size)
     processor = build_processor(
@@ -113,19 +113,23 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
     return rows, processor
 
 
-def processor_to_go_on_with(recipe: PriorRecipe, of_tokens: Tok2ImgProcessor) -> Tok2ImgProcessor:
-    """That of the model that a recipe goes on from; ValueError where it is not the one that made the tokens."""
+def processor_to_go_on_with(recipe: PriorRecipe) -> Tok2ImgProcessor:
+    """That of the model that a recipe goes on from, on a GPU where there is one."""
     processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
-    made = of_tokens.layout
-    if (
-        processor.layout not in (made, made.with_own_ids())
-        or processor.with_layout(made).fingerprint() != of_tokens.fingerprint()
-    ):
+    set_beam(processor.image_tokenizer, recipe.beam_size)
+    to_device(processor.image_tokenizer)
+    return processor
+
+
+def check_made_by(processor: Tok2ImgProcessor, made_by: Tok2ImgProcessor, folder: str | Path) -> None:
+    """ValueError where the tokens in a folder were made by other tokenizers than a processor's, under whichever ids."""
+    made = made_by.layout
+    fits = processor.layout in (made, made.with_own_ids())
+    if not fits or processor.with_layout(made).fingerprint() != made_by.fingerprint():
         raise ValueError(
-            f"the tokens in {recipe.tokens} were made by other tokenizers than those of {recipe.start_from}: "
+            f"the tokens in {folder} were made by other tokenizers than those of the model to start from: "
             "give data instead, which the run then tokenizes"
         )
-    return processor
 
 
 def build_processor(

@@ -6,17 +6,16 @@ TOKENIZER is a folder, or a checkpoint of the original VQ-DRAW; DATA has columns
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from tok2img.data import load_captioned_images
-from tok2img.fine_tuning import load_vqdraw
+from tok2img.fine_tuning import load_trained
 from tok2img.prior_runs import set_beam
 from tok2img.probe import linear_probe
-from tok2img.processing import load_image_tokenizer, load_pixels
+from tok2img.processing import load_pixels
 from tokenizers_vq import DiscreteTokenizer
 
 
@@ -35,7 +34,7 @@ def codes_and_labels(
 
 def main(path: str, data: str, max_rows: int = 20_000, beam_size: int = 1) -> float:
     """Measure, and say so."""
-    tokenizer = load_vqdraw(path) if Path(path).is_file() else load_image_tokenizer(path)
+    tokenizer = load_trained(path)
     if hasattr(tokenizer.config, "beam_size"):
         set_beam(tokenizer, beam_size)
     train, test = (codes_and_labels(tokenizer, data, split, max_rows) for split in ("train", "test"))

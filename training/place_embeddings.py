@@ -17,7 +17,7 @@ from timed import set_rate
 from torch import Tensor, nn
 
 from tok2img.layout import SequenceLayout
-from tok2img.places import PlaceEmbeddings
+from tok2img.places import places_for
 from tok2img.prior import build_prior
 from tok2img.prior_loss import PriorWithLoss
 from tok2img.tokenized import load_tokens
@@ -45,7 +45,7 @@ def train(
     """Train one prior; its held-out losses, and at the end the CPU seconds of a step."""
     layout = layout.with_own_ids() if with_own_ids else layout
     prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
-    places = PlaceEmbeddings(layout, prior.config.hidden_size) if with_places else None
+    places = places_for(prior, layout) if with_places else None
     model = PriorWithLoss(prior, layout, caption_dropout=0.1, places=places)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     generator, rows = torch.Generator().manual_seed(seed), tokens[:]

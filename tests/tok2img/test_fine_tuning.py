@@ -130,3 +130,13 @@ def test_tokens_of_other_tokenizers_are_refused(data, model, tiny_vqdraw, tmp_pa
 def test_a_prior_begins_anew_or_goes_on():
     with pytest.raises(ValueError, match="'start_from' goes neither with"):
         PriorRecipe(start_from="model", base="language-model")
+
+
+def test_a_prior_that_goes_on_searches_as_widely_as_it_is_told(data, vqdraw, tmp_path):
+    train_prior(prior_recipe(tmp_path / "model", data=data, image_tokenizer=vqdraw))
+    settings = {"start_from": str(tmp_path / "model"), "beam_size": 2}
+    again = train_prior(prior_recipe(tmp_path / "again", data=data, **settings))
+    assert again.processor.image_tokenizer.config.to_dict()["beam_size"] == 2
+    tokens = str(tmp_path / "again" / "tokens")
+    train_prior(prior_recipe(tmp_path / "third", tokens=tokens, **settings))
+    assert (tmp_path / "third" / "layout.json").is_file()
