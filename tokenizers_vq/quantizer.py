@@ -20,8 +20,8 @@ from .clustering import (
     kmeans,
     nearest_codes,
 )
-from .ranks import best_of_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
-from .vectors import GRADIENTS, Vectors, VectorView, differences, may_look_at, with_gradient
+from .ranks import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise
+from .vectors import GRADIENTS, Vectors, VectorView, committed, may_look_at
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
 VECTORS_PER_CODE = 4  # k-means waits until it has so many
@@ -39,7 +39,10 @@ class QuantizerOutput:
 
 
 class Assigned(NamedTuple):
-    """Codebook entries `chosen` `n d` of vectors, their `codes` `n`, the `loss`, a scalar, and what they leave, `rest` `n d`."""
+    """Codebook entries `chosen` `n d` of vectors, their `codes` `n`, the `loss`, a scalar, and what they leave, `rest` `n d`.
+
+    Nothing of it has a gradient to the vectors: `committed` gives them theirs.
+    """
 
     chosen: Tensor
     codes: Tensor
@@ -136,6 +139,11 @@ class VectorQuantizer(nn.Module):
         """Vectors that were not finite, in training."""
         return self.view.skipped
 
+    @property
+    def commitment_weight(self) -> float:
+        """Weight of the squared distance of a vector to its code, a sum over its numbers."""
+        return self.commitment / self.code_dim
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """`... d` (or `b d h w`, as `channel_axis` says) -> the nearest codebook entries, and the loss that draws both together.
 
@@ -149,9 +157,11 @@ class VectorQuantizer(nn.Module):
             vectors = self.view.open(x, mask)
             vectors.flat = self.scaled(vectors.flat)
             found = self.assign(vectors)
-            quantized = with_gradient(self.gradient, vectors.flat, found.chosen, found.rest)
+            quantized, loss = committed(
+                self.gradient, vectors, found.chosen, found.loss, pull=found.rest, weight=self.commitment_weight
+            )
             quantized = self.view.close(quantized, vectors)
-        return QuantizerOutput(quantized, found.codes.reshape(vectors.grid), found.loss)
+        return QuantizerOutput(quantized, found.codes.reshape(vectors.grid), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> codebook entries `... d` (or `b d h w`)."""
@@ -166,12 +176,13 @@ class VectorQuantizer(nn.Module):
         entries = self.entries()
         codes = nearest_codes(flat, entries)
         chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
-        rest, errors = differences(vectors.flat, chosen.detach())
-        loss = self.commitment * vectors.mean(errors) / self.code_dim
+        rest = flat - chosen.detach()
+        errors = torch.linalg.vector_norm(rest, dim=1).square()
+        loss = self.commitment_weight * vectors.mean(errors)
         if not self.ema:
-            loss = loss + vectors.mean(differences(flat, chosen)[1]) / self.code_dim
+            loss = loss + vectors.mean((flat - chosen).square().sum(dim=1)) / self.code_dim
         if self.training:
-            self._learn(flat, codes, vectors.kept, errors.detach())
+            self._learn(flat, codes, vectors.kept, errors)
         return Assigned(chosen, codes, loss, rest)
 
     def entries(self) -> Tensor:
@@ -221,8 +232,7 @@ class VectorQuantizer(nn.Module):
         """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept; the average grows longer up to `decay`."""
         # What is left out counts for a code that does not exist.
         counts, sums = assigned_sums(vectors, torch.where(kept, codes, self.codebook_size), self.codebook_size + 1)
-        both = summed_over_ranks(torch.cat([counts[:-1, None], sums[:-1]], dim=1))
-        counts, sums = both[:, 0], both[:, 1:]
+        counts, sums = each_summed_over_ranks(counts[:-1], sums[:-1])
         self.usage.add(counts)
         self.num_batches += 1
         # At first a batch counts for much: the encoder has just begun to move, and codes that lag behind it fall out of use. But no more
@@ -233,7 +243,7 @@ class VectorQuantizer(nn.Module):
         self.sums.lerp_(sums, weight)
         if self.ema:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
-            self.codebook.copy_(torch.where(self.counts[:, None] < SMALLEST_COUNT, self.codebook, means))
+            self.codebook.lerp_(means, (self.counts >= SMALLEST_COUNT).float()[:, None])  # all the way, or not at all
         dead = self.counts < DEAD_SHARE * self.counts.mean()
         if self.revive and (not may_look_at(dead) or dead.any()):
             self._revive(dead, self._places(vectors, codes, kept, errors))

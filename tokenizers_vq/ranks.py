@@ -32,6 +32,15 @@ def summed_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def each_summed_over_ranks(*parts: Tensor) -> tuple[Tensor, ...]:
+    """The sums of several tensors of one type over all processes, in one call; of one process alone the tensors as they are."""
+    if not among_ranks():
+        return parts
+    flat = summed_over_ranks(torch.cat([part.flatten() for part in parts]))
+    pieces = flat.split([part.numel() for part in parts])
+    return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+
+
 def of_first_rank(drawn: Tensor) -> Tensor:
     """What the first process has, in all of them; written into the tensor itself."""
     if among_ranks():

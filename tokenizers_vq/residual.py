@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import check_choice, check_number
 from .clustering import nearest_codes
 from .quantizer import QuantizerOutput, VectorQuantizer
-from .vectors import GRADIENTS, VectorView, with_gradient
+from .vectors import GRADIENTS, VectorView, committed
 
 
 class ResidualQuantizer(nn.Module):
@@ -68,17 +68,22 @@ class ResidualQuantizer(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             vectors = self.view.open(x, mask)
-            rest, total, codes, losses = vectors, torch.zeros_like(vectors.flat), [], []
+            rest, codes, losses = vectors, [], []
+            total = torch.zeros_like(vectors.flat)
+            pull = torch.zeros_like(vectors.flat) if vectors.flat.requires_grad else None
             for number, level in enumerate(self.quantizers()):
-                # Every level's term draws the encoder; none of them another level.
-                chosen, level_codes, loss, left = level.assign(rest)
+                chosen, level_codes, level_loss, left = level.assign(rest)
                 rest = replace(rest, flat=left)
+                if pull is not None:  # every level's term draws the encoder; none of them another level
+                    pull += left
                 total += chosen.detach() if known is None else chosen.detach() * known[..., number].reshape(-1, 1)
                 codes.append(level_codes)
-                losses.append(loss)
-            quantized = self.view.close(with_gradient(self.gradient, vectors.flat, total, rest.flat), vectors)
+                losses.append(level_loss)
+            loss, weight = torch.stack(losses).mean(), self.quantizers()[0].commitment_weight / self.num_levels
+            quantized, loss = committed(self.gradient, vectors, total, loss, pull=pull, weight=weight)
+            quantized = self.view.close(quantized, vectors)
         stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_levels)
-        return QuantizerOutput(quantized, stacked, torch.stack(losses).mean())
+        return QuantizerOutput(quantized, stacked, loss)
 
     def lookup(self, codes: Tensor, known: Tensor | None = None) -> Tensor:
         """Codes `... n`, or those of the first levels alone, -> sums of entries `... d` (or `b d h w`).

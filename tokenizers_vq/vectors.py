@@ -122,32 +122,28 @@ def straight_through(vectors: Tensor, chosen: Tensor) -> Tensor:
     return StraightThrough.apply(vectors, chosen)
 
 
-class Differences(torch.autograd.Function):
-    """a - b and its squared length for each pair of vectors; both give their gradients in one pass over them."""
+class Committed(torch.autograd.Function):
+    """Chosen vectors that give their gradient to those they stand for, and a loss that pulls on these; both go back in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """`n d`, `n d` -> `n d`, and the squared lengths `n`."""
-        difference = a - b
-        ctx.save_for_backward(difference)
+    def forward(
+        ctx: Any, vectors: Tensor, chosen: Tensor, loss: Tensor, pull: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`n d`, `n d`, the loss and its gradient to the vectors, `pull` `n d` times `scale` -> the chosen `n d`, the loss."""
+        ctx.save_for_backward(pull, scale)
         ctx.set_materialize_grads(False)  # no zeros for what is not used
-        return difference, torch.linalg.vector_norm(difference, dim=1).square()
+        return chosen.detach(), loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """That of the difference plus 2 (a - b) times that of its square to the first, the opposite to the second."""
-        (difference,) = ctx.saved_tensors
-        gradient, of_squares = gradients
-        if of_squares is not None:
-            scale = 2 * of_squares[:, None]
-            gradient = difference * scale if gradient is None else torch.addcmul(gradient, difference, scale)
-        to_a, to_b = ctx.needs_input_grad
-        return gradient if to_a else None, -gradient if to_b and gradient is not None else None
-
-
-def differences(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a - b of vectors `n d` -> `n d`, and |a - b|^2, `n`."""
-    return Differences.apply(a, b)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """To the vectors that of the chosen and of the loss, to the loss its own."""
+        pull, scale = ctx.saved_tensors
+        of_chosen, of_loss = gradients
+        if of_loss is None or not ctx.needs_input_grad[0]:
+            return of_chosen, None, of_loss, None, None
+        scale = scale * of_loss
+        to_vectors = pull * scale if of_chosen is None else torch.addcmul(of_chosen, pull, scale)
+        return to_vectors, None, of_loss, None, None
 
 
 def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
@@ -167,7 +163,18 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     return straight_through(turned, chosen)
 
 
-def with_gradient(kind: str, vectors: Tensor, chosen: Tensor, rest: Tensor) -> Tensor:
-    """The chosen vectors `n d` with a gradient of a kind to `vectors`, of which they leave `rest`, whose gradient is theirs."""
-    # By way of what is left the gradient of its square comes along in the same pass.
-    return rotated(vectors, chosen) if kind == "rotation" else straight_through(rest, chosen)
+def committed(
+    kind: str, vectors: Vectors, chosen: Tensor, loss: Tensor, *, pull: Tensor | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The chosen vectors `n d` with a gradient of a kind to `vectors`, and the loss with the commitment's.
+
+    Args:
+        loss: its value, the commitment's term in it, whose gradient is given here: `weight` times the mean square over vectors.
+        pull: what the chosen leave of the vectors, `n d`, summed over the levels where there are several; None where no gradient is wanted.
+    """
+    if pull is None:
+        return chosen.detach(), loss
+    pull = zero_unless(vectors.kept, pull)
+    scale = 2 * weight / vectors.kept.sum().clamp_min(1)
+    quantized, loss = Committed.apply(vectors.flat, chosen, loss, pull, scale)
+    return rotated(vectors.flat, chosen) if kind == "rotation" else quantized, loss

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
-from tokenizers_vq.vectors import differences, rotated, straight_through
+from tokenizers_vq.vectors import Vectors, committed, rotated, straight_through
 
 QUANTIZERS = {
     "vector": lambda **settings: VectorQuantizer(16, 4, **settings),
@@ -141,15 +141,23 @@ def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
     torch.testing.assert_close(scaled @ scaled.mT, torch.eye(4).expand(8, 4, 4), atol=1e-5, rtol=0)
 
 
-def test_squared_differences_are_the_sums_of_squares_and_so_is_their_gradient():
-    a, b = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_()
-    difference, squared = differences(a, b)
-    torch.testing.assert_close(squared, (a - b).square().sum(dim=1))
-    assert torch.equal(difference, a - b)
-    pair = a.detach().requires_grad_(), b.detach().requires_grad_()
-    for used in (differences, lambda a, b: differences(a, b)[0], lambda a, b: differences(a, b)[1]):
-        assert torch.autograd.gradcheck(used, pair)
-    assert differences(a.detach(), a.detach())[1].eq(0).all()
+@pytest.mark.parametrize("used", [slice(0, 2), slice(0, 1), slice(1, 2)])
+def test_the_gradient_of_the_commitment_is_that_of_the_mean_square_left_and_comes_with_what_passes_straight_through(
+    used,
+):
+    flat = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    kept, chosen = torch.tensor([True, True, False, True, True, True]), torch.randn(6, 4, dtype=torch.float64)
+    vectors = Vectors(flat, kept, torch.Size([6]), flat.dtype)
+    value = 0.3 * (flat - chosen)[kept].square().sum(dim=1).mean()
+    outputs = committed("straight_through", vectors, chosen, value.detach(), pull=(flat - chosen).detach(), weight=0.3)
+    assert torch.equal(outputs[0], chosen) and torch.equal(outputs[1], value)
+    plain = (flat + (chosen - flat).detach(), value)
+    weights = torch.randn(6, 4, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(sum((o * w).sum() for o, w in list(zip(each, weights, strict=True))[used]), flat)[0]
+        for each in (outputs, plain)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
