@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 512  # vectors and codes compared at once: 1 MB of float32 scores stays in a core's cache, whatever the codebook's size
-CHUNK_ON_GPU = 2**13
+CHUNK = (
+    1024,
+    512,
+)  # vectors and codes compared at once: 2 MB of float32 scores stay in a core's cache, whatever the codebook's size
+CHUNK_ON_GPU = 2**13, 2**13
 KMEANS_STEPS = 10
 
 
@@ -19,25 +22,29 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
         # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
         half_norms = codebook.float().square().sum(dim=1, keepdim=True) / 2
-        size = CHUNK if vectors.device.type == "cpu" else CHUNK_ON_GPU
+        num, size = CHUNK if vectors.device.type == "cpu" else CHUNK_ON_GPU
         parts = torch.cat([codebook.float(), half_norms], dim=1).split(size)
-        chunks = vectors.float().split(size)
-        workspace = half_norms.new_empty(len(parts[0]) * len(chunks[0]))
-        return torch.cat([best_of_parts(chunk, parts, workspace) for chunk in chunks])
+        chunks = vectors.float().split(num)
+        # Memory for a chunk with its -1, and for its scores with a part: in the cache from the second chunk on.
+        rows = F.pad(chunks[0], (0, 1), value=-1)
+        scores = rows.new_empty(len(parts[0]), len(rows))
+        return torch.cat([best_of_parts(chunk, parts, rows, scores) for chunk in chunks])
 
 
-def best_of_parts(vectors: Tensor, parts: Sequence[Tensor], workspace: Tensor) -> Tensor:
+def best_of_parts(vectors: Tensor, parts: Sequence[Tensor], rows: Tensor, scores: Tensor) -> Tensor:
     """Row of the `parts`, `k (d + 1)` together, whose product with each vector `n d` and -1 is highest -> `n`.
 
-    `workspace` holds the scores of one part, memory that is in the cache already.
+    Written over: `rows`, `n (d + 1)` or more, which end in -1, and the `scores` of the largest part with them, `k n`.
     """
-    columns, num = F.pad(vectors, (0, 1), value=-1).T, len(vectors)
-    scores = (torch.mm(part, columns, out=workspace[: len(part) * num].view(len(part), num)) for part in parts)
-    values, rows = zip(*map(highest, scores), strict=True)
+    rows, scores = rows[: len(vectors)], scores[:, : len(vectors)]
+    rows[:, :-1] = vectors
+    columns = rows.T
+    found = [highest(torch.mm(part, columns, out=scores[: len(part)])) for part in parts]
     if len(parts) == 1:
-        return rows[0]
-    best = highest(torch.stack(values))[1]
-    return best * len(parts[0]) + torch.stack(rows).gather(0, best[None])[0]
+        return found[0][1]
+    values, best_rows = map(torch.stack, zip(*found, strict=True))
+    best = highest(values)[1]
+    return best * len(parts[0]) + best_rows.gather(0, best[None])[0]
 
 
 def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +56,7 @@ def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or not scores.numel():
         return scores.max(dim=0)
     pictures = scores[None, :, None].movedim(3, 1)  # `1 n k 1`, channels last
-    values, rows = F.max_pool2d(pictures, (len(scores), 1), return_indices=True)
+    values, rows = F.max_pool2d_with_indices(pictures, (len(scores), 1))
     return values.flatten(), rows.flatten()
 
 

@@ -59,11 +59,12 @@ def both(size: str, quantizers: dict[str, nn.Module], vectors: Tensor, *, baseli
 
 def search_comparison(title: str, vectors: Tensor, codebook: Tensor) -> Comparison:
     """The search beside its scores alone, made in pieces that stay in the cache."""
-    parts = [part.T.contiguous() for part in codebook.split(CHUNK)]
-    scores = torch.empty(min(CHUNK, len(vectors)), min(CHUNK, len(codebook)))
+    num, size = CHUNK
+    parts = [part.T.contiguous() for part in codebook.split(size)]
+    scores = torch.empty(min(num, len(vectors)), min(size, len(codebook)))
 
     def multiply() -> None:
-        for chunk in vectors.split(CHUNK):
+        for chunk in vectors.split(num):
             for part in parts:
                 torch.mm(chunk, part, out=scores[: len(chunk), : part.shape[1]])
 

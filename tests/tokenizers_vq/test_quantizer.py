@@ -38,14 +38,14 @@ def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunk", [512, 8, 1])
 def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    monkeypatch.setattr(clustering, "CHUNK", (chunk, chunk))
     vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
     assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
 
 
 @pytest.mark.parametrize("chunk", [512, 4])
 def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    monkeypatch.setattr(clustering, "CHUNK", (chunk, chunk))
     codebook = torch.randn(3, 5).repeat(4, 1)
     assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(4))
 
