@@ -7,8 +7,9 @@ RUN = .venv/bin/python -m
 demo: .venv/.installed
 	$(RUN) tok2img demo
 
+# Two processes of one thread each.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -n 2
 
 # Some minutes: training and tokenizing killed again and again, and what must hold for all input tried on much of it.
 torture: .venv/.installed
