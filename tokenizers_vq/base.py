@@ -241,10 +241,15 @@ class DiscreteTokenizer(PreTrainedModel):
         """Load a saved tokenizer from a folder or the hub; its weights must be safetensors.
 
         Raises:
-            ValueError: for a folder that holds another model or none, settings out of bounds, and tensors that are missing, unknown,
-                misshapen or not finite; all but the last before anything is allocated.
+            ValueError: for a `dtype` other than float32, a folder that holds another model or none, settings out of bounds, and tensors
+                that are missing, unknown, misshapen or not finite; all but the last before anything is allocated.
         """
         name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
+        for dtype in (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)):
+            if dtype not in (None, "auto", "float32", torch.float32):
+                raise ValueError(
+                    f"a tokenizer has its weights in float32, got dtype {dtype}; torch.autocast makes it fast"
+                )
         try:
             folder = local_folder(name, **kwargs)
             saved = cls.saved_config(folder)
@@ -252,7 +257,7 @@ class DiscreteTokenizer(PreTrainedModel):
             refuse_misfit(on_meta(lambda: cls(config), folder), folder)
             settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *OF_DOWNLOADS)}
             # By its tensors, not by its folder: of a folder transformers opens whatever it knows, pickles too.
-            settings |= {"config": config, "state_dict": read_tensors(folder)}
+            settings |= {"config": config, "state_dict": read_tensors(folder), "dtype": torch.float32}
             loaded: Any = super().from_pretrained(None, *args, **settings)
         except OSError as error:
             raise ValueError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error

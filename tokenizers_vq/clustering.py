@@ -17,27 +17,30 @@ KMEANS_STEPS = 10
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the codebook entry `k d` nearest to each vector `n d` -> `n`, in float32 whatever autocast says.
 
-    |v - e|^2 without |v|^2, which no choice of e changes.
+    |v - e|^2 without |v|^2, which no choice of e changes; both are seen from the middle of the codebook, so that far from zero, too, the
+    products leave digits to tell distances by.
     """
     with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
+        middle = codebook.float().mean(dim=0)
+        entries = codebook.float() - middle
         # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
-        half_norms = codebook.float().square().sum(dim=1, keepdim=True) / 2
+        half_norms = entries.square().sum(dim=1, keepdim=True) / 2
         num, size = CHUNK if vectors.device.type == "cpu" else CHUNK_ON_GPU
-        parts = torch.cat([codebook.float(), half_norms], dim=1).split(size)
+        parts = torch.cat([entries, half_norms], dim=1).split(size)
         chunks = vectors.float().split(num)
         # Memory for a chunk with its -1, and for its scores with a part: in the cache from the second chunk on.
         rows = F.pad(chunks[0], (0, 1), value=-1)
         scores = rows.new_empty(len(parts[0]), len(rows))
-        return torch.cat([best_of_parts(chunk, parts, rows, scores) for chunk in chunks])
+        return torch.cat([best_of_parts(chunk, middle, parts, rows, scores) for chunk in chunks])
 
 
-def best_of_parts(vectors: Tensor, parts: Sequence[Tensor], rows: Tensor, scores: Tensor) -> Tensor:
-    """Row of the `parts`, `k (d + 1)` together, whose product with each vector `n d` and -1 is highest -> `n`.
+def best_of_parts(vectors: Tensor, middle: Tensor, parts: Sequence[Tensor], rows: Tensor, scores: Tensor) -> Tensor:
+    """Row of the `parts`, `k (d + 1)` together, whose product with each vector `n d`, seen from the `middle` `d`, and -1 is highest -> `n`.
 
     Written over: `rows`, `n (d + 1)` or more, which end in -1, and the `scores` of the largest part with them, `k n`.
     """
     rows, scores = rows[: len(vectors)], scores[:, : len(vectors)]
-    rows[:, :-1] = vectors
+    rows[:, :-1].copy_(vectors).sub_(middle)
     columns = rows.T
     found = [highest(torch.mm(part, columns, out=scores[: len(part)])) for part in parts]
     if len(parts) == 1:

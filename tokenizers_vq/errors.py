@@ -4,6 +4,7 @@ Targets are normalised pixels, `b c h w`, or symbols of a text, `b t`; what a st
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +64,13 @@ class BernoulliError:
     """The state holds the logit of each pixel, which is black or white.
 
     Args:
-        pixel_mean, pixel_std: of the normalisation that targets come in.
+        config: its `pixel_mean` and `pixel_std`, as they are when asked, are those of the normalisation that targets come in.
     """
 
     state_channels = 1
 
-    def __init__(self, pixel_mean: float, pixel_std: float):
-        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+    def __init__(self, config: Any):
+        self.config = config
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
         """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
@@ -80,7 +81,7 @@ class BernoulliError:
 
     def pixels(self, target: Tensor) -> Tensor:
         """Normalised -> [0, 1]."""
-        return (target * self.pixel_std + self.pixel_mean).clamp(0, 1)
+        return (target * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that come near the target."""
@@ -88,7 +89,7 @@ class BernoulliError:
 
     def observed(self, state: Tensor) -> Tensor:
         """Probabilities, normalised."""
-        return (state.sigmoid() - self.pixel_mean) / self.pixel_std
+        return (state.sigmoid() - self.config.pixel_mean) / self.config.pixel_std
 
 
 class CrossEntropyError:

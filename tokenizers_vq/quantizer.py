@@ -20,7 +20,7 @@ from .clustering import (
     kmeans,
     nearest_codes,
 )
-from .ranks import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise
+from .ranks import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
 from .vectors import GRADIENTS, Vectors, VectorView, committed, may_look_at
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
@@ -64,8 +64,8 @@ class CodeUsage(nn.Module):
         self.histogram += counts
 
     def add_codes(self, vectors: Vectors, codes: Tensor) -> None:
-        """Count the codes `n` of those vectors that are kept."""
-        self.histogram.index_add_(0, codes, vectors.kept.float())
+        """Count the codes `n` of those vectors that are kept, in all processes."""
+        self.add(summed_over_ranks(torch.zeros_like(self.histogram).index_add_(0, codes, vectors.kept.float())))
 
     def reset(self) -> None:
         """Start to count anew."""
@@ -97,6 +97,7 @@ class VectorQuantizer(nn.Module):
     sums: Tensor
     started: Tensor
     num_batches: Tensor
+    first_vectors: Tensor
 
     def __init__(
         self,
@@ -131,8 +132,8 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("sums", torch.zeros(codebook_size, self.code_dim))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("num_batches", torch.tensor(0.0))
+        self.register_buffer("first_vectors", torch.empty(0, self.code_dim), persistent=False)
         self.stands = False  # `started` without a look at the device
-        self.first_vectors: list[Tensor] = []
 
     @property
     def skipped(self) -> Tensor:
@@ -212,8 +213,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
         """Put the codebook on vectors `n d`: by k-means as soon as there are enough of them with those shown before, else on some."""
-        self.first_vectors.append(vectors)
-        shown = torch.cat(self.first_vectors)
+        self.first_vectors = shown = torch.cat([self.first_vectors, vectors])
         enough = torch.tensor(len(shown) >= VECTORS_PER_CODE * self.codebook_size, device=vectors.device)
         centres = self.codebook
         if len(shown):
@@ -225,7 +225,7 @@ class VectorQuantizer(nn.Module):
         self.sums.copy_(self.codebook * self.counts[:, None])
         if of_first_rank(enough):
             self.started.fill_(True)
-            self.first_vectors.clear()
+            self.first_vectors = shown[:0]
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> None:
@@ -244,7 +244,9 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.lerp_(means, (self.counts >= SMALLEST_COUNT).float()[:, None])  # all the way, or not at all
-        dead = self.counts < DEAD_SHARE * self.counts.mean()
+        dead = (self.counts < DEAD_SHARE * self.counts.mean()) & (
+            counts.sum() > 0
+        )  # without vectors there are no places
         if self.revive and (not may_look_at(dead) or dead.any()):
             self._revive(dead, self._places(vectors, codes, kept, errors))
 

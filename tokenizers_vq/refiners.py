@@ -172,8 +172,15 @@ class SegmentedRefiner(nn.Module):
         return self.refiners[stage // self.segment_length](state, stage % self.segment_length)
 
 
-def in_segments(build: Callable[..., nn.Module], num_stages: int, segment_length: int) -> nn.Module:
-    """A refiner for every `segment_length` stages, from `build(num_stages=...)`; 0: one for all."""
+def in_segments(
+    build: Callable[..., nn.Module], num_stages: int, segment_length: int, *, active_stages: int = 0
+) -> nn.Module:
+    """A refiner for every `segment_length` stages, from `build(num_stages=...)`; 0: one for all.
+
+    Those that none of the first `active_stages` comes to (0: all do) are not trained.
+    """
     length = segment_length or num_stages
     refiners = [build(num_stages=length) for _ in range(num_stages // length)]
+    for unreached in refiners[-(-(active_stages or num_stages) // length) :]:
+        unreached.requires_grad_(False)
     return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)

@@ -92,8 +92,10 @@ class TextSpanTokenizer(DiscreteTokenizer):
         """Texts -> symbols `b t`, cut or filled up with `end`.
 
         Raises:
-            ValueError: for a text that has no bytes: what is no string, or holds half a character.
+            ValueError: for one text that is in no list, and for a text that has no bytes: what is no string, or holds half a character.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a list of texts, got one: {texts!r:.60}")
         rows, num_cut = [], 0
         for number, text in enumerate(texts):
             try:

@@ -60,8 +60,11 @@ class VectorView(nn.Module):
         In training, vectors with a value that is not finite are counted in `skipped`.
 
         Raises:
-            ValueError: for another number of channels, and for a mask that is not boolean, of another shape, or false everywhere.
+            ValueError: for what is no floats or has another number of channels, and for a mask that is not boolean, of another shape, or
+                false everywhere.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"expected floats, got {x.dtype}")
         if x.ndim < 1 or not -x.ndim <= self.channel_axis < x.ndim or x.shape[self.channel_axis] != self.code_dim:
             raise ValueError(
                 f"expected {self.code_dim} channels on axis {self.channel_axis}, got shape {tuple(x.shape)}"
@@ -136,7 +139,9 @@ class Committed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """To the vectors that of the chosen and of the loss, to the loss its own."""
+        """To the vectors that of the chosen and of the loss, to the loss its own; a gradient of that gradient it has not."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("a quantizer's gradient has no gradient of its own (create_graph=True asks for one)")
         pull, scale = ctx.saved_tensors
         of_chosen, of_loss = gradients
         if of_loss is None or not ctx.needs_input_grad[0]:

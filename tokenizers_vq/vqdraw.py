@@ -7,7 +7,7 @@ This module knows no modality: what the steps are is the refiner's business, how
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,8 +25,6 @@ ROWS_TO_START_FROM = 2**14
 # MNIST, the published refiner, squared error after 200 steps: 0.421 all the way, 0.381 half, 0.366 a quarter, 0.405 without revival.
 REVIVED_SHARE = 0.25
 DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
-
-Refiner = Callable[[Tensor, int], Options]
 
 
 class Error(Protocol):
@@ -90,6 +88,7 @@ class VQDraw(nn.Module):
     """
 
     counts: Tensor
+    num_batches: Tensor
 
     def __init__(
         self,
@@ -117,7 +116,13 @@ class VQDraw(nn.Module):
         self.checkpoint_stages, self.num_joint, self.revive_options = checkpoint_stages, num_joint, revive
         self.biases = nn.Parameter(torch.zeros(num_biased_stages, codebook_size, *state_shape))
         self.register_buffer("counts", torch.zeros(num_stages, codebook_size), persistent=False)
-        self.batches_counted = 0
+        self.register_buffer("num_batches", torch.tensor(0), persistent=False)
+        self.batches_counted: int | None = None  # `num_batches` without a look at the device
+
+    def count_anew(self) -> None:
+        """No option was chosen yet, in no batch."""
+        self.counts.zero_()
+        self.num_batches.zero_()
 
     @property
     def learning(self) -> bool:
@@ -138,7 +143,7 @@ class VQDraw(nn.Module):
         codes, errors, chosen = (torch.stack(each, dim=1) for each in list(zip(*outputs, strict=True))[1:4])
         if self.learning:
             ones = torch.ones_like(codes, dtype=self.counts.dtype)
-            self.counts.scatter_add_(1, codes.T, ones.T)
+            self.counts += summed_over_ranks(torch.zeros_like(self.counts).scatter_add_(1, codes.T, ones.T))
         return Drawing(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))
 
     def stage(self, state: Tensor, target: Tensor, stage: int) -> StageOutput:
@@ -216,14 +221,17 @@ class VQDraw(nn.Module):
             bias.copy_(centres.view_as(bias))
             residual = residual - bias[nearest_codes(residual.flatten(1), centres)]
 
+    @torch.compiler.disable()  # a number that grows would be compiled anew each time
     def _revive_now_and_then(self, target: Tensor) -> None:
         """Every `REVIVE_EVERY` batches, `revive` what those batches did not use."""
+        if self.batches_counted is None:
+            self.batches_counted = int(self.num_batches)
         self.batches_counted += 1
+        self.num_batches += 1
         if self.batches_counted % REVIVE_EVERY:
             return
-        counts = summed_over_ranks(self.counts.clone())
+        dead = self.counts < DEAD_SHARE * self.counts.mean(dim=1, keepdim=True)
         self.counts.zero_()
-        dead = counts < DEAD_SHARE * counts.mean(dim=1, keepdim=True)
         if dead[: len(self.biases)].any():
             self.revive(target, dead)
 

@@ -130,7 +130,7 @@ class VQDrawForImages(DiscreteTokenizer):
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves; loading leaves what is not saved for us to set."""
         if isinstance(module, VQDraw):
-            module.counts.zero_()
+            module.count_anew()
 
     @classmethod
     def from_vq_draw_checkpoint(cls, path: str | Path) -> Self:
@@ -232,7 +232,7 @@ class VQDrawForImages(DiscreteTokenizer):
 def build_error(config: VQDrawImageConfig) -> SquaredError | GaussianError | BernoulliError:
     """What the config's `error` names."""
     if config.error == "bernoulli":
-        return BernoulliError(config.pixel_mean, config.pixel_std)
+        return BernoulliError(config)
     return GaussianError() if config.error == "gaussian" else SquaredError()
 
 
@@ -249,7 +249,7 @@ def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
             feature_channels=config.feature_channels,
             num_residual_blocks=config.num_residual_blocks,
         )
-    return in_segments(build, config.num_stages, config.segment_length)
+    return in_segments(build, config.num_stages, config.segment_length, active_stages=config.active_stages)
 
 
 def share_in_use(codes: Tensor, codebook_size: int) -> Tensor:

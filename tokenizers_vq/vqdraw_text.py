@@ -93,7 +93,7 @@ class VQDrawForText(TextSpanTokenizer):
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves; loading leaves what is not saved for us to set."""
         if isinstance(module, VQDraw):
-            module.counts.zero_()
+            module.count_anew()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -180,4 +180,4 @@ def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int)
         embedding_dim=config.embedding_dim,
         dilations=config.dilations,
     )
-    return in_segments(build, config.num_stages, config.segment_length)
+    return in_segments(build, config.num_stages, config.segment_length, active_stages=config.active_stages)

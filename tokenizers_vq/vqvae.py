@@ -179,7 +179,7 @@ class VQVAE(DiscreteTokenizer):
             loss=measure(normalized, target) + loss,
             reconstruction=self.normalize.inverse(normalized),
             codes=in_sequence(codes),
-            metrics={"mse": self.normalize.squared_error(normalized, target), **means},
+            metrics={"mse": self.normalize.squared_error(normalized, target), **(means if self.training else {})},
         )
 
     def _code(
@@ -233,7 +233,7 @@ def in_sequence(codes: list[Tensor]) -> Tensor:
 
 def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:
     """Residual blocks on the latent grid."""
-    return [ResidualBlock(width, width // 2) for _ in range(num_blocks)]
+    return [ResidualBlock(width, max(1, width // 2)) for _ in range(num_blocks)]
 
 
 def start_counting(module: nn.Module) -> None:

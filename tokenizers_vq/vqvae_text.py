@@ -125,7 +125,7 @@ class VQVAEForText(TextSpanTokenizer):
         metrics = {
             "byte_accuracy": (reconstruction == target).sum() / (target != IGNORED).sum(),
             "nats_per_byte": error.detach(),
-            **self.quantizer.metrics(),
+            **(self.quantizer.metrics() if self.training else {}),
         }
         return TokenizerOutput(error + coded.loss, reconstruction, self._in_sequence(coded.codes, live), metrics)
 

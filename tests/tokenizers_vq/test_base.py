@@ -296,3 +296,15 @@ def test_a_config_that_is_not_json_is_refused(tokenizer, saved):
 def test_loading_gives_its_report_when_asked(tokenizer, saved):
     _, info = type(tokenizer).from_pretrained(saved, output_loading_info=True)
     assert not info["missing_keys"]
+
+
+def test_weights_in_another_type_are_loaded_in_float32(tokenizer, images, tmp_path):
+    copy.deepcopy(tokenizer).to(torch.bfloat16).save_pretrained(str(tmp_path))
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert loaded.encode(images).shape == tokenizer.encode(images).shape
+
+
+def test_another_type_of_weights_is_refused(tokenizer, saved):
+    with pytest.raises(ValueError, match=r"weights in float32, got dtype torch.bfloat16"):
+        type(tokenizer).from_pretrained(saved, dtype=torch.bfloat16)

@@ -1,5 +1,7 @@
 """Errors of states that are no pictures, against torch's own distributions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,12 +27,12 @@ def test_the_gaussian_error_is_the_negative_log_likelihood():
 
 def test_the_bernoulli_error_is_the_negative_log_likelihood():
     steps, state, pixels = random(*SHAPE), random(*TARGET), torch.rand(TARGET, dtype=torch.float64).round()
-    error = BernoulliError(0.3, 0.2)
+    error = BernoulliError(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
     expected = -Bernoulli(logits=state[:, None] + steps).log_prob(pixels[:, None]).flatten(2).mean(dim=2)
     torch.testing.assert_close(error(DenseOptions(steps), state, (pixels - 0.3) / 0.2), expected)
 
 
-@pytest.mark.parametrize("error", [SquaredError(), GaussianError(), BernoulliError(0.5, 0.25)])
+@pytest.mark.parametrize("error", [SquaredError(), GaussianError(), BernoulliError(VQDrawImageConfig())])
 def test_the_wanted_state_is_seen_as_the_target(error):
     target = (torch.rand(TARGET).round() - 0.5) / 0.25
     state = error.wanted(target)

@@ -50,6 +50,15 @@ def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
     assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(4))
 
 
+def test_far_from_zero_the_nearest_is_found_too():
+    vectors, codebook = torch.randn(200, 8), torch.randn(64, 8)
+    assert torch.equal(nearest_codes(vectors + 2048, codebook + 2048), plainly_nearest(vectors + 2048, codebook + 2048))
+
+
+def plainly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return (vectors[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
+
+
 def test_no_vectors_have_no_codes():
     assert nearest_codes(torch.empty(0, 5), torch.randn(17, 5)).shape == (0,)
 
@@ -299,7 +308,7 @@ def test_kmeans_waits_until_the_first_batches_hold_enough_vectors():
             "until then codes stand on vectors shown"
         )
     module(vectors[order[48:]])
-    assert module.started and not module.first_vectors
+    assert module.started and not len(module.first_vectors)
     assert (torch.cdist(centres, module.codebook).min(dim=1).values < 0.5).float().mean() > 0.7
 
 
@@ -365,3 +374,11 @@ def test_search_in_blocks_finds_what_search_in_rows_finds(num_columns):
     vectors, codebook = torch.randn(300, 6), torch.randn(num_columns, 6)
     expected = (vectors @ codebook.T - codebook.square().sum(dim=1) / 2).argmax(dim=1)
     assert torch.equal(nearest_codes(vectors, codebook), expected)
+
+
+def test_an_empty_batch_changes_nothing_but_the_count_of_batches():
+    module = trained_from(torch.randn(64, 8))
+    module.counts[3] = 0
+    codebook = module.codebook.clone()
+    module.train()(torch.empty(0, 8))
+    torch.testing.assert_close(module.codebook, codebook)

@@ -174,6 +174,11 @@ def test_what_is_no_text_is_refused(model, texts):
         model.encode(texts)
 
 
+def test_one_text_in_no_list_is_refused_rather_than_coded_by_its_letters(model):
+    with pytest.raises(ValueError, match="texts must be a list of texts, got one: 'a cat'"):
+        model.encode("a cat")
+
+
 @pytest.mark.parametrize("config_class", CONFIGS)
 @pytest.mark.parametrize(
     ("settings", "message"),

@@ -173,3 +173,14 @@ def test_the_gradient_estimator_changes_no_value(kind):
     turned.load_state_dict(plain.state_dict())
     x = torch.randn(20, 4)
     assert torch.equal(plain(x).quantized, turned(x).quantized)
+
+
+def test_whole_numbers_are_refused(build):
+    with pytest.raises(ValueError, match="expected floats, got torch.int64"):
+        build()(torch.ones(3, 4, dtype=torch.int64))
+
+
+def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong():
+    x = torch.randn(20, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        torch.autograd.grad(VectorQuantizer(16, 4).eval()(x).loss, x, create_graph=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from tokenizers_vq.errors import SquaredError
 from tokenizers_vq.options import (
@@ -13,6 +14,7 @@ from tokenizers_vq.options import (
     Options,
     SharedOptions,
 )
+from tokenizers_vq.refiners import in_segments
 from tokenizers_vq.vqdraw import REVIVE_EVERY, REVIVED_SHARE, Drawing, VQDraw
 
 SHAPE = (3, 8, 8)
@@ -379,3 +381,19 @@ def test_a_loop_in_use_is_left_alone(stepless, many):
     for _ in range(2 * REVIVE_EVERY):
         stepless.train()(many)
     assert torch.equal(stepless.biases, biases)
+
+
+def test_a_loop_compiles_once_however_many_batches_there_are(stepless, many):
+    counter = CompileCounter()
+    compiled = torch.compile(stepless, backend=counter)
+    for _ in range(2):
+        compiled(many)
+    graphs = counter.frame_count
+    for _ in range(REVIVE_EVERY):
+        compiled(many)
+    assert counter.frame_count == graphs and stepless.num_batches == REVIVE_EVERY + 2
+
+
+def test_segments_past_the_active_stages_are_not_trained():
+    refiner = in_segments(lambda num_stages: nn.Linear(2, num_stages), 6, 2, active_stages=3)
+    assert [weight.requires_grad for weight in refiner.parameters()] == [True] * 4 + [False] * 2

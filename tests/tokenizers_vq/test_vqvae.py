@@ -26,7 +26,7 @@ def test_each_downsample_halves_the_grid(num_downsamples, images):
     assert model.decode(model.encode(images)).shape == images.shape
 
 
-@pytest.mark.parametrize("hidden_channels", [2, 8, 24])
+@pytest.mark.parametrize("hidden_channels", [1, 2, 8, 24])
 def test_any_width_runs(hidden_channels, images):
     config = VQVAEConfig(image_size=8, hidden_channels=hidden_channels, num_decoder_blocks=1)
     assert VQVAE(config).eval()(images).reconstruction.shape == images.shape
@@ -203,3 +203,9 @@ def test_a_started_model_trains_in_one_compiled_graph(tiny_vqvae, images):
     tiny_vqvae.start_from_data(images.repeat(4, 1, 1, 1))
     loss = torch.compile(tiny_vqvae, fullgraph=True, backend="aot_eager")(images).loss
     assert loss.isfinite()
+
+
+def test_usage_is_told_in_training_alone(tiny_vqvae, images):
+    usage = {"perplexity", "code_usage"}
+    assert usage <= tiny_vqvae.train()(images).metrics.keys()
+    assert not usage & tiny_vqvae.eval()(images).metrics.keys()
