@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from tokenizers_vq.ranks import own_rank, summed_over_ranks
 
@@ -81,6 +82,8 @@ def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | No
         work()
     except OSError as error:
         problem = error
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        problem = OSError(str(error))
     if summed_over_ranks(torch.tensor(float(problem is not None), device=device)) and problem is None:
         return OSError("another process could not write its part")
     return problem

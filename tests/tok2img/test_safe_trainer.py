@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -281,6 +282,19 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, capl
     assert set(by_step(tmp_path / "full" / "checkpoints")) == {6, 8}
     assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.startswith(".")]
     assert weights(trainer) == weights(whole)
+
+
+def test_weights_that_do_not_fit_on_the_disk_cost_a_warning_and_not_the_run(tmp_path, caplog):
+    trainer, unlimited = trainer_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.add_callback(At(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, unlimited[1]))))
+    trainer.add_callback(At(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)))
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "no checkpoint of step 4" in caplog.text and "File too large" in caplog.text
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-8"}
+    assert len(losses(trainer)) == 8
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
