@@ -67,12 +67,12 @@ def seal(building: Path, target: Path) -> None:
         put_in_place(building, target)
 
 
-def rotate(checkpoints: Path, *, keep: int, best: Path | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    folders = list(by_step(checkpoints).values())
-    for folder in folders[: -max(2, keep)]:
-        if best is None or folder != best:
-            remove_folder(folder)
+def rotate(checkpoints: Path, *, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of the best step."""
+    folders = by_step(checkpoints)
+    for step in list(folders)[: -max(2, keep)]:
+        if step != best:
+            remove_folder(folders[step])
 
 
 def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | None:

@@ -318,6 +318,44 @@ def test_a_run_that_goes_on_remembers_its_best_where_the_next_save_fails(tmp_pat
     assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
 
 
+def with_held_out_losses(trainer: Trainer, held_out: list[float]) -> Trainer:
+    """Gives a trainer that evaluates every 2 steps these held-out losses."""
+
+    def evaluate(*args, **kwargs):
+        metrics = {"eval_image_loss": held_out[trainer.state.global_step // 2 - 1]}
+        trainer.log(dict(metrics))
+        return metrics
+
+    trainer.evaluate = evaluate
+    return trainer
+
+
+@pytest.mark.parametrize("moved_to", ["run", "elsewhere"])
+def test_a_run_goes_back_to_its_best_under_another_name_of_its_folder(tmp_path, monkeypatch, moved_to):
+    monkeypatch.chdir(tmp_path)
+    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    run_until_killed(with_held_out_losses(trainer_in("run", **settings), held_out), 5)
+    best = (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors").read_bytes()
+    Path("run").rename(moved_to)
+    trainer = with_held_out_losses(trainer_in(tmp_path / moved_to, **settings), held_out)
+    trainer.train(resume_from_checkpoint=True)
+    assert set(by_step(tmp_path / moved_to / "checkpoints")) == {2, 6, 8}
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == best
+
+
+def test_a_best_checkpoint_that_somebody_removed_is_named_and_the_last_weights_stay(tmp_path, caplog):
+    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    run_until_killed(with_held_out_losses(trainer_in(tmp_path, **settings), held_out), 5)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
+    trainer = with_held_out_losses(trainer_in(tmp_path, **settings), held_out)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2, the best checkpoint, is gone" in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    last = tmp_path / "checkpoints" / "checkpoint-8"
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
+
+
 def spoil_loss(trainer: Trainer, steps: set[int], value: float) -> None:
     """Make the loss of these steps NaN or infinite, by a factor on its way to the gradient."""
     model = trainer.model
