@@ -113,9 +113,11 @@ class SafeTrainer(transformers.Trainer):
         return loss
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in transformers; what was the best before is remembered, for the case that the new one cannot be written."""
+        """As in transformers; a new best is saved, whatever the rhythm, and the one before remembered, should that fail."""
         self.best_before = self.state.best_metric, self.state.best_global_step
-        return super()._determine_best_metric(metrics, trial)
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.save_strategy != "no"
+        return is_best
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint that appears whole or not at all; where that fails, warn and train on."""

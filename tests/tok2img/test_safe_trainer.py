@@ -112,6 +112,7 @@ def run_until_killed(trainer: Trainer, step: int) -> None:
         {"lr_schedule": "linear"},
         {"save_every": 3, "batch_size": 5},
         {"eval_every": 2, "save_every": 4},
+        {"eval_every": 2, "save_every": 4, "best": "image_loss"},
     ],
     ids=str,
 )
@@ -328,6 +329,14 @@ def with_held_out_losses(trainer: Trainer, held_out: list[float]) -> Trainer:
 
     trainer.evaluate = evaluate
     return trainer
+
+
+def test_the_best_weights_are_kept_where_checkpoints_are_rarer_than_held_out_losses(tmp_path):
+    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, save_every=4)
+    at_best = []
+    trainer.add_callback(At(6, lambda: at_best.append(weights(trainer))))
+    with_held_out_losses(trainer, [2.0, 3.0, 1.0, 4.0]).train()
+    assert set(by_step(tmp_path / "checkpoints")) == {6, 8} and at_best == [weights(trainer)]
 
 
 @pytest.mark.parametrize("moved_to", ["run", "elsewhere"])
