@@ -66,7 +66,7 @@ class SafeTrainer(transformers.Trainer):
             DivergedError: after too many steps in a row that were not finite.
         """
         if resume_from_checkpoint is True:
-            with self.args.main_process_first():
+            with self.args.main_process_first(local=False):  # of all machines, for they share a disk
                 newest = newest_whole(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint:

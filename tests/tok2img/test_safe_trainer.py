@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from tok2img import safe_trainer, whole_files
 from tok2img.augmentation import Augmentation
@@ -165,6 +166,19 @@ def test_a_run_killed_again_and_again_arrives_where_one_does_that_is_not(tmp_pat
     last = trainer_in(tmp_path / "killed")
     last.train(resume_from_checkpoint=True)
     assert losses(last) == losses(whole) and weights(last) == weights(whole)
+
+
+def test_one_process_of_all_machines_looks_for_checkpoints_first(tmp_path, monkeypatch):
+    """Machines share the folder: their first processes would remove the same damaged checkpoint."""
+    seen = []
+
+    def first(arguments, local=True, desc=""):
+        seen.append(local)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", first)
+    trainer_in(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+    assert seen[:1] == [False]
 
 
 def test_checkpoints_hold_nothing_that_would_have_to_be_unpickled(tmp_path):
