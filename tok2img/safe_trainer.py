@@ -20,7 +20,7 @@ from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.with_loss import inner_of
 
 from .bad_steps import BadSteps
-from .checkpoints import folder_of, newest_whole, rotate, save_checkpoint
+from .checkpoints import by_step, folder_of, newest_whole, rotate, save_checkpoint
 from .interruption import Interrupted, StopCleanly
 from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state, whole, whole_state
 
@@ -62,7 +62,7 @@ class SafeTrainer(transformers.Trainer):
             resume_from_checkpoint: a checkpoint's folder; True goes on from the newest in the output folder that is whole, if there is one.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, when all is saved.
+            Interrupted: after Ctrl-C or SIGTERM, when all is saved that can be.
             DivergedError: after too many steps in a row that were not finite.
         """
         if resume_from_checkpoint is True:
@@ -81,12 +81,20 @@ class SafeTrainer(transformers.Trainer):
         finally:
             self.stop_cleanly.release()
         if self.stop_cleanly.signum and self.state.global_step < self.state.max_steps:
-            logger.warning(
-                "stopped after step %d and saved; the same command goes on from there", self.state.global_step
-            )
+            self._say_where_it_goes_on()
             raise Interrupted(self.stop_cleanly.signum)
         self._load_best_model()
         return output
+
+    def _say_where_it_goes_on(self) -> None:
+        """Of a run that was stopped: whether its last step is saved, and if not, which one is."""
+        stopped_after, newest = self.state.global_step, max(by_step(Path(str(self.args.output_dir))), default=0)
+        if newest == stopped_after:
+            logger.warning("stopped after step %d and saved; the same command goes on from there", stopped_after)
+        else:
+            logger.warning(
+                "stopped after step %d, not saved; the same command goes on from step %d", stopped_after, newest
+            )
 
     def _load_result(self, state: TrainerState, checkpoint: str) -> None:
         """Load what a run whose last step is done came to; transformers would make one step too many."""
@@ -129,7 +137,7 @@ class SafeTrainer(transformers.Trainer):
         if problem is not None:
             if state.best_global_step == state.global_step:  # what could not be written is not the best to go back to
                 state.best_metric, state.best_global_step = self.best_before
-            logger.warning("no checkpoint of step %d, training goes on: %s", state.global_step, problem)
+            logger.warning("no checkpoint of step %d, the run does not end for that: %s", state.global_step, problem)
         elif self.args.should_save:
             rotate(checkpoints, keep=self.args.save_total_limit or 2, best=state.best_global_step)
 

@@ -456,6 +456,32 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, signum):
     assert losses(resumed) == losses(whole) and weights(resumed) == weights(whole)
 
 
+def test_a_signal_saves_a_run_that_keeps_no_checkpoints(tmp_path, caplog):
+    stopped = trainer_in(tmp_path, save_every=0)
+    stopped.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        stopped.train()
+    newest = newest_whole(tmp_path / "checkpoints")
+    assert newest is not None and f"stopped after step {newest.name[-1]} and saved" in caplog.text
+    resumed = trainer_in(tmp_path, save_every=0)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == 8
+
+
+@pytest.mark.parametrize(("step", "newest"), [(1, 0), (5, 4)])
+def test_a_run_that_was_stopped_and_could_not_be_saved_says_so(tmp_path, monkeypatch, caplog, step, newest):
+    trainer = trainer_in(tmp_path, save_every=4)
+
+    def stop_on_a_full_disk():
+        monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.add_callback(At(step, stop_on_a_full_disk))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert f"not saved; the same command goes on from step {newest}" in caplog.text and "and saved" not in caplog.text
+
+
 def test_runs_killed_at_random_lose_nothing():
     script = Path(__file__).with_name("torture.py")
     outcome = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True, check=False)
