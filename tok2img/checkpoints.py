@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from tokenizers_vq.ranks import own_rank, summed_over_ranks
 
@@ -66,12 +67,12 @@ def seal(building: Path, target: Path) -> None:
         put_in_place(building, target)
 
 
-def rotate(checkpoints: Path, *, keep: int, best: Path | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    folders = list(by_step(checkpoints).values())
-    for folder in folders[: -max(2, keep)]:
-        if best is None or folder != best:
-            remove_folder(folder)
+def rotate(checkpoints: Path, *, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of the best step."""
+    folders = by_step(checkpoints)
+    for step in list(folders)[: -max(2, keep)]:
+        if step != best:
+            remove_folder(folders[step])
 
 
 def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | None:
@@ -81,6 +82,8 @@ def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | No
         work()
     except OSError as error:
         problem = error
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        problem = OSError(str(error))
     if summed_over_ranks(torch.tensor(float(problem is not None), device=device)) and problem is None:
         return OSError("another process could not write its part")
     return problem

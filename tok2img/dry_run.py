@@ -115,6 +115,7 @@ def take_steps(model: nn.Module, rows: Any, recipe: RunSettings) -> Estimate:
         kept = {each.name: getattr(recipe, each.name) for each in fields(RunSettings)}
         trainer = Trainer(model, arguments(RunSettings(**kept | changed)), train_dataset=rows)
         trainer.add_callback(clock)
+        trainer.remove_callback(trainer.stop_cleanly)  # there is nothing to save
         trainer.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Estimate(

@@ -21,7 +21,7 @@ class Interrupted(SystemExit):
 
 
 class StopCleanly(TrainerCallback):
-    """On the first signal, save and stop after the step; on the second, as ever.
+    """On the first signal, save, in a run without checkpoints too, and stop after the step; on the second, as ever.
 
     Attributes:
         signum: of the signal that came, or 0.
@@ -58,6 +58,6 @@ class StopCleanly(TrainerCallback):
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             self.signum = int(seen)
         if self.signum and state.global_step < state.max_steps:
-            control.should_save = args.save_strategy != "no"
+            control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True

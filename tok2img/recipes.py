@@ -28,7 +28,8 @@ class RunSettings:
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of AdamW, as transformers names them.
         bf16: compute in bfloat16 where it is safe. compile: through torch.compile; worth its minute where steps are many.
-        save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss.
+        save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss. The best is always kept: a new one
+            is saved at once.
         resume: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
         report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
     """

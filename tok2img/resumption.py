@@ -11,7 +11,7 @@ from .whole_files import remove_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
-# Keys that change what a run shows, and how fast, but not where it arrives.
+# Keys that change where a run lies, what it shows and how fast it is; where it arrives only by rounding and by what dropout draws.
 FREE = {"out", "resume", "log_every", "sample_every", "report_to", "num_workers", "compile", "fsdp"}
 
 

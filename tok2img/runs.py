@@ -181,8 +181,8 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
     """The recipe's keys as arguments of transformers.
 
     With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run is the same on
-    any number of them.
+    of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run means the
+    same on any number of them; `docs/scale.md` names what differs: above all a ranker compares the rows of each device by themselves.
 
     Args:
         fsdp: processes share the weights too, each holding a part (FSDP2).

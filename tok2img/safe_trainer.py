@@ -20,13 +20,12 @@ from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.with_loss import inner_of
 
 from .bad_steps import BadSteps
-from .checkpoints import folder_of, newest_whole, rotate, save_checkpoint
+from .checkpoints import by_step, folder_of, newest_whole, rotate, save_checkpoint
 from .interruption import Interrupted, StopCleanly
 from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state, whole, whole_state
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
-BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 
 
 class SafeTrainer(transformers.Trainer):
@@ -35,7 +34,7 @@ class SafeTrainer(transformers.Trainer):
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self.bad_steps, self.stop_cleanly = BadSteps(self.args.device), StopCleanly()
-        self.best_on_disk: dict[str, Any] = {}
+        self.best_before: tuple[float | None, int | None] = (None, None)
         self.add_callback(self.stop_cleanly)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -63,17 +62,16 @@ class SafeTrainer(transformers.Trainer):
             resume_from_checkpoint: a checkpoint's folder; True goes on from the newest in the output folder that is whole, if there is one.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, when all is saved.
+            Interrupted: after Ctrl-C or SIGTERM, when all is saved that can be.
             DivergedError: after too many steps in a row that were not finite.
         """
         if resume_from_checkpoint is True:
-            with self.args.main_process_first():
+            with self.args.main_process_first(local=False):  # of all machines, for they share a disk
                 newest = newest_whole(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint:
             logger.warning("going on from %s", resume_from_checkpoint)
             state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint), TRAINER_STATE)))
-            self.best_on_disk = best_of(state)
             if state.global_step >= self.args.max_steps:
                 self._load_result(state, str(resume_from_checkpoint))
                 return TrainOutput(self.state.global_step, math.nan, {})
@@ -83,19 +81,26 @@ class SafeTrainer(transformers.Trainer):
         finally:
             self.stop_cleanly.release()
         if self.stop_cleanly.signum and self.state.global_step < self.state.max_steps:
-            logger.warning(
-                "stopped after step %d and saved; the same command goes on from there", self.state.global_step
-            )
+            self._say_where_it_goes_on()
             raise Interrupted(self.stop_cleanly.signum)
+        self._load_best_model()
         return output
+
+    def _say_where_it_goes_on(self) -> None:
+        """Of a run that was stopped: whether its last step is saved, and if not, which one is."""
+        stopped_after, newest = self.state.global_step, max(by_step(Path(str(self.args.output_dir))), default=0)
+        if newest == stopped_after:
+            logger.warning("stopped after step %d and saved; the same command goes on from there", stopped_after)
+        else:
+            logger.warning(
+                "stopped after step %d, not saved; the same command goes on from step %d", stopped_after, newest
+            )
 
     def _load_result(self, state: TrainerState, checkpoint: str) -> None:
         """Load what a run whose last step is done came to; transformers would make one step too many."""
         self.state = state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load_best_model()
-        else:
-            self._load_from_checkpoint(checkpoint)
+        self._load_from_checkpoint(checkpoint)
+        self._load_best_model()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of transformers, kept from steps that are not finite."""
@@ -115,25 +120,26 @@ class SafeTrainer(transformers.Trainer):
         self.bad_steps.see_loss(loss)
         return loss
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As in transformers; a new best is saved, whatever the rhythm, and the one before remembered, should that fail."""
+        self.best_before = self.state.best_metric, self.state.best_global_step
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.save_strategy != "no"
+        return is_best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint that appears whole or not at all; where that fails, warn and train on."""
         del model, trial
         self.store_flos()
-        checkpoints, best_before = Path(str(self.args.output_dir)), dict(self.best_on_disk)
-        target = folder_of(checkpoints, self.state.global_step)
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(target)
+        checkpoints, state = Path(str(self.args.output_dir)), self.state
+        target = folder_of(checkpoints, state.global_step)
         problem = save_checkpoint(target, self._write_parts, device=self.args.device)
-        if problem is None:
-            self.best_on_disk = best_of(self.state)
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                rotate(checkpoints, keep=self.args.save_total_limit or 2, best=Path(best) if best else None)
-            return
-        # What could not be written is not the best to go back to.
-        for name in BEST:
-            setattr(self.state, name, best_before.get(name))
-        logger.warning("no checkpoint of step %d, training goes on: %s", self.state.global_step, problem)
+        if problem is not None:
+            if state.best_global_step == state.global_step:  # what could not be written is not the best to go back to
+                state.best_metric, state.best_global_step = self.best_before
+            logger.warning("no checkpoint of step %d, the run does not end for that: %s", state.global_step, problem)
+        elif self.args.should_save:
+            rotate(checkpoints, keep=self.args.save_total_limit or 2, best=state.best_global_step)
 
     def _write_parts(self, folder: Path) -> None:
         """What this process has to write into a checkpoint."""
@@ -198,15 +204,18 @@ class SafeTrainer(transformers.Trainer):
         return {name: whole(part) for name, part in model.state_dict().items()} if self.is_fsdp_enabled else None
 
     def _load_best_model(self) -> None:
-        load_weights(self.unwrapped(), self.state.best_model_checkpoint)
+        """Go back to the best weights, where that is asked for; they lie in the run's folder, whatever that is called by now."""
+        step = self.state.best_global_step
+        if not self.args.load_best_model_at_end or step is None:
+            return
+        best = folder_of(Path(str(self.args.output_dir)), step)
+        if best.is_dir():
+            load_weights(self.unwrapped(), best)
+        else:
+            logger.warning("%s, the best checkpoint, is gone: these are the last weights", best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.unwrapped(model), resume_from_checkpoint)
-
-
-def best_of(state: TrainerState) -> dict[str, Any]:
-    """What a state knows of its best step."""
-    return {name: getattr(state, name) for name in BEST}
 
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from uuid import uuid4
@@ -99,9 +99,9 @@ def is_locked(descriptor: int) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, so that nobody ever sees half of it."""
-    if folder.exists():
-        leaving = temporary_name(folder)
+    """Remove a folder, if it is there and no other process removes it, so that nobody ever sees half of it."""
+    leaving = temporary_name(folder)
+    with suppress(FileNotFoundError):
         folder.rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
 

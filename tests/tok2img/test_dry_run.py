@@ -1,8 +1,9 @@
+import signal
 import sys
 
 import pytest
 
-from tok2img.dry_run import estimate_prior, estimate_tokenizer
+from tok2img.dry_run import StepClock, estimate_prior, estimate_tokenizer
 from tok2img.prior import build_prior
 from tok2img.recipes import PriorRecipe, TokenizerRecipe
 from tok2img.tokenized import save_tokens
@@ -31,6 +32,16 @@ def test_a_dry_run_changes_the_recipe_in_nothing_and_reads_tokens_that_are_there
     before = vars(prior_recipe).copy()
     estimate = estimate_prior(prior_recipe)
     assert estimate.tokenize_seconds == 0 and "done before" in str(estimate) and vars(prior_recipe) == before
+
+
+def test_a_dry_run_that_is_interrupted_ends_at_once_and_promises_nothing(prior_recipe, monkeypatch, caplog):
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StepClock, "on_step_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_prior(prior_recipe)
+    assert "stopped after" not in caplog.text
 
 
 def test_a_step_of_several_batches_takes_all_of_them(prior_recipe, monkeypatch):

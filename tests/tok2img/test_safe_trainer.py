@@ -1,8 +1,10 @@
+import contextlib
 import errno
 import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from tok2img import safe_trainer, whole_files
 from tok2img.augmentation import Augmentation
@@ -111,6 +113,7 @@ def run_until_killed(trainer: Trainer, step: int) -> None:
         {"lr_schedule": "linear"},
         {"save_every": 3, "batch_size": 5},
         {"eval_every": 2, "save_every": 4},
+        {"eval_every": 2, "save_every": 4, "best": "image_loss"},
     ],
     ids=str,
 )
@@ -163,6 +166,19 @@ def test_a_run_killed_again_and_again_arrives_where_one_does_that_is_not(tmp_pat
     last = trainer_in(tmp_path / "killed")
     last.train(resume_from_checkpoint=True)
     assert losses(last) == losses(whole) and weights(last) == weights(whole)
+
+
+def test_one_process_of_all_machines_looks_for_checkpoints_first(tmp_path, monkeypatch):
+    """Machines share the folder: their first processes would remove the same damaged checkpoint."""
+    seen = []
+
+    def first(arguments, local=True, desc=""):
+        seen.append(local)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", first)
+    trainer_in(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+    assert seen[:1] == [False]
 
 
 def test_checkpoints_hold_nothing_that_would_have_to_be_unpickled(tmp_path):
@@ -283,6 +299,19 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, capl
     assert weights(trainer) == weights(whole)
 
 
+def test_weights_that_do_not_fit_on_the_disk_cost_a_warning_and_not_the_run(tmp_path, caplog):
+    trainer, unlimited = trainer_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.add_callback(At(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, unlimited[1]))))
+    trainer.add_callback(At(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)))
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "no checkpoint of step 4" in caplog.text and "File too large" in caplog.text
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-8"}
+    assert len(losses(trainer)) == 8
+
+
 def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
     trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, learning_rate=1e-2)
     plain = safe_trainer.save_checkpoint
@@ -302,6 +331,52 @@ def test_a_run_that_goes_on_remembers_its_best_where_the_next_save_fails(tmp_pat
     monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
+
+
+def with_held_out_losses(trainer: Trainer, held_out: list[float]) -> Trainer:
+    """Gives a trainer that evaluates every 2 steps these held-out losses."""
+
+    def evaluate(*args, **kwargs):
+        metrics = {"eval_image_loss": held_out[trainer.state.global_step // 2 - 1]}
+        trainer.log(dict(metrics))
+        return metrics
+
+    trainer.evaluate = evaluate
+    return trainer
+
+
+def test_the_best_weights_are_kept_where_checkpoints_are_rarer_than_held_out_losses(tmp_path):
+    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, save_every=4)
+    at_best = []
+    trainer.add_callback(At(6, lambda: at_best.append(weights(trainer))))
+    with_held_out_losses(trainer, [2.0, 3.0, 1.0, 4.0]).train()
+    assert set(by_step(tmp_path / "checkpoints")) == {6, 8} and at_best == [weights(trainer)]
+
+
+@pytest.mark.parametrize("moved_to", ["run", "elsewhere"])
+def test_a_run_goes_back_to_its_best_under_another_name_of_its_folder(tmp_path, monkeypatch, moved_to):
+    monkeypatch.chdir(tmp_path)
+    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    run_until_killed(with_held_out_losses(trainer_in("run", **settings), held_out), 5)
+    best = (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors").read_bytes()
+    Path("run").rename(moved_to)
+    trainer = with_held_out_losses(trainer_in(tmp_path / moved_to, **settings), held_out)
+    trainer.train(resume_from_checkpoint=True)
+    assert set(by_step(tmp_path / moved_to / "checkpoints")) == {2, 6, 8}
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == best
+
+
+def test_a_best_checkpoint_that_somebody_removed_is_named_and_the_last_weights_stay(tmp_path, caplog):
+    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    run_until_killed(with_held_out_losses(trainer_in(tmp_path, **settings), held_out), 5)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
+    trainer = with_held_out_losses(trainer_in(tmp_path, **settings), held_out)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2, the best checkpoint, is gone" in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    last = tmp_path / "checkpoints" / "checkpoint-8"
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
 
 
 def spoil_loss(trainer: Trainer, steps: set[int], value: float) -> None:
@@ -379,6 +454,32 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, signum):
     resumed = trainer_in(tmp_path / "stopped", save_every=100)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole) and weights(resumed) == weights(whole)
+
+
+def test_a_signal_saves_a_run_that_keeps_no_checkpoints(tmp_path, caplog):
+    stopped = trainer_in(tmp_path, save_every=0)
+    stopped.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        stopped.train()
+    newest = newest_whole(tmp_path / "checkpoints")
+    assert newest is not None and f"stopped after step {newest.name[-1]} and saved" in caplog.text
+    resumed = trainer_in(tmp_path, save_every=0)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == 8
+
+
+@pytest.mark.parametrize(("step", "newest"), [(1, 0), (5, 4)])
+def test_a_run_that_was_stopped_and_could_not_be_saved_says_so(tmp_path, monkeypatch, caplog, step, newest):
+    trainer = trainer_in(tmp_path, save_every=4)
+
+    def stop_on_a_full_disk():
+        monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.add_callback(At(step, stop_on_a_full_disk))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert f"not saved; the same command goes on from step {newest}" in caplog.text and "and saved" not in caplog.text
 
 
 def test_runs_killed_at_random_lose_nothing():

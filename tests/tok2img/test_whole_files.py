@@ -1,8 +1,10 @@
 import os
+import shutil
 import stat
 
 import pytest
 
+from tok2img import whole_files
 from tok2img.whole_files import (
     MANIFEST,
     added_to,
@@ -89,6 +91,16 @@ def test_what_a_killed_run_left_is_swept_away(folder):
     temporary_name(folder / "inner").mkdir()
     sweep(folder)
     assert {path.name for path in folder.iterdir()} == {"weights", "inner", MANIFEST}
+
+
+def test_a_folder_may_be_removed_by_two_at_once(folder, monkeypatch):
+    def after_the_other(path):
+        shutil.rmtree(path)
+        return temporary_name(path)
+
+    monkeypatch.setattr(whole_files, "temporary_name", after_the_other)
+    remove_folder(folder)
+    assert not list(folder.parent.iterdir())
 
 
 def test_removing_a_folder_that_is_not_there_is_nothing(tmp_path):
