@@ -219,6 +219,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
         dataloader_num_workers=recipe.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # processes agree on theirs by themselves, and what each counts alone it keeps
         remove_unused_columns=False,
         report_to=recipe.report_to,
         seed=recipe.seed,

@@ -22,7 +22,16 @@ from tokenizers_vq.with_loss import inner_of
 from .bad_steps import BadSteps
 from .checkpoints import by_step, folder_of, newest_whole, rotate, save_checkpoint
 from .interruption import Interrupted, StopCleanly
-from .training_state import load_optimizer, load_random_state, save_optimizer, save_random_state, whole, whole_state
+from .training_state import (
+    load_optimizer,
+    load_random_state,
+    load_unsaved_buffers,
+    save_optimizer,
+    save_random_state,
+    save_unsaved_buffers,
+    whole,
+    whole_state,
+)
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
@@ -143,7 +152,8 @@ class SafeTrainer(transformers.Trainer):
 
     def _write_parts(self, folder: Path) -> None:
         """What this process has to write into a checkpoint."""
-        save_random_state(folder / f"random-{self.args.process_index}.safetensors")
+        save_random_state(folder / self._own("random"))
+        save_unsaved_buffers(folder / self._own("buffers"), self.unwrapped())
         self._save(str(folder), self._whole_weights())
         self._save_optimizer_and_scheduler(str(folder))
         if self.args.should_save:
@@ -166,9 +176,13 @@ class SafeTrainer(transformers.Trainer):
         schedule.load_state_dict(json.loads(Path(checkpoint, SCHEDULE_FILE).read_text(encoding="utf-8")))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        file = Path(str(checkpoint), f"random-{self.args.process_index}.safetensors")
+        file = Path(str(checkpoint), self._own("random"))
         if file.is_file():
             load_random_state(file)
+
+    def _own(self, kind: str) -> str:
+        """Name of the file of a kind that each process has for itself."""
+        return f"{kind}-{self.args.process_index}.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -216,6 +230,9 @@ class SafeTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.unwrapped(model), resume_from_checkpoint)
+        file = Path(resume_from_checkpoint, self._own("buffers"))
+        if file.is_file():
+            load_unsaved_buffers(file, self.unwrapped(model))
 
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run needs beside its weights to go on exactly: optimizer, learning rate and random numbers, as safetensors and JSON.
+"""What a run needs beside its weights to go on exactly: optimizer, learning rate, counts and random numbers, as safetensors and JSON.
 
 Nothing is ever unpickled.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tokenizers_vq.ranks import own_rank
@@ -72,6 +72,21 @@ def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
         for now, then in zip(groups, settings["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": restored})
+
+
+def save_unsaved_buffers(file: Path, model: nn.Module) -> None:
+    """Write the buffers that are no part of a saved model, such as counts of what was of use lately, as this process has them."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved}
+    save_tensors(file, buffers, {})
+
+
+def load_unsaved_buffers(file: Path, model: nn.Module) -> None:
+    """Put back what `save_unsaved_buffers` wrote, whatever length it has by now."""
+    for name, saved in load_tensors(file)[0].items():
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, own_name, saved.to(getattr(module, own_name).device))
 
 
 def save_random_state(file: Path) -> None:

@@ -10,6 +10,8 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from tok2img.prior_loss import PriorWithLoss
 from tok2img.recipes import PriorRecipe, TokenizerRecipe
 from tok2img.runs import arguments
 from tok2img.trainer import Trainer
-from tokenizers_vq import VQVAE, VQVAEConfig
+from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig, vqdraw
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
 RUN_OF_ALL = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1}
@@ -55,11 +57,20 @@ def trainer_in(out, *, best: str = "", **settings) -> Trainer:
     )
 
 
-def tokenizer_trainer_in(out, **settings) -> Trainer:
-    """A tiny VQ-VAE on pictures that are changed at random."""
+def tiny_vqvae(codebook_size: int = 8) -> VQVAE:
+    return VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=codebook_size, code_dim=4))
+
+
+def tiny_vqdraw() -> VQDrawForImages:
+    sizes = {"hidden_channels": 8, "feature_channels": 8, "num_residual_blocks": 1}
+    return VQDrawForImages(VQDrawImageConfig(image_size=8, num_stages=2, codebook_size=32, **sizes))
+
+
+def tokenizer_trainer_in(out, build: Callable[[], DiscreteTokenizer] = tiny_vqvae, **settings) -> Trainer:
+    """A tiny VQ-VAE, or another tokenizer, on pictures that are changed at random."""
     recipe = TokenizerRecipe(**({"out": str(out), "eval_every": 0, "save_every": 2} | RUN_OF_ALL | settings))
     torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, codebook_size=8, code_dim=4))
+    model = build()
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
     return Trainer(model, arguments(recipe, best_by=""), train_dataset=rows, augment=Augmentation(flip=True, crop=0.5))
@@ -156,6 +167,19 @@ class TestOtherRows:
         resumed.train(resume_from_checkpoint=True)
         assert losses(resumed) == losses(whole) and len(losses(whole)) == 8
         assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("build", [tiny_vqdraw, partial(tiny_vqvae, codebook_size=40)], ids=["vqdraw", "vqvae"])
+def test_what_is_counted_but_not_saved_with_a_model_goes_on_too(tmp_path, monkeypatch, build):
+    """Options revived at step 6; a codebook that waits until step 10 for vectors enough to start from."""
+    monkeypatch.setattr(vqdraw, "REVIVE_EVERY", 6)
+    trainer = partial(tokenizer_trainer_in, build=build, max_steps=12)
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    run_until_killed(trainer(tmp_path / "killed"), 5)
+    resumed = trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert weights(resumed) == weights(whole)
 
 
 def test_a_run_killed_again_and_again_arrives_where_one_does_that_is_not(tmp_path):
