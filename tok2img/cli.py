@@ -278,9 +278,8 @@ def evaluate(
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
-    from .reports import open_unseen, report_on_model, report_on_tokenizer
+    from .reports import open_unseen, report_on_model, report_on_tokenizer, save_report
     from .text_codes import is_text_model
-    from .whole_files import write_atomically
 
     of_text = bool(tokenizer) and is_text_model(tokenizer)
     rows = open_unseen(
@@ -292,21 +291,15 @@ def evaluate(
         with_images=not of_text,
         max_rows=max_rows or None,
     )
-    pictures = pictures or f"{Path(out).with_suffix('')}_pictures"
     if tokenizer:
-        report = report_on_tokenizer(tokenizer, rows, pictures=pictures)
+        report, draw = report_on_tokenizer(tokenizer, rows)
     else:
-        report = report_on_model(
-            model,
-            rows,
-            data=data,
-            tokens=tokens,
-            judge_folder=judge,
-            num_images=num_images,
-            seed=seed,
-            pictures=pictures,
+        report, draw = report_on_model(
+            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed
         )
-    write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
+    save_report(report, out)  # before drawing: figures that took an hour are not lost to a chart
+    report["pictures"] = draw(Path(pictures or f"{Path(out).with_suffix('')}_pictures"))
+    save_report(report, out)
     print(json.dumps(report, indent=2))
 
 

@@ -410,6 +410,14 @@ def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_ou
     assert json.loads((tmp_path / "report.json").read_text())["pictures"] == [sheet]
 
 
+def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tok2img.pictures.plot_code_usage", lambda *_: (_ for _ in ()).throw(ValueError("no chart")))
+    words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
+    _, complaint, code = tok2img("evaluate", *words)
+    assert code == 2 and "no chart" in complaint
+    assert "psnr" in json.loads((tmp_path / "report.json").read_text())
+
+
 def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):
     refused("evaluate", "--data", data, "--out", "a.json", names="--model or --tokenizer")
 
