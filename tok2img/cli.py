@@ -282,20 +282,20 @@ def evaluate(
     from .text_codes import is_text_model
 
     of_text = bool(tokenizer) and is_text_model(tokenizer)
+    columns = {"image_column": image_column or None, "caption_column": caption_column or None}
     rows = open_unseen(
         data,
         split=split,
-        image_column=image_column or None,
-        caption_column=caption_column or None,
         with_captions=bool(model) or of_text,
         with_images=not of_text,
         max_rows=max_rows or None,
+        **columns,
     )
     if tokenizer:
         report, draw = report_on_tokenizer(tokenizer, rows)
     else:
         report, draw = report_on_model(
-            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed
+            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed, **columns
         )
     save_report(report, out)  # before drawing: figures that took an hour are not lost to a chart
     report["pictures"] = draw(Path(pictures or f"{Path(out).with_suffix('')}_pictures"))
