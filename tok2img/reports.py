@@ -27,6 +27,7 @@ from .evaluation import (
     repeated_share,
     unigram_entropy,
 )
+from .packed_files import MissingSplitError
 from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
 from .prior_loss import PriorWithLoss
@@ -60,7 +61,7 @@ def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
         return load_captioned_images(data, split=split, **columns)
     try:
         return load_captioned_images(data, split="test", **columns)
-    except ValueError:
+    except MissingSplitError:
         return load_captioned_images(data, split="validation", **columns)
 
 
