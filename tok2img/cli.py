@@ -1,6 +1,5 @@
 """The command line: `tok2img COMMAND`. Commands import what they need when they run, so that help needs no torch."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -299,8 +298,7 @@ def evaluate(
         )
     save_report(report, out)  # before drawing: figures that took an hour are not lost to a chart
     report["pictures"] = draw(Path(pictures or f"{Path(out).with_suffix('')}_pictures"))
-    save_report(report, out)
-    print(json.dumps(report, indent=2))
+    print(save_report(report, out))
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from .shapes_judge import judge as judge_shapes
 from .text_codes import is_text_model, load_text_model
 from .text_reports import measure_text_tokenizer
 from .tokenized import load_tokens
-from .training_log import load_log
+from .training_log import finite, load_log
 from .whole_files import write_atomically
 
 BATCH_SIZE = 250
@@ -235,9 +235,11 @@ def is_shapes_caption(caption: str) -> bool:
     return True
 
 
-def save_report(report: Report, path: str | Path) -> None:
-    """Write a report as JSON."""
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+def save_report(report: Report, path: str | Path) -> str:
+    """Write a report as JSON, in which a number that is not finite is null, and return that."""
+    text = json.dumps(finite(report), indent=2)
+    write_atomically(path, f"{text}\n".encode())
+    return text
 
 
 def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:

@@ -1,8 +1,11 @@
+import json
+import math
+
 import datasets
 import pytest
 from datasets import Dataset
 
-from tok2img.reports import open_unseen
+from tok2img.reports import open_unseen, save_report
 
 
 def write(folder, *splits, image=b"content"):
@@ -35,3 +38,9 @@ def test_data_of_the_hub_without_a_test_split_has_its_validation_rows(monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert open_unseen("somebody/pictures")["caption"][:] == ["validation"]
+
+
+def test_a_report_is_json_where_an_error_is_none_and_its_psnr_infinite(tmp_path):
+    text = save_report({"psnr": math.inf, "stages": [{"mse": math.nan}, 0.5]}, tmp_path / "report.json")
+    assert json.loads(text) == {"psnr": None, "stages": [{"mse": None}, 0.5]}
+    assert (tmp_path / "report.json").read_text() == text + "\n"
