@@ -92,7 +92,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[s
         log_history: of a `transformers.Trainer`, or what `load_log` read
         path: picture file to write
     """
-    names = _curve_names(log_history)
+    names = curve_names(log_history)
     if not names:
         raise ValueError(f"got a log of {len(log_history)} entries, none of which has a loss or an eval_loss")
     figure, panels = _panels(len(names), width=4.8, height=3.2)
@@ -100,6 +100,15 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[s
         _draw_curve(axes, log_history, name)
     panels[0].legend(frameon=False)
     save_image(_picture(figure), path)
+
+
+def curve_names(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`loss`, and what else is logged beside it or beside `eval_loss`, in the order of the log."""
+    names: list[str] = []
+    for entry in log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            names += [name.removeprefix("eval_") for name in entry if name not in NOT_DRAWN]
+    return list(dict.fromkeys(names))
 
 
 def principal_plane(vectors: Tensor) -> tuple[Tensor, list[float]]:
@@ -208,15 +217,6 @@ def _draw_patches(axes: "Axes", points: Tensor, counts: Tensor, patches: Sequenc
     unused = cells[counts == 0]
     axes.scatter(*unused.unbind(dim=1), s=min(44, (160 / side) ** 2), **CROSS)
     axes.set(xticks=[], yticks=[], title="the same codes as patches, near their places")
-
-
-def _curve_names(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """`loss`, and what else is logged beside it or beside `eval_loss`, in the order of the log."""
-    names: list[str] = []
-    for entry in log_history:
-        if "loss" in entry or "eval_loss" in entry:
-            names += [name.removeprefix("eval_") for name in entry if name not in NOT_DRAWN]
-    return list(dict.fromkeys(names))
 
 
 def _draw_curve(axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: str) -> None:

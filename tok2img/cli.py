@@ -1,6 +1,5 @@
 """The command line: `tok2img COMMAND`. Commands import what they need when they run, so that help needs no torch."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -278,36 +277,28 @@ def evaluate(
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
     quiet()
-    from .reports import open_unseen, report_on_model, report_on_tokenizer
+    from .reports import open_unseen, report_on_model, report_on_tokenizer, save_report
     from .text_codes import is_text_model
-    from .whole_files import write_atomically
 
     of_text = bool(tokenizer) and is_text_model(tokenizer)
+    columns = {"image_column": image_column or None, "caption_column": caption_column or None}
     rows = open_unseen(
         data,
         split=split,
-        image_column=image_column or None,
-        caption_column=caption_column or None,
         with_captions=bool(model) or of_text,
         with_images=not of_text,
         max_rows=max_rows or None,
+        **columns,
     )
-    pictures = pictures or f"{Path(out).with_suffix('')}_pictures"
     if tokenizer:
-        report = report_on_tokenizer(tokenizer, rows, pictures=pictures)
+        report, draw = report_on_tokenizer(tokenizer, rows)
     else:
-        report = report_on_model(
-            model,
-            rows,
-            data=data,
-            tokens=tokens,
-            judge_folder=judge,
-            num_images=num_images,
-            seed=seed,
-            pictures=pictures,
+        report, draw = report_on_model(
+            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed, **columns
         )
-    write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
-    print(json.dumps(report, indent=2))
+    save_report(report, out)  # before drawing: figures that took an hour are not lost to a chart
+    report["pictures"] = draw(Path(pictures or f"{Path(out).with_suffix('')}_pictures"))
+    print(save_report(report, out))
 
 
 def main() -> None:

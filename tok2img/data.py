@@ -20,7 +20,15 @@ from datasets import Dataset, Value
 from datasets import Image as ImageFeature
 
 from .columns import CAPTION_NAMES, column_of_captions, column_of_pictures, no_column
-from .packed_files import SPLITS, from_packed_files, of_split, packed_files, quiet_datasets, root_line
+from .packed_files import (
+    SPLITS,
+    MissingSplitError,
+    from_packed_files,
+    of_split,
+    packed_files,
+    quiet_datasets,
+    root_line,
+)
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILT_IN_ROWS = 20_000
@@ -54,7 +62,7 @@ def load_captioned_images(
         Columns `image` (undecoded: "bytes" and "path"; with images), `caption` (string; with captions), and `label` if there is one.
 
     Raises:
-        ValueError: one line that names the file, column, row or split
+        ValueError: one line that names the file, column or row; `MissingSplitError` where there is no such split
     """
     check_max_rows(max_rows)
     rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_rows=max_rows)
@@ -123,7 +131,10 @@ def _from_hub(name: str, split: str) -> Dataset:
         with quiet_datasets():
             return datasets.load_dataset(name, split=split)
     except Exception as error:  # network, permission, format, split: each has its own type
-        raise ValueError(f"{name}: no such file or folder, and not from the hub: {root_line(error)}") from error
+        reason = root_line(error)
+        if reason.startswith("Unknown split"):
+            raise MissingSplitError(f"{name}: {reason}") from error
+        raise ValueError(f"{name}: no such file or folder, and not from the hub: {reason}") from error
 
 
 def _from_picture_folder(folder: Path, split: str, *, file_key: str, captions: Sequence[str]) -> Dataset:

@@ -86,7 +86,9 @@ def with_blind(layout: SequenceLayout, text_ids: Tensor, negative_text_ids: Tens
 
 
 def check_rows(num: int, **inputs: Any) -> None:
-    """ValueError for an input that has another number of rows than there are prompts."""
+    """ValueError for no prompts, and for an input that has another number of rows than there are."""
+    if not num:
+        raise ValueError("got no prompts to draw pictures of")
     for name, given in inputs.items():
         if given is not None and len(given) != num:
             raise ValueError(f"got {len(given)} {name} for {num} prompts")

@@ -22,6 +22,10 @@ UNREADABLE = (pa.ArrowException, tarfile.TarError, EOFError, OSError)
 _SPLIT_NAME = re.compile("|".join(SPLITS))
 
 
+class MissingSplitError(ValueError):
+    """Data has no split of a name."""
+
+
 def packed_files(path: Path, split: str) -> list[Path]:
     """The Parquet files or else the tars of a split; none if it is a folder without either."""
     if path.is_file():
@@ -46,9 +50,9 @@ def _split_of(file: Path) -> str:
 
 
 def of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
-    """The files of a split; ValueError with the splits there are for another."""
+    """The files of a split; MissingSplitError with the splits there are for another."""
     if split not in by_split:
-        raise ValueError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
+        raise MissingSplitError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
     return by_split[split]
 
 

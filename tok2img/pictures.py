@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.pixels import images_from_pixels
 
-from .charts import plot_code_usage, plot_codebook, plot_curves
+from .charts import curve_names, plot_code_usage, plot_codebook, plot_curves
 from .drawing import draw_reconstructions, draw_stages
 from .plots import captioned_sheet, save_image
 from .processing import load_pixels
@@ -79,8 +79,8 @@ def picture_model(images: Sequence[Image.Image], captions: Sequence[str], *, log
 
 
 def curves_of(log: Log) -> Charts:
-    """The curves of a run that kept its log."""
-    return {"curves.png": lambda path: plot_curves(log, path)} if log else {}
+    """The curves of a run that kept its log, where it came to log a loss."""
+    return {"curves.png": lambda path: plot_curves(log, path)} if curve_names(log) else {}
 
 
 def save_sheets(sheets: Mapping[str, Image.Image], folder: Path) -> list[str]:

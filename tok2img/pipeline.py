@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -233,11 +234,11 @@ class TextToImagePipeline:
         num_codes = self.processor.layout.num_codes
         if seed is None:
             seed = new_seed()
-        if isinstance(seed, int):
-            return uniform_streams(seed, range(num), num_codes)
+        if isinstance(seed, int | Integral):
+            return uniform_streams(int(seed), range(num), num_codes)
         if len(seed) != 2:
             raise ValueError(f"seed must be a whole number, or two to go between, got {seed!r}")
-        ends = [uniform_streams(each, range(num // per_prompt), num_codes) for each in seed]
+        ends = [uniform_streams(int(each), range(num // per_prompt), num_codes) for each in seed]
         return torch.cat([streams_between(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
 
     def _warn_of_guidance(self, sampling: Sampling, negative_prompt: str | None) -> None:

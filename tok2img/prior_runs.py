@@ -83,8 +83,8 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
 
 def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgProcessor]:
     """What a recipe names, a data set of tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
-    made_before = Path(recipe.out, TOKENS)
-    if recipe.tokens or (goes_on(recipe) and made_before.is_dir()):
+    resumed, made_before = goes_on(recipe), Path(recipe.out, TOKENS)
+    if recipe.tokens or (resumed and made_before.is_dir()):
         folder = recipe.tokens or made_before
         tokens, processor = load_tokens(folder)
         if recipe.start_from:

@@ -1,9 +1,9 @@
 """Reports on a trained tokenizer or model: the numbers that tell whether it is good, none of them alone."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .evaluation import (
     repeated_share,
     unigram_entropy,
 )
+from .packed_files import MissingSplitError
 from .pictures import picture_image_tokenizer, picture_model, picture_text_tokenizer
 from .pipeline import TextToImagePipeline
 from .prior_loss import PriorWithLoss
@@ -36,11 +37,13 @@ from .shapes_judge import judge as judge_shapes
 from .text_codes import is_text_model, load_text_model
 from .text_reports import measure_text_tokenizer
 from .tokenized import load_tokens
-from .training_log import load_log
+from .training_log import finite, load_log
+from .whole_files import write_atomically
 
 BATCH_SIZE = 250
 
 Report = dict[str, Any]
+Draw = Callable[[Path], list[str]]  # draws into a folder and names the files
 
 
 @dataclass(frozen=True)
@@ -58,35 +61,28 @@ def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
         return load_captioned_images(data, split=split, **columns)
     try:
         return load_captioned_images(data, split="test", **columns)
-    except ValueError:
+    except MissingSplitError:
         return load_captioned_images(data, split="validation", **columns)
 
 
-def report_on_tokenizer(folder: str | Path, rows: Dataset, *, pictures: str | Path = "") -> Report:
-    """Errors and code usage of a saved tokenizer on the pictures, or the captions, of some rows.
+def report_on_tokenizer(folder: str | Path, rows: Dataset) -> tuple[Report, Draw]:
+    """Errors and code usage of a saved tokenizer on the pictures, or the captions, of some rows; and what draws it.
 
-    See `evaluate_tokenizer` and `evaluate_text_tokenizer`; with `pictures`, a folder, also draws what `picture_image_tokenizer` says.
+    See `evaluate_tokenizer` and `evaluate_text_tokenizer`, and `picture_image_tokenizer`.
     """
     log = load_log(folder)
     if is_text_model(folder):
         model = to_device(load_text_model(folder))
         report, histogram = measure_text_tokenizer(model, rows["caption"][:])
-        if pictures:
-            report["pictures"] = picture_text_tokenizer(
-                model, rows["caption"], histogram, log=log, folder=Path(pictures)
-            )
-        return report
+        return report, lambda into: picture_text_tokenizer(model, rows["caption"], histogram, log=log, folder=into)
     image_tokenizer = to_device(load_image_tokenizer(folder))
     pixel_batches = (
         load_pixels(images, image_tokenizer).to(image_tokenizer.device) for images in batches(rows["image"])
     )
     figures, histogram = measure_tokenizer(image_tokenizer, pixel_batches)
-    report: Report = dict(figures)
-    if pictures:
-        report["pictures"] = picture_image_tokenizer(
-            image_tokenizer, rows["image"], histogram, log=log, folder=Path(pictures)
-        )
-    return report
+    return dict(figures), lambda into: picture_image_tokenizer(
+        image_tokenizer, rows["image"], histogram, log=log, folder=into
+    )
 
 
 def report_on_model(
@@ -98,28 +94,33 @@ def report_on_model(
     judge_folder: str = "",
     num_images: int = 1000,
     seed: int = 0,
-    pictures: str | Path = "",
-) -> Report:
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> tuple[Report, Draw]:
     """Losses of a saved model on rows it has not seen, what its pictures of their captions are worth, and its captions where it writes any.
 
-    With `pictures`, a folder, also draws what `picture_model` says.
+    Beside these what draws them, see `picture_model`. The columns are those of the data that a judge learns from.
     """
-    draw = partial(picture_model, log=load_log(folder), folder=Path(pictures)) if pictures else None
+    log, training_codes = load_log(folder), codes_of(tokens) if tokens else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
     if can_caption(pipeline.prior):
         report |= report_on_captions(pipeline, rows)
-    judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder)
-    captions = spread(rows["caption"], num_images, seed=seed)
-    return report | report_on_pictures(
-        pipeline,
-        captions,
-        judge=judge,
-        seed=seed,
-        training_codes=codes_of(tokens) if tokens else None,
-        real_images=rows["image"][:],
-        draw=draw,
+    judge = find_judge(
+        rows,
+        pipeline.processor.image_tokenizer,
+        data=data,
+        folder=judge_folder,
+        image_column=image_column,
+        caption_column=caption_column,
     )
+    captions = spread(rows["caption"], num_images, seed=seed)
+    output = pipeline(captions, seed=seed, progress=True)
+    images: Any = output.images
+    report |= report_on_pictures(images, captions, judge=judge, real_images=rows["image"][:])
+    if training_codes is not None:
+        report["repeated_share"] = repeated_share(output.codes, training_codes)
+    return report, lambda into: picture_model(images, captions, log=log, folder=into)
 
 
 def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
@@ -163,35 +164,27 @@ def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
 
 
 def report_on_pictures(
-    pipeline: TextToImagePipeline,
-    captions: list[str],
-    *,
-    judge: Judge | None,
-    seed: int = 0,
-    training_codes: Tensor | None = None,
-    real_images: Sequence[Any] | None = None,
-    draw: Callable[[Sequence[Image.Image], Sequence[str]], list[str]] | None = None,
+    images: Sequence[Image.Image], captions: list[str], *, judge: Judge | None, real_images: Sequence[Any]
 ) -> Report:
-    """Draw a picture of each caption with the model's default settings; how many are right, how far from real, how many repeated.
-
-    `draw` makes files of pictures and captions, and names them.
-    """
-    output = pipeline(captions, seed=seed, progress=True)
-    images: Any = output.images
+    """How many pictures of captions are right, and how far all are from real ones."""
     report: Report = {"num_images": len(captions)}
     if judge is not None:
         report["caption_accuracy"] = caption_accuracy(images, captions, judge.shows)
         report["judge_accuracy_on_real"] = judge.accuracy_on_real
-    if judge is not None and judge.features is not None and real_images is not None:
+    if judge is not None and judge.features is not None:
         report["frechet_distance"] = frechet_distance(judge.features(images), judge.features(real_images))
-    if training_codes is not None:
-        report["repeated_share"] = repeated_share(output.codes, training_codes)
-    if draw is not None:
-        report["pictures"] = draw(images, captions)
     return report
 
 
-def find_judge(rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, folder: str = "") -> Judge | None:
+def find_judge(
+    rows: Dataset,
+    image_tokenizer: DiscreteTokenizer,
+    *,
+    data: str,
+    folder: str = "",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> Judge | None:
     """Who judges pictures of these captions.
 
     The exact judge for the built-in shapes; else a classifier of captions, loaded from `folder`, or trained on the data's training split
@@ -202,7 +195,7 @@ def find_judge(rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, 
         return Judge(judge_shapes)
     if folder and Path(folder, CONFIG_FILE).is_file():
         return classifier_judge(CaptionClassifier.load(folder), rows)
-    training: Any = load_captioned_images(data, split="train")
+    training: Any = load_captioned_images(data, split="train", image_column=image_column, caption_column=caption_column)
     if not 2 <= len(set(training["caption"])) <= MAX_CAPTIONS:
         return None
     classifier = train_classifier(training, image_size=config.image_size, num_channels=config.num_channels)
@@ -240,6 +233,13 @@ def is_shapes_caption(caption: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def save_report(report: Report, path: str | Path) -> str:
+    """Write a report as JSON, in which a number that is not finite is null, and return that."""
+    text = json.dumps(finite(report), indent=2)
+    write_atomically(path, f"{text}\n".encode())
+    return text
 
 
 def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:

@@ -19,6 +19,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from .packed_files import MissingSplitError
+
 IMAGE_SIZE = 32
 BACKGROUND = 255
 
@@ -235,7 +237,7 @@ def shapes_dataset(split: str, num_rows: int, seed: int = 0) -> Dataset:
         Rows of `image` (PNG) and `caption`.
     """
     if split not in SPLITS:
-        raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
+        raise MissingSplitError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
     if num_rows < 1:
         raise ValueError(f"got num_rows {num_rows}, expected at least 1 for a split of {', '.join(SPLITS)}")
     images, captions = [], []

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from datasets import Image as ImageFeature
 
 from .columns import TEXT, column_of_captions, column_of_pictures
 from .data import check_max_rows, load_captioned_images, packed_files_of
@@ -59,10 +61,21 @@ class DatasetRows:
     """Rows of a data set of `datasets`, with columns `image` and `caption`, as `StreamedRows` gives them."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.fingerprint = dataset, dataset._fingerprint
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Says whether rows are the same as those of another time, by the sizes and times of pictures in files of their own."""
+        files = picture_files(self.dataset)
+        if not files:
+            return str(self.dataset._fingerprint)
+        digest = hashlib.sha256(self.dataset._fingerprint.encode())
+        for file in files:
+            digest.update(json.dumps([file, size_and_time(file)]).encode())
+        return digest.hexdigest()
 
     @property
     def captions(self) -> Iterable[Any]:
@@ -72,6 +85,23 @@ class DatasetRows:
     def batches(self, rows: range, size: int) -> Iterator[dict[str, list[Any]]]:
         """Rows in batches."""
         return (self.dataset[first : min(first + size, rows.stop)] for first in rows[::size])
+
+
+def picture_files(dataset: Dataset) -> list[str]:
+    """The files of pictures that the rows name and do not hold."""
+    if not isinstance(dataset.features["image"], ImageFeature):
+        return []
+    contents, paths = dataset.data.column("image").flatten()
+    return paths.filter(contents.is_null()).drop_null().to_pylist()
+
+
+def size_and_time(file: str) -> list[int]:
+    """What changes when a file is written anew; nothing of one that is not here."""
+    try:
+        stat = os.stat(file)
+    except (OSError, ValueError):
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 class StreamedRows:

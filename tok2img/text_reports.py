@@ -1,6 +1,7 @@
 """What a model of text can do: figures on held-out text, texts stage by stage, and texts of random codes."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def write_text_sheet(folder: str | Path, sources: list[str], out: str | Path, *,
     Args:
         sources: one data set, or the texts themselves.
     """
-    is_data = len(sources) == 1 and (Path(sources[0]).exists() or " " not in sources[0])
+    is_data = len(sources) == 1 and (os.path.exists(sources[0]) or " " not in sources[0])
     texts = sources
     if is_data:
         rows = load_captioned_images(sources[0], split=split, with_images=False, max_rows=num_texts)

@@ -68,6 +68,8 @@ def save_tokens(
 ) -> dict[str, Any] | None:
     """Tokenize columns `image` and `caption` into a folder, which appears whole or not at all; a job that was killed goes on.
 
+    What the same job has made of the same rows before is left as it is, unless it is damaged.
+
     Args:
         data: a data set of `datasets`, or what `stream_captioned_images` opens.
         on_error: "skip" leaves rows out that cannot be read, and lists them in the manifest; "raise" is a ValueError with the first.
@@ -86,11 +88,11 @@ def save_tokens(
     job = Job(rows, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
     settings = {"data": rows.fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
-    if not alone and read_json(target / MANIFEST).get("job") == settings:
-        return read_json(target / MANIFEST)  # a job beside this one was quicker
     if alone:
         sweep(target.parent, f"{target.name}.*")
         sweep(job.folder)
+    if (made := manifest_of(target, settings)) is not None:
+        return made
     begin(job, settings, alone=alone)
     if not (job.folder / MANIFEST).is_file():
         try:
@@ -119,6 +121,16 @@ def put_together(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, 
     (job.folder / JOB_FILE).unlink(missing_ok=True)
     put_in_place(job.folder, target)
     return manifest
+
+
+def manifest_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a job with these settings that is done, whose tokens are whole; None where there is none."""
+    if read_json(folder / MANIFEST).get("job") != settings:
+        return None
+    try:
+        return open_tokens(folder)[0]
+    except ValueError:
+        return None
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -164,14 +176,20 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
-    """Read a folder of tokens and the processor that made them.
+    """Read a folder of tokens and the processor that made them; ValueError as in `open_tokens`."""
+    manifest, processor = open_tokens(folder)
+    return Dataset.from_parquet([str(Path(folder, name)) for name in manifest["shards"]]), processor  # type: ignore[reportReturnType]
+
+
+def open_tokens(folder: str | Path) -> tuple[dict[str, Any], Tok2ImgProcessor]:
+    """The manifest of a folder of tokens, all of which are there and whole, and the processor that made them.
 
     Raises:
         ValueError: for a folder that is none, a damaged shard, or tokenizers that are not those that made the tokens.
     """
     path = Path(folder, MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
         shards, fingerprint = dict(manifest["shards"]), manifest["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -184,7 +202,7 @@ def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
     processor = Tok2ImgProcessor.from_pretrained(folder)
     if processor.fingerprint() != fingerprint:
         raise ValueError(f"{folder}: the tokenizers there are not those that made the tokens: tokenize again")
-    return Dataset.from_parquet([str(Path(folder, name)) for name in shards]), processor  # type: ignore[reportReturnType]
+    return manifest, processor
 
 
 def refuse_other_use(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ LOG_FILE = "training_log.json"
 
 def save_log(log_history: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
     """Write the `log_history` of a `transformers.Trainer`, an entry a line; a number that is not finite becomes null, for JSON has none."""
-    lines = [json.dumps({name: finite(value) for name, value in entry.items()}) for entry in log_history]
+    lines = [json.dumps(finite(entry)) for entry in log_history]
     write_atomically(Path(folder, LOG_FILE), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
@@ -32,5 +32,9 @@ def load_log(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """None for a number that is not finite."""
+    """None for a number that is not finite, in lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

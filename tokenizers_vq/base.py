@@ -41,6 +41,7 @@ MOST_OF = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
     f"num_{parts}": MOST_PARTS
     for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
 }
+DIVISORS = {"pixel_std"}
 
 
 class DiscreteTokenizerConfig(PreTrainedConfig):
@@ -91,6 +92,8 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
             )
     elif isinstance(default, float) and (not is_number(value) or value < 0):
         raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
+    elif name in DIVISORS and value == 0:
+        raise ValueError(f"{owner}: {name} must be a number above 0, got {value!r}")
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -227,9 +227,9 @@ class TestCommand:
         judge = Judge(lambda image, caption: True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tok2img.reports.find_judge", lambda *_, **__: judge)
-            report = report_on_model(model, rows, data="", num_images=2)
+            report, _ = report_on_model(model, rows, data="", num_images=2)
             TextToImagePipeline(build_prior(processor.layout, depth=1), processor).save_pretrained(tmp_path / "drawer")
-            silent = report_on_model(tmp_path / "drawer", rows, data="", num_images=2)
+            silent, _ = report_on_model(tmp_path / "drawer", rows, data="", num_images=2)
         texts = ImageToTextPipeline.from_pretrained(model)(rows["image"][:])
         right = [" ".join(text.split()) == caption for text, caption in zip(texts, rows["caption"], strict=True)]
         assert report["caption_exact_match"] == pytest.approx(sum(right) / len(right))

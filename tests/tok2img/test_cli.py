@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+from tok2img.classifier import CaptionClassifier
 from tok2img.cli import main
 from tok2img.layout import SequenceLayout
 from tok2img.pipeline import TextToImagePipeline
@@ -408,6 +409,24 @@ def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_ou
     assert code == 0 and "left out code_usage.png, codebook.png" in said and "tok2img[eval]" in said
     sheet = str(tmp_path / "report_pictures" / "reconstructions.png")
     assert json.loads((tmp_path / "report.json").read_text())["pictures"] == [sheet]
+
+
+def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tok2img.pictures.plot_code_usage", lambda *_: (_ for _ in ()).throw(ValueError("no chart")))
+    words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
+    _, complaint, code = tok2img("evaluate", *words)
+    assert code == 2 and "no chart" in complaint
+    assert "psnr" in json.loads((tmp_path / "report.json").read_text())
+
+
+def test_a_model_is_judged_by_the_captions_it_is_evaluated_on(tok2img, model, pictures, tmp_path):
+    columns = {"image": pictures[:4], "caption": ["x", "y"] * 2, "title": ["cat", "dog"] * 2}
+    for split in ("train", "test"):
+        Dataset.from_dict(columns).to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
+    words = ["--model", model, "--data", tmp_path / "data", "--num-images", 2, "--out", tmp_path / "report.json"]
+    _, complaint, code = tok2img("evaluate", *words, "--caption-column", "title", "--judge", tmp_path / "judge")
+    assert code == 0, complaint
+    assert CaptionClassifier.load(tmp_path / "judge").captions == ["cat", "dog"]
 
 
 def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):

@@ -221,3 +221,8 @@ def test_another_number_of_indices_is_refused(prior, layout, text_ids):
         generate(prior, layout, text_ids, indices=[0])
     with pytest.raises(ValueError, match="got 1 indices for"):  # also where streams take their place
         generate(prior, layout, text_ids, indices=[0], uniforms=torch.rand(len(text_ids), layout.num_codes))
+
+
+def test_no_prompts_are_refused(prior, layout):
+    with pytest.raises(ValueError, match="no prompts"):
+        generate(prior, layout, torch.zeros(0, 3, dtype=torch.long))

@@ -56,6 +56,11 @@ def test_a_model_has_a_sheet_of_samples_and_its_curves(pictures, captions, tmp_p
         assert sheet.width > 6 * 96
 
 
+def test_a_run_too_short_to_log_a_loss_has_no_curves(pictures, captions, tmp_path):
+    log = [{"step": 3, "train_loss": 2.0, "train_runtime": 0.1}]
+    assert picture_model(pictures, captions, log=log, folder=tmp_path) == [str(tmp_path / "samples.png")]
+
+
 def test_a_code_is_shown_as_the_middle_of_the_picture_that_has_it_everywhere(tiny_vqvae):
     patches = code_patches(tiny_vqvae)
     assert len(patches) == 16 and {patch.size for patch in patches} == {(4, 4)}

@@ -104,6 +104,11 @@ def test_the_batch_size_changes_no_picture(pipeline):
     assert codes[0].equal(codes[1]) and codes[0].equal(codes[2])
 
 
+def test_a_seed_may_be_of_numpy(pipeline):
+    for plain, seed in ((3, np.int64(3)), ((3, 4), tuple(np.arange(3, 5)))):
+        assert pipeline("a dog", 2, seed=seed).codes.equal(pipeline("a dog", 2, seed=plain).codes)
+
+
 def test_without_a_seed_every_call_draws_anew(pipeline):
     assert not pipeline("a dog", 8).codes.equal(pipeline("a dog", 8).codes)
 

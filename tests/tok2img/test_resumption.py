@@ -5,6 +5,7 @@ import torch
 
 from tok2img import runs
 from tok2img.checkpoints import by_step, newest_whole
+from tok2img.prior_runs import open_source
 from tok2img.recipes import PriorRecipe, TokenizerRecipe
 from tok2img.resumption import checkpoints_of, close_run, goes_on, open_run
 from tok2img.trainer import Trainer
@@ -30,6 +31,12 @@ def test_checkpoints_of_another_recipe_are_refused_with_the_key_and_the_way_out(
     with pytest.raises(ValueError, match=r"learning_rate 0.001, this one has 0.002: give --resume false"):
         goes_on(replace(recipe, learning_rate=2e-3))
     assert list(by_step(checkpoints_of(recipe))) == [4]
+
+
+@pytest.mark.parametrize("source", [{"tokens": "tokens"}, {"data": "shapes"}], ids=["tokens", "data"])
+def test_a_prior_refuses_checkpoints_of_another_recipe_whatever_it_learns_from(recipe, source):
+    with pytest.raises(ValueError, match="holds a run with caption_dropout"):
+        open_source(replace(recipe, caption_dropout=0.9, **source))
 
 
 def test_another_number_of_steps_is_warned_of(recipe, caplog):

@@ -115,6 +115,21 @@ def test_a_job_goes_on_while_its_files_are_the_same(folder, processor, tmp_path)
     assert job() != before
 
 
+def test_a_job_goes_on_while_the_pictures_of_a_folder_are_the_same(tmp_path, pictures):
+    (tmp_path / "folder").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "folder" / f"{number}.png")
+        (tmp_path / "folder" / f"{number}.txt").write_text("a caption")
+
+    def job():
+        return stream_captioned_images(str(tmp_path / "folder")).fingerprint
+
+    before = job()
+    assert job() == before
+    pictures[0].save(tmp_path / "folder" / "1.png")
+    assert job() != before
+
+
 def test_text_is_fitted_alike_in_runs_and_whole(folder, whole, monkeypatch):
     captions = [caption for _, caption in whole]
     monkeypatch.setattr(tokenized, "ROWS_PER_SHARD", 3)

@@ -17,7 +17,7 @@ from tok2img.recipes import TokenizerRecipe
 from tok2img.runs import train_tokenizer
 from tok2img.text import SubwordTokenizer
 from tok2img.text_codes import SpanTextTokenizer, load_text_model, load_text_tokenizer
-from tok2img.text_reports import evaluate_text_tokenizer, first_codes
+from tok2img.text_reports import evaluate_text_tokenizer, first_codes, write_text_sheet
 from tok2img.tokenized import fit_text
 from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
 
@@ -195,6 +195,12 @@ def test_the_command_line_shows_and_measures_texts(model, rows, tmp_path):
     arguments = ["--tokenizer", folder, "--data", data, "--split", "train", "--out", str(out)]
     answer = CliRunner().invoke(app, ["evaluate", *arguments])
     assert answer.exit_code == 0 and len(json.loads(out.read_text())["byte_accuracy"]) == 3
+
+
+def test_one_long_text_is_no_file(model, tmp_path):
+    model.save_pretrained(tmp_path / "text")
+    write_text_sheet(tmp_path / "text", ["a red square " * 30], tmp_path / "sheet.txt", split="train", num_texts=1)
+    assert (tmp_path / "sheet.txt").read_text().count("text  '") == 1
 
 
 class TestReport:

@@ -79,6 +79,18 @@ def test_a_damaged_shard_is_done_again(processor, rows, whole, stopped, done):
     assert done == [0, 1, 2] and contents(stopped) == whole
 
 
+def test_a_job_that_is_done_is_not_done_again(processor, rows, whole, tmp_path, done):
+    manifest = save_tokens(rows, processor, tmp_path / "whole")
+    assert not done and manifest["rows"] == 6 and contents(tmp_path / "whole") == whole
+
+
+@pytest.mark.parametrize("file", ["train-00001.parquet", "image_tokenizer/model.safetensors"])
+def test_tokens_that_are_damaged_are_made_again(processor, rows, whole, tmp_path, done, file):
+    (tmp_path / "whole" / file).write_bytes(whole[file][:-1] + b"?")
+    save_tokens(rows, processor, tmp_path / "whole")
+    assert done == [0, 1, 2] and contents(tmp_path / "whole") == whole
+
+
 def test_shards_of_another_tokenizer_are_not_taken_over(processor, rows, stopped, done):
     processor.image_tokenizer.quantizer.codebook.data[0] += 1
     save_tokens(rows, processor, stopped)

@@ -178,7 +178,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(config_class):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("codebook_size", "16"), ("codebook_size", 2.5), ("codebook_size", 0), ("codebook_size", True)]
-    + [("num_channels", None), ("pixel_std", "x"), ("pixel_mean", -1.0)],
+    + [("num_channels", None), ("pixel_std", "x"), ("pixel_std", 0.0), ("pixel_mean", -1.0)],
 )
 def test_a_setting_of_the_wrong_kind_is_refused(config_class, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a .*number"):
