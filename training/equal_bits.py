@@ -45,7 +45,7 @@ VQVAES: dict[int, dict[str, dict[str, Any]]] = {
     240: {
         "one grid, 16 codes of 32768": {"codebook_size": 32768},
         "one finer grid, 64 codes of 13": {"num_downsamples": 2, "codebook_size": 13},
-        "residual, 3 x 16 codes of 32": {"quantizer": "residual", "num_levels": 3, "codebook_size": 32},
+        "residual, 2 x 16 codes of 181": {"quantizer": "residual", "num_levels": 2, "codebook_size": 181},
         "two grids, 16 + 64 codes of 8": {"num_downsamples": 2, "num_grids": 2, "codebook_size": 8},
         "FSQ, 16 codes of 32768": {"quantizer": "fsq", "fsq_levels": [8, 8, 8, 8, 8]},
     },
