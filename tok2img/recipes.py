@@ -107,6 +107,10 @@ class TokenizerRecipe(RunSettings):
         super().__post_init__()
         if self.start_from and self.tokenizer in ("bpe", "vqdraw_student"):
             raise ValueError(f"key 'start_from' is not for the tokenizer {self.tokenizer!r}, which begins anew")
+        if self.model and self.tokenizer == "bpe":
+            raise ValueError(
+                f"key 'model' is not for the tokenizer 'bpe', which has a vocab_size alone; got {self.model}"
+            )
         for key in ("perceptual", "adversarial_start"):
             if getattr(self, key) and self.tokenizer != "vqvae":
                 raise ValueError(f"key {key!r} is for the tokenizer 'vqvae', got {self.tokenizer!r}")

@@ -125,7 +125,12 @@ def write_text_sheet(folder: str | Path, sources: list[str], out: str | Path, *,
 
     Args:
         sources: one data set, or the texts themselves.
+
+    Raises:
+        ValueError: for an `out` that is named as something else than a text, and for data that cannot be read.
     """
+    if Path(out).suffix not in ("", ".txt"):
+        raise ValueError(f"{out}: a sheet of texts is a .txt file")
     is_data = len(sources) == 1 and (os.path.exists(sources[0]) or " " not in sources[0])
     texts = sources
     if is_data:

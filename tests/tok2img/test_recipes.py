@@ -185,6 +185,11 @@ def test_counts_below_their_least_are_refused_by_their_key(key, least):
         read_recipe(PriorRecipe, None, {key: least - 1})
 
 
+def test_a_bpe_has_no_settings_of_a_model():
+    with pytest.raises(ValueError, match="key 'model' is not for the tokenizer 'bpe'"):
+        TokenizerRecipe(tokenizer="bpe", model={"code_dim": 3})
+
+
 @pytest.mark.parametrize("key", ["adversarial_start", "perceptual"])
 def test_losses_of_a_vqvae_are_refused_for_other_tokenizers(key):
     with pytest.raises(ValueError, match=f"key '{key}' is for the tokenizer 'vqvae', got 'vqdraw'"):

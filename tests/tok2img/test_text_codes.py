@@ -201,6 +201,8 @@ def test_one_long_text_is_no_file(model, tmp_path):
     model.save_pretrained(tmp_path / "text")
     write_text_sheet(tmp_path / "text", ["a red square " * 30], tmp_path / "sheet.txt", split="train", num_texts=1)
     assert (tmp_path / "sheet.txt").read_text().count("text  '") == 1
+    with pytest.raises(ValueError, match=r"sheet\.png: a sheet of texts is a \.txt file"):
+        write_text_sheet(tmp_path / "text", ["a red square"], tmp_path / "sheet.png", split="train", num_texts=1)
 
 
 class TestReport:

@@ -150,6 +150,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
+    Path(tmp_path, "model.pt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"tensors alone: torch\.save did not write it") as refusal:
+        VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.pt")
+    assert "weights_only" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
