@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from .base import nearest_multiples
-from .finite import all_finite
+
+OVERSHOOT = 0.5  # more than any resampling of pictures does
 
 
 class PixelNormalization:
@@ -22,16 +23,16 @@ class PixelNormalization:
         """`b c h w` in [0, 1] -> normalised `b c h w`, float32.
 
         Args:
-            finite: refuse NaN and infinity too; for where codes are kept, since NaN would code as something.
+            finite: refuse NaN, infinity and what is far from [0, 1] too; for where codes are kept, since all of it would code as something.
 
         Raises:
-            ValueError: for another shape, and for what is no floats.
+            ValueError: for another shape, and for what is no floats, or none in [0, 1].
         """
         self.check_shape(pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
-        if finite and not all_finite(pixel_values):
-            raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
+        if finite and pixel_values.numel():
+            check_extremes(*pixel_values.detach().aminmax())
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
     def check_shape(self, pixel_values: Tensor) -> None:
@@ -52,6 +53,14 @@ class PixelNormalization:
     def squared_error(self, normalized: Tensor, target: Tensor) -> Tensor:
         """Mean squared error of two normalised batches in units of pixels, a detached scalar."""
         return (normalized.detach() - target).square().mean() * self.config.pixel_std**2
+
+
+def check_extremes(least: Tensor, most: Tensor) -> None:
+    """Refuse pixels that go from `least` to `most` where they cannot be meant for [0, 1]: what is left of it by resampling can."""
+    if not (least.isfinite() and most.isfinite()):
+        raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
+    if least < -OVERSHOOT or most > 1 + OVERSHOOT:
+        raise ValueError(f"pixel_values must be floats in [0, 1], got {least.item():g} to {most.item():g}")
 
 
 def check_sides(height: int, width: int, stride: int) -> None:

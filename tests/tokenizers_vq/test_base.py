@@ -168,6 +168,12 @@ def test_encoding_a_nan_is_refused_rather_than_coded_as_something(tokenizer, ima
         tokenizer.encode(images)
 
 
+@pytest.mark.parametrize("stray", [lambda pixels: 255 * pixels, lambda pixels: 2 * pixels - 1], ids=["255", "-1"])
+def test_pixels_of_another_scale_are_refused_rather_than_coded_as_something(tokenizer, images, stray):
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got -?\d"):
+        tokenizer.encode(stray(images.round()))
+
+
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_an_unknown_setting_is_refused_with_the_nearest_name(config_class):
     with pytest.raises(ValueError, match="no setting 'codebook_siz', did you mean 'codebook_size'"):
