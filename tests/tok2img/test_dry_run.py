@@ -34,6 +34,15 @@ def test_a_dry_run_changes_the_recipe_in_nothing_and_reads_tokens_that_are_there
     assert estimate.tokenize_seconds == 0 and "done before" in str(estimate) and vars(prior_recipe) == before
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal: jobs that a shell puts into the background are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_dry_run_that_is_interrupted_ends_at_once_and_promises_nothing(prior_recipe, monkeypatch, caplog):
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
