@@ -82,4 +82,4 @@ def test_a_recipe_trains_on_changed_pictures_and_any_workers_see_the_same(recipe
 @pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}], ids=str)
 def test_text_is_neither_mirrored_nor_cropped(recipe, settings):
     with pytest.raises(ValueError, match="keys 'flip' and 'crop' are for tokenizers of pictures, got 'bpe'"):
-        train_tokenizer(recipe("text", tokenizer="bpe", **settings))
+        train_tokenizer(recipe("text", tokenizer="bpe", model={}, **settings))
