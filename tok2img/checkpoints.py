@@ -45,7 +45,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
     return None
 
 
-def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device: torch.device) -> OSError | None:
+def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device: torch.device) -> Exception | None:
     """Build a checkpoint beside its place, each process its parts; the first one puts it there.
 
     Returns:
@@ -75,15 +75,13 @@ def rotate(checkpoints: Path, *, keep: int, best: int | None) -> None:
             remove_folder(folders[step])
 
 
-def on_all_ranks(work: Callable[[], None], device: torch.device) -> OSError | None:
+def on_all_ranks(work: Callable[[], None], device: torch.device) -> Exception | None:
     """Do a piece of work in every process, and wait for all: what went wrong in this or in another; None if nothing did."""
     problem = None
     try:
         work()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         problem = error
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        problem = OSError(str(error))
     if summed_over_ranks(torch.tensor(float(problem is not None), device=device)) and problem is None:
         return OSError("another process could not write its part")
     return problem

@@ -94,26 +94,18 @@ def report_on_model(
     judge_folder: str = "",
     num_images: int = 1000,
     seed: int = 0,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    **columns: Any,
 ) -> tuple[Report, Draw]:
     """Losses of a saved model on rows it has not seen, what its pictures of their captions are worth, and its captions where it writes any.
 
-    Beside these what draws them, see `picture_model`. The columns are those of the data that a judge learns from.
+    Beside these what draws them, see `picture_model`. `columns` name those of the data that a judge learns from.
     """
     log, training_codes = load_log(folder), codes_of(tokens) if tokens else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
     if can_caption(pipeline.prior):
         report |= report_on_captions(pipeline, rows)
-    judge = find_judge(
-        rows,
-        pipeline.processor.image_tokenizer,
-        data=data,
-        folder=judge_folder,
-        image_column=image_column,
-        caption_column=caption_column,
-    )
+    judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder, **columns)
     captions = spread(rows["caption"], num_images, seed=seed)
     output = pipeline(captions, seed=seed, progress=True)
     images: Any = output.images
@@ -177,13 +169,7 @@ def report_on_pictures(
 
 
 def find_judge(
-    rows: Dataset,
-    image_tokenizer: DiscreteTokenizer,
-    *,
-    data: str,
-    folder: str = "",
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, folder: str = "", **columns: Any
 ) -> Judge | None:
     """Who judges pictures of these captions.
 
@@ -195,7 +181,7 @@ def find_judge(
         return Judge(judge_shapes)
     if folder and Path(folder, CONFIG_FILE).is_file():
         return classifier_judge(CaptionClassifier.load(folder), rows)
-    training: Any = load_captioned_images(data, split="train", image_column=image_column, caption_column=caption_column)
+    training: Any = load_captioned_images(data, split="train", **columns)
     if not 2 <= len(set(training["caption"])) <= MAX_CAPTIONS:
         return None
     classifier = train_classifier(training, image_size=config.image_size, num_channels=config.num_channels)

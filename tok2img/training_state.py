@@ -77,7 +77,7 @@ def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
 def save_unsaved_buffers(file: Path, model: nn.Module) -> None:
     """Write the buffers that are no part of a saved model, such as counts of what was of use lately, as this process has them."""
     saved = model.state_dict().keys()
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
     save_tensors(file, buffers, {})
 
 

@@ -41,7 +41,7 @@ MOST_OF = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
     f"num_{parts}": MOST_PARTS
     for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
 }
-DIVISORS = {"pixel_std"}
+DIVISORS = {"pixel_std"}  # numbers that must not be 0
 
 
 class DiscreteTokenizerConfig(PreTrainedConfig):
@@ -80,20 +80,24 @@ def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], *, li
 
 def check_number(owner: str, name: str, value: Any, default: Any) -> None:
     """Refuse a value of another kind than its default: text for a number, 16.5 for 16, a count below 0 or beyond all use."""
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise ValueError(f"{owner}: {name} must be true or false, got {value!r}")
-    if isinstance(default, str) and not isinstance(value, str):
-        raise ValueError(f"{owner}: {name} must be a name, got {value!r}")
-    if isinstance(default, int) and not isinstance(default, bool):
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, str):
+        fits, wanted = isinstance(value, str), "a name"
+    elif isinstance(default, int):
         least, most = min(default, 1), MOST_OF.get(name, MOST)
-        if not is_whole(value) or not least <= value <= most:
-            raise ValueError(
-                f"{owner}: {name} must be a whole number of at least {least} and at most {most}, got {value!r}"
-            )
-    elif isinstance(default, float) and (not is_number(value) or value < 0):
-        raise ValueError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
-    elif name in DIVISORS and value == 0:
-        raise ValueError(f"{owner}: {name} must be a number above 0, got {value!r}")
+        fits, wanted = (
+            is_whole(value) and least <= value <= most,
+            f"a whole number of at least {least} and at most {most}",
+        )
+    elif isinstance(default, float):
+        divides = name in DIVISORS
+        fits = is_number(value) and (value > 0 if divides else value >= 0)
+        wanted = "a number above 0" if divides else "a number of at least 0"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = (
-    1024,
-    512,
-)  # vectors and codes compared at once: 2 MB of float32 scores stay in a core's cache, whatever the codebook's size
+# Vectors and codes compared at once: 2 MB of float32 scores stay in a core's cache, whatever the codebook's size.
+CHUNK = 1024, 512
 CHUNK_ON_GPU = 2**13, 2**13
 KMEANS_STEPS = 10
 

@@ -1,7 +1,9 @@
 """Between pixels in [0, 1], which the world sees, and the scale that a model computes in."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import nearest_multiples
@@ -32,7 +34,7 @@ class PixelNormalization:
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
         if finite and pixel_values.numel():
-            check_extremes(*pixel_values.detach().aminmax())
+            check_extremes(*torch.stack(pixel_values.detach().aminmax()).tolist())
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
     def check_shape(self, pixel_values: Tensor) -> None:
@@ -55,12 +57,12 @@ class PixelNormalization:
         return (normalized.detach() - target).square().mean() * self.config.pixel_std**2
 
 
-def check_extremes(least: Tensor, most: Tensor) -> None:
+def check_extremes(least: float, most: float) -> None:
     """Refuse pixels that go from `least` to `most` where they cannot be meant for [0, 1]: what is left of it by resampling can."""
-    if not (least.isfinite() and most.isfinite()):
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
     if least < -OVERSHOOT or most > 1 + OVERSHOOT:
-        raise ValueError(f"pixel_values must be floats in [0, 1], got {least.item():g} to {most.item():g}")
+        raise ValueError(f"pixel_values must be floats in [0, 1], got {least:g} to {most:g}")
 
 
 def check_sides(height: int, width: int, stride: int) -> None:

@@ -244,9 +244,8 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.lerp_(means, (self.counts >= SMALLEST_COUNT).float()[:, None])  # all the way, or not at all
-        dead = (self.counts < DEAD_SHARE * self.counts.mean()) & (
-            counts.sum() > 0
-        )  # without vectors there are no places
+        # Without vectors there are no places to go to.
+        dead = (self.counts < DEAD_SHARE * self.counts.mean()) & (counts.sum() > 0)
         if self.revive and (not may_look_at(dead) or dead.any()):
             self._revive(dead, self._places(vectors, codes, kept, errors))
 

@@ -123,6 +123,7 @@ class VQDraw(nn.Module):
         """No option was chosen yet, in no batch."""
         self.counts.zero_()
         self.num_batches.zero_()
+        self.batches_counted = None
 
     @property
     def learning(self) -> bool:

@@ -172,15 +172,20 @@ class VQVAE(DiscreteTokenizer):
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
         target = self.normalize(pixel_values)
         normalized, codes, loss = self._code(target)
-        metrics = [grid.quantizer.metrics() for grid in self.grids()]
-        means = {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
         measure = PIXEL_LOSSES[self.config.reconstruction] if reconstruction_loss is None else reconstruction_loss
         return TokenizerOutput(
             loss=measure(normalized, target) + loss,
             reconstruction=self.normalize.inverse(normalized),
             codes=in_sequence(codes),
-            metrics={"mse": self.normalize.squared_error(normalized, target), **(means if self.training else {})},
+            metrics={"mse": self.normalize.squared_error(normalized, target), **self._usage()},
         )
+
+    def _usage(self) -> dict[str, Tensor]:
+        """What the quantizers of all grids say of their codes in training, on average; they count nothing else."""
+        if not self.training:
+            return {}
+        metrics = [grid.quantizer.metrics() for grid in self.grids()]
+        return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
 
     def _code(
         self, target: Tensor, *, starting: bool = False, reconstruct: bool = True
