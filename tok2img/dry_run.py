@@ -24,7 +24,6 @@ from .trainer import Trainer
 
 NUM_STEPS = 5
 MAX_ROWS = 64  # looked at; a larger batch repeats them
-MOMENTS = 2  # that AdamW keeps of each parameter, beside its gradient
 
 
 @dataclass
@@ -113,16 +112,21 @@ def take_steps(model: nn.Module, rows: Any, recipe: RunSettings) -> Estimate:
             "report_to": "none",
         }
         kept = {each.name: getattr(recipe, each.name) for each in fields(RunSettings)}
-        trainer = Trainer(model, arguments(RunSettings(**kept | changed)), train_dataset=rows)
+        trainer = Trainer(
+            model, arguments(RunSettings(**kept | changed)), train_dataset=rows, optimizer=recipe.optimizer
+        )
         trainer.add_callback(clock)
         trainer.remove_callback(trainer.stop_cleanly)  # there is nothing to save
         trainer.train()
+    optimizer: Any = trainer.optimizer
+    entries = [item for entry in optimizer.state.values() for item in entry.items()]
+    moments = sum(value.nbytes for name, value in entries if name != "step")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        optimizer_bytes=(1 + MOMENTS) * sum(parameter.nbytes for parameter in trained),
+        optimizer_bytes=sum(parameter.nbytes for parameter in trained) + moments,
         peak_bytes=peak_memory(),
         seconds_per_step=median(clock.seconds[1:]),
         num_steps=recipe.max_steps,

@@ -66,6 +66,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         eval_dataset=held_out,
         draw=lambda: draw_samples(TextToImagePipeline(*plain_parts(prior, processor, model.places)), prompts),
         draw_every=0 if settings.fsdp else recipe.sample_every,  # with parts of a prior nobody can draw
+        optimizer=recipe.optimizer,
     )
     pipeline.to(trainer.args.device)
 

@@ -76,8 +76,13 @@ def train_ranker(recipe: RankerRecipe) -> ClipRanker:
     rows = open_data(recipe)
     ranker = build_ranker(rows, vocab_size=recipe.vocab_size, depth=recipe.depth, seed=recipe.seed)
     training_rows, held_out = (CaptionedRows(some, ranker) for some in split(rows, recipe))
-    settings = arguments(recipe)
-    trainer = Trainer(RankerWithLoss(ranker.model), settings, train_dataset=training_rows, eval_dataset=held_out)
+    trainer = Trainer(
+        RankerWithLoss(ranker.model),
+        arguments(recipe),
+        train_dataset=training_rows,
+        eval_dataset=held_out,
+        optimizer=recipe.optimizer,
+    )
     finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
     ranker.model.eval()
     return ranker

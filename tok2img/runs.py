@@ -68,6 +68,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         draw=lambda: draw_held_out(tokenizer, held_out),
         draw_every=recipe.sample_every,
         starts_from_data=not recipe.start_from,
+        optimizer=recipe.optimizer,
     )
     finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer

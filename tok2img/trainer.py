@@ -25,6 +25,7 @@ from tokenizers_vq.ranks import num_ranks, own_shares
 from tokenizers_vq.with_loss import inner_of
 
 from .augmentation import Augmentation
+from .muon import muon_for
 from .plots import save_image
 from .prior_loss import PriorWithLoss
 from .processing import load_levels
@@ -44,6 +45,7 @@ class Trainer(SafeTrainer):
         args: plain arguments of transformers.
         augment: what is done to the pictures that a tokenizer trains on.
         starts_from_data: whether a tokenizer looks at some data before its first step; not where it is trained already.
+        optimizer: "adamw" or "muon", see `Muon`.
         draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
@@ -58,9 +60,16 @@ class Trainer(SafeTrainer):
         draw: Callable[[], Image.Image | str] | None = None,
         draw_every: int = 0,
         starts_from_data: bool = True,
+        optimizer: str = "adamw",
     ):
         train_dataset = Endless(train_dataset) if is_stream(train_dataset) else train_dataset
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            optimizer_cls_and_kwargs=muon_for(model, args) if optimizer == "muon" else None,
+        )
         self.augment, self.starts_from_data = augment, starts_from_data
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
