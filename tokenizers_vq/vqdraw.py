@@ -9,7 +9,7 @@ This module knows no modality: what the steps are is the refiner's business, how
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -250,3 +250,25 @@ class VQDraw(nn.Module):
                 bias[lost] += goal - state[examples] - step
             state = output.state
         of_first_rank(self.biases.data)
+
+
+def build_draw(
+    config: Any, refiner: nn.Module, error: Error, *, state_shape: tuple[int, ...], num_joint: int = 1
+) -> VQDraw:
+    """The stage loop of a config that has its settings, under `VQDraw`'s names: that of pictures, or of text."""
+    return VQDraw(
+        refiner,
+        error,
+        state_shape=state_shape,
+        num_stages=config.active_stages or config.num_stages,
+        codebook_size=config.codebook_size,
+        aux_coeff=config.aux_coeff,
+        num_aux_options=config.num_aux_options,
+        final_coeff=config.final_coeff,
+        grad_decay=config.grad_decay,
+        epsilon=config.epsilon,
+        checkpoint_stages=config.checkpoint_stages,
+        num_biased_stages=config.num_biased_stages or config.num_stages,
+        revive=config.revive,
+        num_joint=num_joint,
+    )

@@ -21,7 +21,7 @@ from .errors import BernoulliError, GaussianError, SquaredError
 from .normalization import PixelNormalization
 from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
 from .refiners import ConvRefiner, in_segments
-from .vqdraw import ROWS_TO_START_FROM, VQDraw
+from .vqdraw import ROWS_TO_START_FROM, VQDraw, build_draw
 
 ERRORS = ("squared", "gaussian", "bernoulli")
 REFINERS = ("conv", *PRESETS)
@@ -110,21 +110,9 @@ class VQDrawForImages(DiscreteTokenizer):
         super().__init__(config)
         self.normalize = PixelNormalization(config)
         self.error = build_error(config)
-        self.draw = VQDraw(
-            build_refiner(config, config.num_channels * self.error.state_channels),
-            self.error,
-            state_shape=(config.num_channels * self.error.state_channels, config.image_size, config.image_size),
-            num_stages=config.active_stages or config.num_stages,
-            codebook_size=config.codebook_size,
-            aux_coeff=config.aux_coeff,
-            num_aux_options=config.num_aux_options,
-            final_coeff=config.final_coeff,
-            grad_decay=config.grad_decay,
-            epsilon=config.epsilon,
-            checkpoint_stages=config.checkpoint_stages,
-            num_biased_stages=config.num_biased_stages or config.num_stages,
-            revive=config.revive,
-        )
+        num_channels = config.num_channels * self.error.state_channels
+        shape = num_channels, config.image_size, config.image_size
+        self.draw = build_draw(config, build_refiner(config, num_channels), self.error, state_shape=shape)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

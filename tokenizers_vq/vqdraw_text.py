@@ -11,7 +11,7 @@ from .base import TokenizerOutput, check_counts, check_stages
 from .errors import IGNORED, CrossEntropyError
 from .refiners import DilatedConvRefiner, in_segments
 from .text_spans import TextSpanConfig, TextSpanTokenizer
-from .vqdraw import ROWS_TO_START_FROM, VQDraw
+from .vqdraw import ROWS_TO_START_FROM, VQDraw, build_draw
 
 VALUES_TO_START_FROM = 2**24
 
@@ -72,22 +72,9 @@ class VQDrawForText(TextSpanTokenizer):
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
         self.error = CrossEntropyError(self.num_symbols)
-        self.draw = VQDraw(
-            build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans),
-            self.error,
-            state_shape=(self.span_length, self.num_symbols),
-            num_stages=config.active_stages or config.num_stages,
-            codebook_size=config.codebook_size,
-            aux_coeff=config.aux_coeff,
-            num_aux_options=config.num_aux_options,
-            final_coeff=config.final_coeff,
-            grad_decay=config.grad_decay,
-            epsilon=config.epsilon,
-            checkpoint_stages=config.checkpoint_stages,
-            num_biased_stages=config.num_biased_stages or config.num_stages,
-            num_joint=self.num_spans,
-            revive=config.revive,
-        )
+        refiner = build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans)
+        shape = self.span_length, self.num_symbols
+        self.draw = build_draw(config, refiner, self.error, state_shape=shape, num_joint=self.num_spans)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
