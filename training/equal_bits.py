@@ -3,8 +3,8 @@
     python training/equal_bits.py DATA SECONDS [BITS]
 
 One grid of codes, a residual quantizer, two grids (VQ-VAE-2), no codebook (FSQ) and VQ-DRAW, of 120 bits (unless told) or 240; each trains
-for so many CPU seconds on pictures of 32 pixels, in bfloat16 where the processor has instructions for it. Prints bits, squared error in
-pixels of [0, 1] and the share of codes in use on unseen pictures.
+for so many CPU seconds with Muon on pictures of 32 pixels, in bfloat16 where the processor has instructions for it. Prints bits, squared
+error in pixels of [0, 1] and the share of codes in use on unseen pictures.
 """
 
 import sys
@@ -17,6 +17,7 @@ from timed import train_for
 
 from tok2img.data import load_captioned_images
 from tok2img.evaluation import evaluate_tokenizer
+from tok2img.muon import Muon, hidden_matrices
 from tok2img.processing import load_pixels
 from tok2img.reports import open_unseen
 from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
@@ -84,6 +85,7 @@ def main(data: str, seconds: float, bits: int = 120, *, max_rows: int = 1000) ->
             batch_size=BATCH_SIZE,
             rows_to_start_from=ROWS_TO_START_FROM,
             bf16=torch.cpu._is_amx_tile_supported(),
+            optimizer=Muon(model.parameters(), matrices=hidden_matrices(model)),
         )
         report = evaluate_tokenizer(model.eval(), test.split(100))
         reports[name] = {"steps": steps, **report}

@@ -21,13 +21,17 @@ def train_for(
     batch_size: int,
     rows_to_start_from: int,
     bf16: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """AdamW with a cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
+    """A cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
+
+    Args:
+        optimizer: of the model's parameters; AdamW if left out.
 
     Returns:
         The number of steps that fitted.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     started = time.process_time()
     model.train().start_from_data(rows[:rows_to_start_from])
     for step in count():
