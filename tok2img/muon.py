@@ -88,11 +88,13 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, parameter: Tensor, decay: float) -> Tensor:
         """The mean of past gradients, and a look ahead (Nesterov)."""
         gradient: Any = parameter.grad
-        mean = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-        mean.lerp_(gradient, 1 - decay)
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        mean = state["momentum"].lerp_(gradient, 1 - decay)
         return gradient.lerp(mean, decay)
 
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_others(self, parameters: list[Any], group: dict[str, Any]) -> None:
         """As AdamW does."""
         for each in parameters:
             if not self.state[each]:
@@ -105,7 +107,7 @@ class Muon(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [each.grad for each in parameters if each.grad is not None],
+            [each.grad for each in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

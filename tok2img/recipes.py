@@ -195,18 +195,23 @@ class PriorRecipe(RunSettings):
             )
         if self.lora_rank and not self.base:
             raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
-        if self.lora_rank and self.fsdp:
-            raise ValueError(
-                "key 'fsdp' does not go with 'lora_rank': updates are small, every process has room for them"
-            )
-        if self.fsdp and self.optimizer == "muon":
-            raise ValueError("key 'optimizer' must be 'adamw' with 'fsdp': Muon wants whole matrices, got 'muon'")
+        if self.fsdp:
+            self._check_shared()
         if self.place_embeddings and (self.lora_rank or self.fsdp):
             raise ValueError("key 'place_embeddings' goes neither with 'lora_rank' nor with 'fsdp'")
         if self.caption_share >= 1:
             raise ValueError(
                 f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"
             )
+
+    def _check_shared(self) -> None:
+        """ValueError for what does not go with weights that processes share."""
+        if self.lora_rank:
+            raise ValueError(
+                "key 'fsdp' does not go with 'lora_rank': updates are small, every process has room for them"
+            )
+        if self.optimizer == "muon":
+            raise ValueError("key 'optimizer' must be 'adamw' with 'fsdp': Muon wants whole matrices, got 'muon'")
 
 
 def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:

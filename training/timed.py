@@ -23,7 +23,7 @@ def train_for(
     bf16: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """A cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
+    """Train at a cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
 
     Args:
         optimizer: of the model's parameters; AdamW if left out.
