@@ -99,9 +99,9 @@ class CaptionClassifier(nn.Module):
         folder = Path(folder)
         config = read_json(folder / CONFIG_FILE)
         names = ("num_channels", "image_size", "captions")
-        refuse_unknown(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
         if set(names) - config.keys() or not isinstance(config["captions"], list):
-            raise ValueError(f"{folder / CONFIG_FILE} must hold {', '.join(names)}")
+            raise ValueError(f"{folder} holds no classifier of captions: {CONFIG_FILE} must hold {', '.join(names)}")
+        refuse_unknown(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
         for name in names[:2]:
             check_number(cls.__name__, name, config[name], 1)
         sizes: dict[str, Any] = {name: config[name] for name in names}

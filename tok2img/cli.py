@@ -148,7 +148,12 @@ def generate(
     if bool(captions) == random_codes:
         raise ValueError("give either captions or --random-codes")
     if random_codes:
-        draw_random_codes(model, out, num_images=num_images, seed=seed)
+        choices = [guidance_scale, temperature, top_k, top_p, ranker or None, best_of if best_of != 1 else None]
+        if any(choice is not None for choice in choices):
+            raise ValueError(
+                "--random-codes takes --num-images, --stages and --seed: there is no prior to guide or choose"
+            )
+        draw_random_codes(model, out, num_images=num_images, stages=stages, seed=seed)
         return
     prompts = captions or []
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
@@ -176,18 +181,22 @@ def generate(
     print(out)
 
 
-def draw_random_codes(model: str, out: str, *, num_images: int, seed: int | None) -> None:
+def draw_random_codes(model: str, out: str, *, num_images: int, stages: bool, seed: int | None) -> None:
     """A sheet of pictures of random codes, by the image tokenizer of a trained model or one of its own folder."""
     from tokenizers_vq.pixels import images_from_pixels
 
-    from .drawing import random_codes
+    from .drawing import draw_stages, random_codes
     from .plots import image_grid, save_image
     from .processing import IMAGE_TOKENIZER_FOLDER, load_image_tokenizer
 
     inner = Path(model, IMAGE_TOKENIZER_FOLDER)
     image_tokenizer = load_image_tokenizer(inner if inner.is_dir() else model)
-    images = images_from_pixels(image_tokenizer.decode(random_codes(image_tokenizer, num_images, seed=seed)))
-    save_image(image_grid(images, min(8, len(images))), out)
+    codes = random_codes(image_tokenizer, num_images, seed=seed)
+    if stages:
+        sheet = draw_stages(image_tokenizer, codes)
+    else:
+        sheet = image_grid(images_from_pixels(image_tokenizer.decode(codes)), min(8, num_images))
+    save_image(sheet, out)
     print(out)
 
 
@@ -238,8 +247,8 @@ def reconstruct(
         write_text_sheet(tokenizer, sources, out, split=split, num_texts=num_images)
         print(out)
         return
-    check_suffix(out)
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
+    check_suffix(out)
     pictures = pictures_of(sources, split=split, num_images=num_images)
     if stages:
         codes = image_tokenizer.encode(load_pixels(pictures, image_tokenizer).to(image_tokenizer.device))

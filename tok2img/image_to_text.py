@@ -33,9 +33,9 @@ class ImageToTextPipeline:
         """Load a trained folder, or one of the hub by its name; ValueError for what is neither, or has not learned to caption."""
         return cls(*load_parts(name))
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move prior and image tokenizer to a device."""
-        move(self.prior, self.processor, device)
+    def to(self, *place: str | torch.device | torch.dtype) -> Self:
+        """Move prior and image tokenizer to a device, and the prior to a type: `to("cuda", torch.bfloat16)`."""
+        move(self.prior, self.processor, *place)
         return self
 
     def __call__(

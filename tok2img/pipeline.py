@@ -98,9 +98,9 @@ class TextToImagePipeline:
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         return str(address)
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move prior and image tokenizer to a device."""
-        move(self.prior, self.processor, device)
+    def to(self, *place: str | torch.device | torch.dtype) -> Self:
+        """Move prior and image tokenizer to a device, and the prior to a type: `to("cuda", torch.bfloat16)`."""
+        move(self.prior, self.processor, *place)
         return self
 
     @property
@@ -300,11 +300,11 @@ def load_parts(name: str | Path) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
     return prior, Tok2ImgProcessor.from_pretrained(folder)
 
 
-def move(prior: Any, processor: Tok2ImgProcessor, device: str | torch.device) -> None:
-    """Put a prior and its image tokenizer on a device."""
+def move(prior: Any, processor: Tok2ImgProcessor, *place: str | torch.device | torch.dtype) -> None:
+    """Put a prior and its image tokenizer on a device, and the prior's weights into a type; the tokenizer's stay float32."""
     image_tokenizer: Any = processor.image_tokenizer
-    prior.to(device)
-    image_tokenizer.to(device)
+    prior.to(*place)
+    image_tokenizer.to(*(each for each in place if not isinstance(each, torch.dtype)))
 
 
 def local_folder(name: str | Path) -> Path:

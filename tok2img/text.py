@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
 from tokenizers_vq.model_folder import CONFIG_FILE, TEXT_FILES, first_line, local_copy, read_json
 
+NUM_BYTES = 256
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
 
 
@@ -68,14 +69,20 @@ class SubwordTokenizer:
 
     @classmethod
     def train_bpe(cls, captions: Iterable[str], *, vocab_size: int = 4096) -> Self:
-        """Learn byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text has ids, and they give it back."""
+        """Learn byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text has ids, and they give it back.
+
+        Raises:
+            ValueError: for a `vocab_size` below the number of bytes.
+        """
+        if vocab_size < NUM_BYTES:
+            raise ValueError(f"vocab_size must be at least {NUM_BYTES}, an id for each byte, got {vocab_size}")
         tokenizer = Tokenizer(models.BPE())
         # A first word is the same token as elsewhere; the space comes before every text, so that the decoder can take it off again.
         tokenizer.normalizer = normalizers.Prepend(" ")
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
         trainer = trainers.BpeTrainer(
-            vocab_size=max(vocab_size, 256),
+            vocab_size=vocab_size,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             max_token_length=MAX_CHARACTERS_PER_TOKEN,
             show_progress=False,

@@ -120,20 +120,24 @@ def random_texts(model: TextSpanTokenizer, num_texts: int, *, seed: int | None =
     return "".join(f"{text!r}\n" for text in model.decode(codes.to(model.device)))
 
 
+def names_data(source: str) -> bool:
+    """Whether this is the name of a data set, in a folder or on the hub, and not a text itself."""
+    return source == "shapes" or os.path.exists(source) or ("/" in source and " " not in source)
+
+
 def write_text_sheet(folder: str | Path, sources: list[str], out: str | Path, *, split: str, num_texts: int) -> None:
     """A file of texts stage by stage, and of as many texts of random codes.
 
     Args:
-        sources: one data set, or the texts themselves.
+        sources: one data set (see `names_data`), or the texts themselves.
 
     Raises:
         ValueError: for an `out` that is named as something else than a text, and for data that cannot be read.
     """
     if Path(out).suffix not in ("", ".txt"):
         raise ValueError(f"{out}: a sheet of texts is a .txt file")
-    is_data = len(sources) == 1 and (os.path.exists(sources[0]) or " " not in sources[0])
     texts = sources
-    if is_data:
+    if len(sources) == 1 and names_data(sources[0]):
         rows = load_captioned_images(sources[0], split=split, with_images=False, max_rows=num_texts)
         texts = rows["caption"][:]
     model = to_device(load_text_model(folder))

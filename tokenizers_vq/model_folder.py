@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .finite import all_finite
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+SUBWORDS_FILE = "tokenizer.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TEXT_FILES, "*.safetensors")
 OF_DOWNLOADS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -59,7 +60,8 @@ def refuse_non_model(folder: str | Path) -> None:
     if looks_local and not path.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such folder")
     if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        hint = "; a tokenizer of subwords, as BPE is, loses nothing" if (path / SUBWORDS_FILE).is_file() else ""
+        raise ValueError(f"{folder} is not a model folder: it has no {CONFIG_FILE}{hint}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

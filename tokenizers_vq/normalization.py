@@ -30,6 +30,8 @@ class PixelNormalization:
         Raises:
             ValueError: for another shape, and for what is no floats, or none in [0, 1].
         """
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(f"pixel_values must be a tensor of floats in [0, 1], got a {type(pixel_values).__name__}")
         self.check_shape(pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")

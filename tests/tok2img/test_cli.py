@@ -481,6 +481,21 @@ def test_captions_and_random_codes_exclude_each_other(refused, model):
     refused("generate", "a", "--random-codes", "--model", model, "--out", "o.png", names="either captions")
 
 
+def test_random_codes_are_shown_stage_by_stage(tok2img, sharpening, tmp_path):
+    from PIL import Image
+
+    whole, stages = tmp_path / "whole.png", tmp_path / "stages.png"
+    words = ["generate", "--random-codes", "--model", sharpening, "--num-images", 3, "--seed", 3, "--out"]
+    assert tok2img(*words, whole)[2] == tok2img(*words, stages, "--stages")[2] == 0
+    with Image.open(stages) as rows_of_stages, Image.open(whole) as one_row:
+        assert rows_of_stages.height > 2 * one_row.height
+
+
+@pytest.mark.parametrize("choice", ["--temperature", "--top-k", "--top-p", "--guidance-scale", "--best-of", "--ranker"])
+def test_random_codes_refuse_what_only_a_prior_can_do(refused, model, choice):
+    refused("generate", "--random-codes", choice, "2", "--model", model, "--out", "o.png", names="there is no prior")
+
+
 def test_pictures_are_shown_stage_by_stage(tok2img, sharpening, data, tmp_path):
     from PIL import Image
 

@@ -104,6 +104,12 @@ def test_the_batch_size_changes_no_picture(pipeline):
     assert codes[0].equal(codes[1]) and codes[0].equal(codes[2])
 
 
+def test_a_prior_may_be_bfloat16_while_the_tokenizer_stays_float32(pipeline):
+    assert pipeline.to("cpu", torch.bfloat16) is pipeline
+    assert pipeline.prior.dtype == torch.bfloat16 and pipeline.processor.image_tokenizer.dtype == torch.float32
+    assert pipeline("a red square", seed=0).codes.shape == (1, pipeline.processor.layout.num_codes)
+
+
 def test_a_seed_may_be_of_numpy(pipeline):
     for plain, seed in ((3, np.int64(3)), ((3, 4), tuple(np.arange(3, 5)))):
         assert pipeline("a dog", 2, seed=seed).codes.equal(pipeline("a dog", 2, seed=plain).codes)

@@ -95,6 +95,12 @@ def test_no_token_is_longer_than_the_characters_kept_for_it():
     assert len(tokenizer.encode(["x" * 2000], max_length=4)[0]) > 4
 
 
+def test_fewer_ids_than_bytes_are_refused():
+    assert SubwordTokenizer.train_bpe(["a red dog"], vocab_size=256).vocab_size == 256
+    with pytest.raises(ValueError, match="vocab_size must be at least 256, an id for each byte, got 255"):
+        SubwordTokenizer.train_bpe(["a red dog"], vocab_size=255)
+
+
 @pytest.mark.parametrize("wrong", [None, 5, float("nan"), b"a", ["a"], {"bytes": "00"}])
 def test_what_is_not_text_is_refused_with_its_row(text_tokenizer, wrong):
     with pytest.raises(ValueError, match="row 1: the caption is not text"):

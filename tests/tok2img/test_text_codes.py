@@ -205,6 +205,16 @@ def test_one_long_text_is_no_file(model, tmp_path):
         write_text_sheet(tmp_path / "text", ["a red square"], tmp_path / "sheet.png", split="train", num_texts=1)
 
 
+def test_one_word_is_a_text_and_a_path_is_a_data_set(model, tmp_path):
+    model.save_pretrained(tmp_path / "text")
+    write_text_sheet(tmp_path / "text", ["hello"], tmp_path / "sheet.txt", split="train", num_texts=1)
+    assert (tmp_path / "sheet.txt").read_text().startswith("text  'hello'\n")
+    with pytest.raises(ValueError, match="nowhere/rows.parquet: no such file"):
+        write_text_sheet(
+            tmp_path / "text", ["nowhere/rows.parquet"], tmp_path / "sheet.txt", split="train", num_texts=1
+        )
+
+
 class TestReport:
     def test_counts_what_is_right_and_what_it_costs(self, model):
         texts = ["a red square", "", "x", "twelve bytes and more"]

@@ -96,6 +96,12 @@ def test_a_folder_without_a_classifier_is_refused_by_name(recipe, rows, tmp_path
         build_model(recipe(perceptual=str(tmp_path / "nothing")), rows)
 
 
+def test_a_folder_of_another_model_is_refused_by_name(recipe, rows, tiny_vqvae, tmp_path):
+    tiny_vqvae.save_pretrained(tmp_path / "vqvae")
+    with pytest.raises(ValueError, match="vqvae holds no classifier of captions"):
+        build_model(recipe(perceptual=str(tmp_path / "vqvae")), rows)
+
+
 def test_a_classifier_of_other_channels_is_refused(recipe, rows, tmp_path):
     CaptionClassifier(num_channels=1, image_size=8, captions=["a", "b"]).save(tmp_path / "grey")
     with pytest.raises(ValueError, match="sees pictures of 1 channels, the tokenizer has 3"):

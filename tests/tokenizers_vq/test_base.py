@@ -160,6 +160,8 @@ def test_pictures_of_another_size_or_channel_count_are_refused_naming_both(token
 def test_pixels_that_are_not_floats_are_refused(tokenizer):
     with pytest.raises(ValueError, match="floats in .0, 1., got torch.uint8"):
         tokenizer.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="a tensor of floats in .0, 1., got a ndarray"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 8).numpy())
 
 
 def test_encoding_a_nan_is_refused_rather_than_coded_as_something(tokenizer, images):
@@ -244,6 +246,9 @@ def test_codes_survive_auto_model_in_a_fresh_process(tiny_vqvae, tiny_vqdraw, im
 def test_a_folder_without_config_is_refused(tokenizer, saved):
     (saved / "config.json").unlink()
     with pytest.raises(ValueError, match="not a model folder: it has no config.json"):
+        type(tokenizer).from_pretrained(saved)
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no config\.json; a tokenizer of subwords, as BPE is, loses nothing"):
         type(tokenizer).from_pretrained(saved)
 
 
