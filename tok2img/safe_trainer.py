@@ -32,6 +32,7 @@ from .training_state import (
     whole,
     whole_state,
 )
+from .whole_files import check_manifest
 
 logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
@@ -223,10 +224,12 @@ class SafeTrainer(transformers.Trainer):
         if not self.args.load_best_model_at_end or step is None:
             return
         best = folder_of(Path(str(self.args.output_dir)), step)
-        if best.is_dir():
-            load_weights(self.unwrapped(), best)
+        try:
+            check_manifest(best)
+        except ValueError as error:
+            logger.warning("these are the last weights, for the best checkpoint is gone or damaged: %s", error)
         else:
-            logger.warning("%s, the best checkpoint, is gone: these are the last weights", best)
+            load_weights(self.unwrapped(), best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.unwrapped(model), resume_from_checkpoint)

@@ -391,13 +391,14 @@ def test_a_run_goes_back_to_its_best_under_another_name_of_its_folder(tmp_path, 
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == best
 
 
-def test_a_best_checkpoint_that_somebody_removed_is_named_and_the_last_weights_stay(tmp_path, caplog):
+@pytest.mark.parametrize("harm", [shutil.rmtree, lambda best: (best / "model.safetensors").write_bytes(b"half")])
+def test_a_best_checkpoint_that_is_gone_or_damaged_is_named_and_the_last_weights_stay(tmp_path, caplog, harm):
     settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
     run_until_killed(with_held_out_losses(trainer_in(tmp_path, **settings), held_out), 5)
-    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
+    harm(tmp_path / "checkpoints" / "checkpoint-2")
     trainer = with_held_out_losses(trainer_in(tmp_path, **settings), held_out)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2, the best checkpoint, is gone" in caplog.text
+    assert "the best checkpoint is gone or damaged" in caplog.text and "checkpoint-2: " in caplog.text
     trainer.save_model(str(tmp_path / "saved"))
     last = tmp_path / "checkpoints" / "checkpoint-8"
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
