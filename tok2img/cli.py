@@ -138,47 +138,42 @@ def generate(
 ) -> None:
     """Draw pictures of captions."""
     quiet()
-    from .drawing import draw_stages
-    from .pipeline import TextToImagePipeline
-    from .plots import captioned_sheet, check_suffix, save_image
-    from .processing import to_device
-    from .ranking import ClipRanker
+    from .plots import check_suffix
 
     check_suffix(out)
     if bool(captions) == random_codes:
         raise ValueError("give either captions or --random-codes")
-    if random_codes:
-        choices = [guidance_scale, temperature, top_k, top_p, ranker or None, best_of if best_of != 1 else None]
-        if any(choice is not None for choice in choices):
-            raise ValueError(
-                "--random-codes takes --num-images, --stages and --seed: there is no prior to guide or choose"
-            )
+    choices = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if not random_codes:
+        choices |= {"seed": seed, "best_of": best_of, "num_images_per_prompt": num_images}
+        draw_captions(model, out, captions or [], stages=stages, ranker=ranker, **choices)
+    elif best_of != 1 or ranker or any(choice is not None for choice in choices.values()):
+        raise ValueError("--random-codes takes --num-images, --stages and --seed: there is no prior to guide or choose")
+    else:
         draw_random_codes(model, out, num_images=num_images, stages=stages, seed=seed)
-        return
-    prompts = captions or []
+    print(out)
+
+
+def draw_captions(model: str, out: str, prompts: list[str], *, stages: bool, ranker: str, **choices: Any) -> None:
+    """A sheet of what a trained model makes of captions; `choices` are those of `TextToImagePipeline.__call__`."""
+    from .drawing import draw_stages
+    from .pipeline import TextToImagePipeline
+    from .plots import captioned_sheet, save_image
+    from .processing import to_device
+    from .ranking import ClipRanker
+
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
-    output = pipeline(
-        prompts,
-        num_images_per_prompt=num_images,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        progress=True,
-        best_of=best_of,
-        ranker=ClipRanker.from_pretrained(ranker) if ranker else None,
-    )
+    judge = ClipRanker.from_pretrained(ranker) if ranker else None
+    output = pipeline(prompts, ranker=judge, progress=True, **choices)
     images: Any = output.images
     if stages:
         sheet = draw_stages(pipeline.processor.image_tokenizer, output.codes)
     elif len(images) == 1:
         sheet = images[0]
     else:
-        labels = [caption for caption in prompts for _ in range(num_images)]
+        labels = [caption for caption in prompts for _ in range(len(images) // len(prompts))]
         sheet = captioned_sheet(images, labels, columns=min(8, len(images)))
     save_image(sheet, out)
-    print(out)
 
 
 def draw_random_codes(model: str, out: str, *, num_images: int, stages: bool, seed: int | None) -> None:
@@ -197,7 +192,6 @@ def draw_random_codes(model: str, out: str, *, num_images: int, stages: bool, se
     else:
         sheet = image_grid(images_from_pixels(image_tokenizer.decode(codes)), min(8, num_images))
     save_image(sheet, out)
-    print(out)
 
 
 @app.command()
