@@ -4,6 +4,7 @@ Targets are normalised pixels, `b c h w`, or symbols of a text, `b t`; what a st
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from .options import Options, SharedOptions
 SURE = 3.0  # logit of a pixel that is black or white: 0.95
 SURE_OF_SYMBOL = 8.0  # logit of the right one among some hundred
 IGNORED = -100  # the symbol at a position that does not matter, as in torch's cross entropy
-LOGITS_AT_ONCE = (
-    2**12
-)  # of one option, for which the search proposes together: about what fits a cache with all options
-LARGEST_STEP = 30.0  # in logits; float32 holds exp(-87) to exp(88)
+# Of one option, for which the search proposes together: on a CPU about what fits a cache with all options.
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_CPU = 2**20, 2**12
+# What float32, which holds exp(-87) to exp(88), sums exactly: states of this range of logits, sums of exponentials above this.
+WIDEST_STATE, SMALLEST_SUM = 80.0, math.exp(-60)
 
 
 class SquaredError:
@@ -109,11 +110,9 @@ class CrossEntropyError:
             return shared_cross_entropies(options.steps, target)
         if shared or torch.is_grad_enabled():
             return cross_entropies(state[:, None] + options.all(), target)
-        examples = torch.arange(len(target), device=target.device)
-        groups = examples.split(max(1, LOGITS_AT_ONCE // state.shape[1:].numel()))
-        return torch.cat(
-            [cross_entropies_after(options.select(group).all(), state[group], target[group]) for group in groups]
-        )
+        at_once = LOGITS_AT_ONCE_ON_CPU if state.device.type == "cpu" else LOGITS_AT_ONCE
+        groups = torch.arange(len(target), device=target.device).split(max(1, at_once // state.shape[1:].numel()))
+        return torch.cat([cross_entropies_after(options.select, group, state, target) for group in groups])
 
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that are sure of the target, and zero where it does not matter."""
@@ -137,19 +136,25 @@ def shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
     return mean_over_live(-right.transpose(0, 1), target)
 
 
-def cross_entropies_after(steps: Tensor, state: Tensor, target: Tensor) -> Tensor:
-    """`cross_entropies` of a state `b t v` after each of the steps `b k t v`, which are used up; half the time, without gradient.
+def cross_entropies_after(select: Callable[[Tensor], Options], group: Tensor, state: Tensor, target: Tensor) -> Tensor:
+    """`cross_entropies` of the states `b t v` of some examples after each of their options; half the time, without gradient.
 
-    The sum of exp(state + step) is a product of exp(step) with exp(state): the logits themselves are never made. That holds for steps
-    whose exponentials are far from the limits of float32; others take the plain way.
+    The sum of exp(state + step) is a product of exp(step) with exp(state): the logits themselves are never made. Where it leaves what
+    float32 sums exactly, the plain way is taken.
+
+    Args:
+        select: makes the options of examples, anew each time, for their steps are used up.
+        group: the examples, named by their numbers `n`.
     """
-    # Not `aminmax`, which copies what does not lie in order; nor a norm, ten times as slow.
-    if not steps.numel() or torch.maximum(steps.amax(), -steps.amin()) > LARGEST_STEP:
-        return cross_entropies(state[:, None] + steps, target)
-    largest = state.amax(dim=2, keepdim=True)
-    right = logits_of(steps, target) + logits_of(state[:, None], target) - rearrange(largest, "b t 1 -> b 1 t")
-    sums = einsum(steps.exp_(), (state - largest).exp(), "b k t v, b t v -> b k t")
-    return mean_over_live(sums.log() - right, target)
+    state, target = state[group], target[group]
+    least, largest = state.aminmax(dim=2, keepdim=True)
+    if state.numel() and (largest - least).amax() < WIDEST_STATE:
+        steps = select(group).all()
+        right = logits_of(steps, target) + logits_of(state[:, None], target) - rearrange(largest, "b t 1 -> b 1 t")
+        sums = einsum(steps.exp_(), (state - largest).exp(), "b k t v, b t v -> b k t")
+        if sums.amin() > SMALLEST_SUM and sums.amax() < math.inf:
+            return mean_over_live(sums.log() - right, target)
+    return cross_entropies(state[:, None] + select(group).all(), target)
 
 
 def logits_of(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for pictures, and for text."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +90,36 @@ class StageNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.gain[stage], self.bias[stage])
 
 
+class WithNeighbours(torch.autograd.Function):
+    """`with_neighbours`, with a gradient that adds the three shares where they belong, which autograd does in three times as many passes."""
+
+    @staticmethod
+    def forward(x: Tensor, dilation: int) -> Tensor:
+        """`b t c` -> `b t (3 c)`."""
+        near = x.new_empty(*x.shape[:2], 3, x.shape[2])
+        near[:, :dilation, 0], near[:, -dilation:, 2] = 0, 0
+        near[:, dilation:, 0], near[:, :, 1], near[:, :-dilation, 2] = x[:, :-dilation], x, x[:, dilation:]
+        return near.flatten(2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        """Remember how far neighbours are."""
+        ctx.dilation = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """`b t (3 c)` -> `b t c`."""
+        of_before, of_itself, of_after = grads[0].chunk(3, dim=2)
+        grad = of_itself.clone()
+        grad[:, : -ctx.dilation] += of_before[:, ctx.dilation :]
+        grad[:, ctx.dilation :] += of_after[:, : -ctx.dilation]
+        return grad, None
+
+
 def with_neighbours(x: Tensor, dilation: int) -> Tensor:
     """Each position between those `dilation` before and after it, zero outside: `b t c` -> `b t (3 c)`."""
-    padded, length = F.pad(x, (0, 0, dilation, dilation)), x.shape[1]
-    return torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
+    near: Any = WithNeighbours.apply(x, dilation)
+    return near
 
 
 class DilatedBlock(nn.Module):
@@ -111,7 +138,7 @@ class DilatedBlock(nn.Module):
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
         near = with_neighbours(self.norm(x, stage), self.dilation)
-        return x + self.merge(self.spread(near).relu_())
+        return x + self.merge(F.relu(self.spread(near)))  # not in place: what a linear layer returns is a view
 
 
 class DilatedConvRefiner(nn.Module):

@@ -98,7 +98,7 @@ class OriginalBlock(nn.Module):
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
-            x = norm(F.relu(x, inplace=number > 0))
+            x = norm(F.relu(x))
             if number == 0:
                 x = with_neighbours(x, self.dilation)
             weight: Any = layer.weight

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_vq.convolution import StageGain, channels_last, group_norm
 from tokenizers_vq.options import DenseOptions, LinearOptions
-from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner
+from tokenizers_vq.refiners import ConvRefiner, SegmentedRefiner, with_neighbours
 
 
 def fresh() -> ConvRefiner:
@@ -102,3 +103,14 @@ def test_each_segment_asks_its_own_refiner_from_its_first_stage():
     refiner = SegmentedRefiner([Named(1), Named(2), Named(3)], segment_length=2)
     answers = [refiner(torch.zeros(1), stage).all().item() for stage in range(6)]
     assert answers == [10, 11, 20, 21, 30, 31]
+
+
+@pytest.mark.parametrize(("length", "dilation"), [(7, 2), (4, 1), (3, 3), (3, 5), (1, 1), (0, 1)])
+def test_neighbours_and_their_gradient_are_those_of_the_plain_form(length, dilation):
+    x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
+    padded = F.pad(x, (0, 0, dilation, dilation))
+    plain = torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
+    near, weights = with_neighbours(x, dilation), torch.randn_like(plain)
+    assert torch.equal(near, plain)
+    torch.testing.assert_close(*(torch.autograd.grad((each * weights).sum(), x)[0] for each in (near, plain)))
+    assert not length or torch.autograd.gradgradcheck(with_neighbours, (x, dilation))

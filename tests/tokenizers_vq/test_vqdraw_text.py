@@ -107,6 +107,17 @@ class TestError:
         with torch.no_grad():
             torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
 
+    @pytest.mark.parametrize("where", ["steps", "state"])
+    @pytest.mark.parametrize("symbols", [slice(1, 5), slice(None)])
+    @pytest.mark.parametrize("far", [-200.0, -70.0, 70.0, 200.0])
+    def test_without_gradient_it_is_the_same_where_float32_ends(self, where, symbols, far):
+        steps, state = random(4, 3, 6, 9).float(), random(4, 6, 9).float()
+        (steps if where == "steps" else state)[..., symbols] += far
+        options, target = DenseOptions(steps), torch.randint(9, (4, 6))
+        plain = CrossEntropyError(9)(options, state, target)
+        with torch.no_grad():
+            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
+
     @pytest.mark.parametrize("first", [0.0, 0.5])
     def test_steps_that_all_share_are_looked_at_once(self, first):
         options, state = SharedOptions(random(3, 6, 9), 5), torch.full((5, 6, 9), first, dtype=torch.float64)
