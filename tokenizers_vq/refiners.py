@@ -91,7 +91,7 @@ class StageNorm(nn.Module):
 
 
 class WithNeighbours(torch.autograd.Function):
-    """`with_neighbours`, with a gradient that adds the three shares where they belong, which autograd does in three times as many passes."""
+    """`with_neighbours`, with a gradient that adds each share where it belongs, in a third of the passes that autograd takes."""
 
     @staticmethod
     def forward(x: Tensor, dilation: int) -> Tensor:
