@@ -3,7 +3,8 @@
 Rounds are interleaved (A B C A B C ...), so that what else the machine does falls on all alike. CPU time is that of the process, with
 all its threads. Peak memory is what one further run adds to the resident size at its highest: Linux sets that mark (VmHWM) back when
 5 is written to /proc/self/clear_refs, so nothing has to sample. Memory freed before goes back to the system first (`malloc_trim` of
-glibc); otherwise a run that finds it would look thrifty.
+glibc); otherwise a run that finds it would look thrifty. Large blocks come from the system one by one meanwhile; otherwise gaps between
+them, which what ran before has left or not, would count as well.
 """
 
 import ctypes
@@ -20,6 +21,10 @@ from statistics import median
 from types import ModuleType
 
 import torch
+
+GLIBC = ctypes.CDLL(None)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGE_BLOCK = 2**18
 
 # As `import tok2img` sets it, for whoever is measured.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -127,11 +132,23 @@ def spread(seconds: list[float]) -> Spread:
 def peak_extra_memory(case: Case) -> int:
     """Bytes that one run adds at its highest to what the process holds before it."""
     prepare(case)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = high_water_mark()
-    case.run()
-    return high_water_mark() - before
+    with large_blocks_apart():
+        GLIBC.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = high_water_mark()
+        case.run()
+        return high_water_mark() - before
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Give each large block pages of its own, which go back to the system with it; then let glibc keep as much as it ever does."""
+    GLIBC.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        GLIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
+        GLIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def high_water_mark() -> int:
