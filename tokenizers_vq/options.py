@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
+from .frequencies import convolve_in_tiles, in_tiles, split_for_tiles, worth_tiles
+
 
 class Options(Protocol):
     """The K steps that are open to each example at one stage."""
@@ -209,10 +211,32 @@ class ConvolvedOptions:
 
     def squared_errors(self, residual: Tensor) -> Tensor:
         """`b c h w` -> `b k`, as |r|^2 - 2 r.d + |d|^2: no proposal is ever made."""
-        steps, r = self.all().flatten(2), residual.flatten(1)
-        products = torch.bmm(steps, r[..., None]).squeeze(2)
-        norms = torch.linalg.vector_norm(steps, dim=2).square()
+        r = residual.flatten(1)
+        products, norms = (self._by_tiles if worth_tiles(self.features, self.weight) else self._by_steps)(residual)
         return (r.square().sum(1, keepdim=True) - 2 * products + norms) / r.shape[1]
+
+    def _by_steps(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """r.d and |d|^2 of every step, `b k` each."""
+        steps = self.all().flatten(2)
+        products = torch.bmm(steps, residual.flatten(1)[..., None]).squeeze(2)
+        return products, torch.linalg.vector_norm(steps, dim=2).square()
+
+    def _by_tiles(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, of convolutions that are never put together to pictures, some examples at a time."""
+        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
+        compared = [
+            self._compared(convolve_in_tiles(features, weight).add_(bias), in_tiles(some))
+            for features, some in zip(split_for_tiles(self.features), split_for_tiles(residual), strict=True)
+        ]
+        products, norms = map(torch.cat, zip(*compared, strict=True))
+        return products, norms
+
+    def _compared(self, steps: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """r.d and |d|^2 of the tiles of some examples, steps `(p q) b t (k c)` and residuals `(p q) b t c`, `b k` each."""
+        channels = self.bias.shape
+        each_with_each = einsum(r, steps, "p b t c, p b t o -> b t c o").unflatten(3, channels)
+        products = each_with_each.diagonal(dim1=2, dim2=4).sum((1, 3))
+        return products, steps.square().sum(0).unflatten(2, channels).sum((1, 3))
 
     def products(self, biases: Tensor) -> Tensor:
         """`k c h w` -> `b k`."""

@@ -160,17 +160,22 @@ class VQDraw(nn.Module):
                 errors = self.error(options, state, target)
             best = errors.argmin(dim=1)
             codes = self._sometimes_random(best)
-            after = state + options.chosen(codes[:, None]).squeeze(1)
             if sparse:
-                return StageOutput(after, codes, errors, *self._sparse_errors(options, best, state, target))
-            return StageOutput(after, codes, errors, errors.gather(1, best[:, None]).squeeze(1), errors.mean())
+                after, chosen, aux = self._sparse(options, codes, best, state, target)
+            else:
+                after = state + options.chosen(codes[:, None]).squeeze(1)
+                chosen, aux = errors.gather(1, best[:, None]).squeeze(1), errors.mean()
+            return StageOutput(after, codes, errors, chosen, aux)
 
-    def _sparse_errors(self, options: Options, best: Tensor, state: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Error of the best option, `b`, and the mean of a few others, drawn anew for each example."""
+    def _sparse(
+        self, options: Options, codes: Tensor, best: Tensor, state: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next state by the `codes`, the error of the `best` option, `b`, and the mean of a few others, drawn anew for each example."""
         drawn = torch.randint(self.codebook_size, (len(best), self.num_aux_options), device=best.device)
-        steps = options.chosen(torch.cat([best[:, None], drawn], dim=1))
-        errors = self.error(DenseOptions(steps), state, target)
-        return errors[:, 0], errors[:, 1:].mean()
+        taken = [] if codes is best else [codes[:, None]]
+        steps = options.chosen(torch.cat([*taken, best[:, None], drawn], dim=1))
+        errors = self.error(DenseOptions(steps[:, len(taken) :]), state, target)
+        return state + steps[:, 0], errors[:, 0], errors[:, 1:].mean()
 
     def _sometimes_random(self, codes: Tensor) -> Tensor:
         """Codes `b`, in training each another with probability `epsilon`."""
