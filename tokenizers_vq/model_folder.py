@@ -60,7 +60,7 @@ def refuse_non_model(folder: str | Path) -> None:
     if looks_local and not path.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such folder")
     if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        hint = "; a tokenizer of subwords, as BPE is, loses nothing" if (path / SUBWORDS_FILE).is_file() else ""
+        hint = "; it holds a tokenizer of subwords, which has no model" if (path / SUBWORDS_FILE).is_file() else ""
         raise ValueError(f"{folder} is not a model folder: it has no {CONFIG_FILE}{hint}")
 
 

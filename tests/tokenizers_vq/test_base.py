@@ -248,7 +248,7 @@ def test_a_folder_without_config_is_refused(tokenizer, saved):
     with pytest.raises(ValueError, match="not a model folder: it has no config.json"):
         type(tokenizer).from_pretrained(saved)
     (saved / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no config\.json; a tokenizer of subwords, as BPE is, loses nothing"):
+    with pytest.raises(ValueError, match=r"no config\.json; it holds a tokenizer of subwords, which has no model"):
         type(tokenizer).from_pretrained(saved)
 
 
