@@ -83,6 +83,13 @@ def test_a_kernel_is_transformed_once_as_long_as_it_stays_what_it_is():
     assert kernels.factors(weight[:2]).shape == (*made.shape[:2], 2)
 
 
+def test_transforms_made_while_another_device_is_the_default_serve_a_cpu():
+    frequencies.transforms.cache_clear()
+    with torch.device("meta"):
+        frequencies.transforms(5)
+    assert convolve_in_tiles(torch.randn(1, 2, 16, 16), torch.randn(3, 2, 5, 5)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("x", "kernel"),
     [
