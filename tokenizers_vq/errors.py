@@ -107,7 +107,7 @@ class CrossEntropyError:
         """
         shared = isinstance(options, SharedOptions)
         if shared and not torch.is_grad_enabled() and not state.any():
-            return shared_cross_entropies(options.steps, target)
+            return shared_cross_entropies(options.steps(), target)
         if shared or torch.is_grad_enabled():
             return cross_entropies(state[:, None] + options.all(), target)
         at_once = LOGITS_AT_ONCE_ON_CPU if state.device.type == "cpu" else LOGITS_AT_ONCE
@@ -126,7 +126,9 @@ class CrossEntropyError:
 
 def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
     """Logits `b k t v` of what the symbols `b t` should be -> nats, a mean over positions, `b k`."""
-    return mean_over_live(logits.logsumexp(dim=3) - logits_of(logits, target), target)
+    symbols = target[:, None].expand(logits.shape[:3])
+    errors = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), ignore_index=IGNORED, reduction="none")
+    return errors.view(symbols.shape).sum(dim=2) / target.shape[1]
 
 
 def shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:

@@ -67,31 +67,43 @@ class DenseOptions:
 
 @dataclass
 class SharedOptions:
-    """Steps `k ...` that are the same for all examples: stage 0, where every state is zero."""
+    """The steps of one example, open to all: stage 0, where every state is zero.
 
-    steps: Tensor
+    Those chosen are made for each example, as at any stage: a code has the same step, to the last bit, in a batch of every size.
+
+    Attributes:
+        options: of one example.
+        batch_size: how many share them.
+    """
+
+    options: Options
     batch_size: int
+
+    def steps(self) -> Tensor:
+        """Every step, once: `k ...`."""
+        return self.options.all()[0]
 
     def all(self) -> Tensor:
         """Every step, `b k ...`."""
-        return self.steps.expand(self.batch_size, *self.steps.shape)
+        steps = self.steps()
+        return steps.expand(self.batch_size, *steps.shape)
 
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m ...`."""
-        return self.steps[codes]
+        return self.options.select(codes.new_zeros(len(codes))).chosen(codes)
 
     def select(self, examples: Tensor) -> "SharedOptions":
         """The options of the examples `n`."""
-        return SharedOptions(self.steps, len(examples))
+        return SharedOptions(self.options, len(examples))
 
     def squared_errors(self, residual: Tensor) -> Tensor:
         """`b ...` -> `b k`, as |r|^2 - 2 r.d + |d|^2."""
-        r, d = residual.flatten(1), self.steps.flatten(1)
+        r, d = residual.flatten(1), self.steps().flatten(1)
         return (r.square().sum(1, keepdim=True) - 2 * r @ d.T + d.square().sum(1)) / r.shape[1]
 
     def products(self, biases: Tensor) -> Tensor:
         """`k ...` -> `b k`."""
-        return (self.steps * biases).flatten(1).mean(1).expand(self.batch_size, -1)
+        return self.options.products(biases).expand(self.batch_size, -1)
 
 
 @dataclass
@@ -107,7 +119,7 @@ class BiasedOptions:
 
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m ...`."""
-        return self.options.chosen(codes) + self.biases[codes]
+        return self.options.chosen(codes) + rows_of(self.biases, codes)
 
     def select(self, examples: Tensor) -> "BiasedOptions":
         """The options of the examples `n`."""
@@ -151,7 +163,7 @@ class LinearOptions:
     def chosen(self, codes: Tensor) -> Tensor:
         """The steps that the codes `b m` name, `b m c h w`: one matrix product an example."""
         height = self.features.shape[1]
-        steps = self.features.flatten(1, 2) @ rearrange(self.weight[codes], "b m o f -> b f (m o)")
+        steps = self.features.flatten(1, 2) @ rearrange(rows_of(self.weight, codes), "b m o f -> b f (m o)")
         sizes = {"m": codes.shape[1], "h": height, "p": self.patch, "q": self.patch}
         return rearrange(steps, "b (h w) (m c p q) -> b m c (h p) (w q)", **sizes)
 
@@ -199,7 +211,7 @@ class ConvolvedOptions:
         A convolution is a matrix product for each of its taps, and the sum of these images shifted. The product is over one example's
         own rows of the weight, so that steps nobody asked for are never made.
         """
-        weight = rearrange(self.weight.flip(-1, -2)[codes], "b m c f p q -> b (m c p q) f")
+        weight = rearrange(rows_of(self.weight.flip(-1, -2), codes), "b m c f p q -> b (m c p q) f")
         width = self.weight.shape[-1]
         taps = weight @ self.features.to(weight.dtype).flatten(2)
         steps = F.fold(taps, self.features.shape[2:], kernel_size=width, padding=width // 2)
@@ -265,9 +277,8 @@ class EmbeddedOptions:
         return self._logits(einsum(self.features, self.weight, "b t f, k e f -> b k t e"))
 
     def chosen(self, codes: Tensor) -> Tensor:
-        """The steps that the codes `b m` name, `b m t v`: one matrix product an example."""
-        weight = rearrange(self.weight[codes], "b m e f -> b (m e) f")
-        return self._logits(rearrange(self.features @ weight.mT, "b t (m e) -> b m t e", m=codes.shape[1]))
+        """The steps that the codes `b m` name, `b m t v`: a matrix product each."""
+        return self._logits(self.features[:, None] @ rows_of(self.weight, codes).mT)
 
     def _logits(self, steps: Tensor) -> Tensor:
         return steps if self.embedding is None else steps @ self.embedding.T
@@ -283,3 +294,8 @@ class EmbeddedOptions:
     def products(self, biases: Tensor) -> Tensor:
         """`k t v` -> `b k`."""
         return DenseOptions(self.all()).products(biases)
+
+
+def rows_of(table: Tensor, codes: Tensor) -> Tensor:
+    """Rows of `k ...` that the codes `b m` name, `b m ...`; the way back adds up whole rows, which indexing does number by number."""
+    return F.embedding(codes, table.flatten(1)).unflatten(2, table.shape[1:])

@@ -95,6 +95,11 @@ def with_neighbours(x: Tensor, dilation: int) -> Tensor:
     return torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
 
 
+def rectified(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of `b t i`, `b t o`, and where it is negative zero: in place, which only rows can be, for the rest are views."""
+    return F.linear(x.flatten(0, 1), weight, bias).relu_().unflatten(0, x.shape[:2])
+
+
 class DilatedBlock(nn.Module):
     """A residual block that looks `dilation` positions back and ahead: `b t c` -> `b t c`.
 
@@ -111,7 +116,7 @@ class DilatedBlock(nn.Module):
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
         near = with_neighbours(self.norm(x, stage), self.dilation)
-        return x + self.merge(F.relu(self.spread(near)))  # not in place: what a linear layer returns is a view
+        return x + self.merge(rectified(near, self.spread.weight, self.spread.bias))
 
 
 class DilatedConvRefiner(nn.Module):

@@ -195,7 +195,7 @@ class VQDraw(nn.Module):
             return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
         first = self.refiner(self.first_state(self.num_joint), 0)
         if self.num_joint == 1:
-            return SharedOptions(first.all()[0] + self.biases[0], len(state))
+            return SharedOptions(BiasedOptions(first, self.biases[0]), len(state))
         examples = torch.arange(len(state), device=state.device) % self.num_joint
         return BiasedOptions(first.select(examples), self.biases[0])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizers_vq.errors import CrossEntropyError
 from tokenizers_vq.options import EmbeddedOptions, Options
-from tokenizers_vq.refiners import with_neighbours
+from tokenizers_vq.refiners import rectified, with_neighbours
 from tokenizers_vq.vqdraw import VQDraw
 
 from ..harness import Comparison, import_peer
@@ -78,7 +78,7 @@ class OriginalTextRefiner(nn.Module):
         hidden = F.relu(self.read(state.softmax(dim=2) * state.shape[2] ** 0.5)) + self.positions
         for block in self.blocks:
             hidden = hidden + block(hidden, stage)
-        features = F.relu(self.features(self.norm(F.relu(hidden))))
+        features = rectified(self.norm(F.relu(hidden)), self.features.weight, self.features.bias)
         features = F.pad(features, (0, 1), value=1.0) * self.output_scale
         return EmbeddedOptions(features, self.head, None)
 
@@ -97,12 +97,13 @@ class OriginalBlock(nn.Module):
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
+        x = F.relu(x)
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
-            x = norm(F.relu(x))
+            x = norm(x)
             if number == 0:
                 x = with_neighbours(x, self.dilation)
-            weight: Any = layer.weight
-            x = F.linear(x, weight * gains[stage][:, None], layer.bias * gains[stage])
+            linear = F.linear if number == len(self.layers) - 1 else rectified
+            x = linear(x, layer.weight * gains[stage][:, None], layer.bias * gains[stage])
         return x
 
 

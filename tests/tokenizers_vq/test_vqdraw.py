@@ -37,9 +37,12 @@ OPTIONS = {
     "linear": linear_options,
     "convolved": convolved_options,
     "biased convolved": lambda: BiasedOptions(convolved_options(), random(6, *SHAPE)),
-    "shared": lambda: SharedOptions(random(6, *SHAPE), 5),
+    "shared": lambda: SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5),
+    "shared convolved": lambda: SharedOptions(
+        BiasedOptions(convolved_options().select(torch.tensor([2])), random(6, *SHAPE)), 5
+    ),
     "biased linear": lambda: BiasedOptions(linear_options(), random(6, *SHAPE)),
-    "biased shared": lambda: BiasedOptions(SharedOptions(random(6, *SHAPE), 5), random(6, *SHAPE)),
+    "biased shared": lambda: BiasedOptions(SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5), random(6, *SHAPE)),
     "biased twice": lambda: BiasedOptions(BiasedOptions(linear_options(), random(6, *SHAPE)), random(6, *SHAPE)),
 }
 
