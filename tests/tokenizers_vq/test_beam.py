@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from tokenizers_vq.beam import best_of_all
+from tokenizers_vq.beam import LIMIT, best_of_all
 
 
 def errors_of(model, codes, images) -> torch.Tensor:
@@ -57,19 +57,20 @@ ERRORS = torch.tensor([[5.0, 1.0, 9.0], [2.0, 7.0, 3.0], [8.0, 6.0, 7.0]])
 @pytest.mark.parametrize(
     ("num", "margin", "expected"),
     [
-        (3, 9.0, [(0, 0, 1), (0, 1, 0), (0, 1, 2), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
-        (2, 9.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2)]),
-        (3, 1.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
-        (9, 0.0, [(0, 0, 1), (1, 2, 1)]),
+        ([3, 3], 9.0, [(0, 0, 1), (0, 1, 0), (0, 1, 2), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
+        ([2, 2], 9.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2)]),
+        ([3, 3], 1.0, [(0, 0, 1), (0, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 0)]),
+        ([1, 2], 9.0, [(0, 0, 1), (1, 2, 1), (1, 2, 2)]),
+        ([9, 9], 0.0, [(0, 0, 1), (1, 2, 1)]),
     ],
 )
 def test_the_best_come_first_whatever_sequence_they_extend(num, margin, expected):
-    kept = best_of_all(ERRORS, torch.tensor([0, 0, 1]), num, margin)
+    kept = best_of_all(ERRORS, torch.tensor([0, 0, 1]), torch.tensor(num), margin)
     assert [tuple(each) for each in torch.stack(kept, dim=1).tolist()] == expected
 
 
 def test_margins_are_above_errors_below_zero():
-    kept = best_of_all(-ERRORS, torch.tensor([0, 0, 1]), 2, 0.2)
+    kept = best_of_all(-ERRORS, torch.tensor([0, 0, 1]), torch.tensor([2, 2]), 0.2)
     assert torch.stack(kept, dim=1).tolist() == [[0, 0, 2], [1, 2, 0], [1, 2, 2]]
 
 
@@ -82,7 +83,7 @@ def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
     )
     tiny_vqdraw.encode(images, beam_size=beam_size)
     looked_at = sum(size for stage, size in sizes if stage)  # at stage 0 one look serves all
-    assert looked_at <= 1.9 * beam_size * (tiny_vqdraw.config.num_stages - 1) * len(images)
+    assert looked_at <= LIMIT * beam_size * tiny_vqdraw.config.num_stages * len(images)
 
 
 @pytest.mark.parametrize("beam_size", [0, -2])
