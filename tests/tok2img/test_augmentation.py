@@ -48,6 +48,30 @@ def test_crops_keep_at_least_their_share_of_the_sides():
     assert 0.58 < spans.min() < 0.63 and 0.97 < spans.max() <= 1 and made.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("column", "row", "moved"), [(0, 0, (2, 2)), (1, 0.5, (0, -2)), (0.5, 1, (-2, 0)), (0.74, 0.51, (0, -1))]
+)
+def test_a_shift_moves_by_whole_pixels_and_mirrors_the_edges(column, row, moved):
+    picture = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    wide = torch.cat([picture.flip(-1), picture, picture.flip(-1)], dim=-1)
+    wide = torch.cat([wide.flip(-2), wide, wide.flip(-2)], dim=-2)
+    made = Augmentation(shift=2)(picture, draws(1, column=column, row=row))
+    torch.testing.assert_close(made, wide.roll(moved, dims=(-2, -1))[..., 6:12, 8:16], atol=1e-5, rtol=0)
+
+
+def test_shifts_reach_every_place_within_them():
+    pixels = torch.zeros(300, 1, 9, 9)
+    pixels[..., 4, 4] = 1
+    made = Augmentation(shift=2)(pixels, draws(300)).sum(dim=0)[0]
+    assert (made[2:7, 2:7] > 0.5).all()
+    assert made.sum() == pytest.approx(300, abs=0.1) == made[2:7, 2:7].sum().item()
+
+
+def test_a_shift_below_zero_is_refused():
+    with pytest.raises(ValueError, match="shift must be at least 0 pixels, got -1"):
+        Augmentation(shift=-1)
+
+
 @pytest.mark.parametrize("crop", [0, -0.5, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(crop):
     with pytest.raises(ValueError, match="crop must lie above 0 and not above 1"):
@@ -74,12 +98,12 @@ def losses(recipe: TokenizerRecipe) -> list[float]:
 
 
 def test_a_recipe_trains_on_changed_pictures_and_any_workers_see_the_same(recipe):
-    plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5))
+    plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5, shift=3))
     assert len(plain) == len(changed) == 6 and all(ours != theirs for ours, theirs in zip(plain, changed, strict=True))
-    assert losses(recipe("again", flip=True, crop=0.5, num_workers=2)) == changed
+    assert losses(recipe("again", flip=True, crop=0.5, shift=3, num_workers=2)) == changed
 
 
-@pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}], ids=str)
+@pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}, {"shift": 2}], ids=str)
 def test_text_is_neither_mirrored_nor_cropped(recipe, settings):
-    with pytest.raises(ValueError, match="keys 'flip' and 'crop' are for tokenizers of pictures, got 'bpe'"):
+    with pytest.raises(ValueError, match="keys 'flip', 'crop' and 'shift' are for tokenizers of pictures, got 'bpe'"):
         train_tokenizer(recipe("text", tokenizer="bpe", model={}, **settings))

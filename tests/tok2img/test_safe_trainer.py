@@ -73,7 +73,9 @@ def tokenizer_trainer_in(out, build: Callable[[], DiscreteTokenizer] = tiny_vqva
     model = build()
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
-    return Trainer(model, arguments(recipe, best_by=""), train_dataset=rows, augment=Augmentation(flip=True, crop=0.5))
+    return Trainer(
+        model, arguments(recipe, best_by=""), train_dataset=rows, augment=Augmentation(flip=True, crop=0.5, shift=2)
+    )
 
 
 def losses(trainer: Trainer) -> dict[int, str]:
