@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from tokenizers_vq.beam import LIMIT, best_of_all
+from tokenizers_vq.beam import best_of_all
 
 
 def errors_of(model, codes, images) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
     )
     tiny_vqdraw.encode(images, beam_size=beam_size)
     looked_at = sum(size for stage, size in sizes if stage)  # at stage 0 one look serves all
-    assert looked_at <= LIMIT * beam_size * tiny_vqdraw.config.num_stages * len(images)
+    assert looked_at <= 1.4 * beam_size * tiny_vqdraw.config.num_stages * len(images)
 
 
 @pytest.mark.parametrize("beam_size", [0, -2])

@@ -120,10 +120,8 @@ class TestError:
 
     @pytest.mark.parametrize("first", [0.0, 0.5])
     def test_steps_that_all_share_are_looked_at_once(self, first):
-        options, state = (
-            SharedOptions(DenseOptions(random(1, 3, 6, 9)), 5),
-            torch.full((5, 6, 9), first, dtype=torch.float64),
-        )
+        options = SharedOptions(DenseOptions(random(1, 3, 6, 9)), 5)
+        state = torch.full((5, 6, 9), first, dtype=torch.float64)
         state[:, 0, 0] *= 2
         target = torch.randint(9, (5, 6))
         target[2, 3:] = IGNORED
