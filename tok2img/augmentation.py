@@ -1,4 +1,4 @@
-"""Pictures as a tokenizer sees them in training: parts of them, moved, and mirrored.
+"""Pictures as a tokenizer sees them in training: warped, mirrored, moved, and parts of them.
 
 By numbers that the caller draws, not by chance of its own, so that a run that is taken up again sees the same pictures.
 """
@@ -21,31 +21,43 @@ class Augmentation:
             et al. 2015, without their distortion); 1: all of it.
         shift: pixels that a picture is moved by, up and down and to the sides, at most; what comes in at an edge is its mirror image. What
             a tokenizer without crops has seen in one place of its grid of codes it then sees in all.
+        warp: turn, slant and stretch half of the pictures about their middle, by a matrix whose numbers differ from those of the
+            identity by so much at most; the ground goes on beyond the edges.
 
     Raises:
-        ValueError: for a share that is none, or a shift below 0.
+        ValueError: for a share that is none, a shift below 0, or a warp that is not from 0 to below 0.5.
     """
 
     flip: bool = False
     crop: float = 1.0
     shift: int = 0
+    warp: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must lie above 0 and not above 1, got {self.crop}")
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0 pixels, got {self.shift}")
+        if not 0 <= self.warp < 0.5:  # beyond, a picture could be folded up
+            raise ValueError(f"warp must be at least 0 and below 0.5, got {self.warp}")
 
     def __bool__(self) -> bool:
-        return self.flip or self.crop < 1 or self.shift > 0
+        return self.flip or self.crop < 1 or self.shift > 0 or self.warp > 0
+
+    @property
+    def num_draws(self) -> int:
+        """Numbers that decide about one picture."""
+        return 9 if self.warp else 4
 
     def __call__(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
-        """Pictures `b c h w` and numbers from 0 to 1 `b 4`, for mirror, size and place, -> `b c h w`."""
+        """Pictures `b c h w` and numbers from 0 to 1 `b num_draws`, for mirror, size, place and warp, -> `b c h w`."""
+        if self.warp:
+            pixel_values = self._warped(pixel_values, draws[:, 4:])
         mirrored = (draws[:, 0] < 0.5) & self.flip
         pixel_values = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixel_values.flip(-1), pixel_values)
         if self.crop == 1 and not self.shift:
             return pixel_values
-        place, side = 2 * draws[:, 2:] - 1, (self.crop + (1 - self.crop) * draws[:, 1])[:, None]
+        place, side = 2 * draws[:, 2:4] - 1, (self.crop + (1 - self.crop) * draws[:, 1])[:, None]
         half_size = draws.new_tensor([pixel_values.shape[-1], pixel_values.shape[-2]]) / 2
         moved = ((1 - side) * half_size + self.shift) * place
         if self.crop == 1:
@@ -54,3 +66,11 @@ class Augmentation:
         frames = torch.cat([torch.diag_embed(side.expand(-1, 2)), centre[..., None]], dim=-1)
         grid = F.affine_grid(frames.to(pixel_values), list(pixel_values.shape), align_corners=False)
         return F.grid_sample(pixel_values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    def _warped(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
+        """Pictures `b c h w` and `b 5`, for whether and for a matrix, -> `b c h w`; by cubics, for lines would blur what is thin."""
+        matrices = torch.eye(2).to(draws) + self.warp * (2 * draws[:, 1:].unflatten(1, (2, 2)) - 1)
+        grid = F.affine_grid(F.pad(matrices, (0, 1)).to(pixel_values), list(pixel_values.shape), align_corners=False)
+        warped = F.grid_sample(pixel_values, grid, mode="bicubic", padding_mode="border", align_corners=False)
+        chosen = rearrange(draws[:, 0] < 0.5, "b -> b 1 1 1")
+        return torch.where(chosen, warped.clamp(0, 1), pixel_values)

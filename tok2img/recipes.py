@@ -89,7 +89,7 @@ class TokenizerRecipe(RunSettings):
             `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first pictures, pixel_mean and
             pixel_std are measured, max_length is that of the longest caption (96 bytes at most), and the alphabet is the bytes that
             captions hold.
-        flip, crop, shift: what is done to pictures in training, see `Augmentation`.
+        flip, crop, shift, warp: what is done to pictures in training, see `Augmentation`.
         perceptual: folder of a saved `CaptionClassifier`, whose features a VQ-VAE's reconstructions should have too.
         adversarial_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
             at the end are then the last: least error on held-out pictures would choose those of least influence.
@@ -104,6 +104,7 @@ class TokenizerRecipe(RunSettings):
     flip: bool = False
     crop: float = 1.0
     shift: int = 0
+    warp: float = 0.0
     perceptual: str = ""
     adversarial_start: int = 0
     adversarial_weight: float = 0.8

@@ -125,7 +125,8 @@ class Trainer(SafeTrainer):
             batches = model.prepare(batches, chance)
         if self.augment:
             sizes = [len(batch["pixel_values"]) for batch in batches]
-            for batch, draws in zip(batches, own_shares(chance(num_ranks() * sum(sizes), 4), sizes), strict=True):
+            drawn = chance(num_ranks() * sum(sizes), self.augment.num_draws)
+            for batch, draws in zip(batches, own_shares(drawn, sizes), strict=True):
                 batch["pixel_values"] = self.augment(batch["pixel_values"], draws.to(batch["pixel_values"].device))
         return batches, num_items
 

@@ -67,6 +67,46 @@ def test_shifts_reach_every_place_within_them():
     assert made.sum() == pytest.approx(300, abs=0.1) == made[2:7, 2:7].sum().item()
 
 
+def warped(pixels: torch.Tensor, matrix: list[float], *, warp: float = 0.4) -> torch.Tensor:
+    """Pictures by a matrix of which so much, times `warp`, is more than the identity."""
+    chosen = torch.tensor([0.9, 1, 0.5, 0.5, 0.1, *((1 + value) / 2 for value in matrix)])
+    return Augmentation(warp=warp)(pixels, chosen.expand(len(pixels), -1))
+
+
+def test_a_warp_by_the_identity_is_the_picture(pixels):
+    torch.testing.assert_close(warped(pixels, [0, 0, 0, 0]), pixels, atol=1e-5, rtol=0)
+
+
+def test_a_warp_slants_stretches_and_turns():
+    line = torch.zeros(1, 1, 32, 32)
+    line[..., 15:17] = 1  # upright, in the middle
+    slanted, wide, turned = (warped(line, matrix) for matrix in ([0, 1, 0, 0], [-1, 0, 0, 0], [0, 1, -1, 0]))
+    for row, column in {4: 20, 27: 11}.items():  # by 0.4 of the way to the middle
+        assert slanted[0, 0, row].argmax() in (column, column - 1, column + 1)
+        assert turned[0, 0, row].argmax() in (column, column - 1, column + 1)
+    assert wide.sum().item() == pytest.approx(line.sum().item() / 0.6, rel=0.05)
+
+
+def test_a_warp_leaves_half_of_the_pictures_as_they_are(pixels):
+    many = pixels.repeat(100, 1, 1, 1)
+    made = Augmentation(warp=0.2)(many, torch.rand(400, 9, generator=torch.Generator().manual_seed(1)))
+    assert 160 < (made == many).flatten(1).all(dim=1).sum() < 240
+    assert made.min() >= 0 and made.max() <= 1
+
+
+def test_a_warp_changes_nothing_of_what_else_is_done(pixels):
+    numbers = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    numbers[:, 4] = 0.9  # none is warped
+    settings = {"flip": True, "crop": 0.7, "shift": 1}
+    assert Augmentation(**settings, warp=0.2)(pixels, numbers).equal(Augmentation(**settings)(pixels, numbers[:, :4]))
+
+
+@pytest.mark.parametrize("warp", [-0.1, 0.5, float("nan")])
+def test_a_warp_that_could_fold_a_picture_up_is_refused(warp):
+    with pytest.raises(ValueError, match="warp must be at least 0 and below 0.5, got"):
+        Augmentation(warp=warp)
+
+
 def test_a_shift_below_zero_is_refused():
     with pytest.raises(ValueError, match="shift must be at least 0 pixels, got -1"):
         Augmentation(shift=-1)
@@ -98,12 +138,14 @@ def losses(recipe: TokenizerRecipe) -> list[float]:
 
 
 def test_a_recipe_trains_on_changed_pictures_and_any_workers_see_the_same(recipe):
-    plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5, shift=3))
+    plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5, shift=3, warp=0.1))
     assert len(plain) == len(changed) == 6 and all(ours != theirs for ours, theirs in zip(plain, changed, strict=True))
-    assert losses(recipe("again", flip=True, crop=0.5, shift=3, num_workers=2)) == changed
+    assert losses(recipe("again", flip=True, crop=0.5, shift=3, warp=0.1, num_workers=2)) == changed
 
 
-@pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}, {"shift": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}, {"shift": 2}, {"warp": 0.1}], ids=str)
 def test_text_is_neither_mirrored_nor_cropped(recipe, settings):
-    with pytest.raises(ValueError, match="keys 'flip', 'crop' and 'shift' are for tokenizers of pictures, got 'bpe'"):
+    with pytest.raises(
+        ValueError, match="keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of pictures, got 'bpe'"
+    ):
         train_tokenizer(recipe("text", tokenizer="bpe", model={}, **settings))
