@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import VectorQuantizer, clustering
-from tokenizers_vq.clustering import assigned_sums, highest, kmeans, nearest_codes
+from tokenizers_vq.clustering import as_pictures, assigned_sums, highest, kmeans, nearest_codes, products
 from tokenizers_vq.quantizer import DEAD_SHARE, perplexity
 
 NAN, INF = float("nan"), float("inf")
@@ -36,18 +36,26 @@ def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
 # Search
 
 
-@pytest.mark.parametrize("chunk", [512, 8, 1])
+@pytest.mark.parametrize("chunk", [(512, 512), (8, 16), (1, 16)])
 def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", (chunk, chunk))
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
     vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
     assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
 
 
-@pytest.mark.parametrize("chunk", [512, 4])
+@pytest.mark.parametrize("chunk", [(512, 512), (4, 16)])
 def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", (chunk, chunk))
-    codebook = torch.randn(3, 5).repeat(4, 1)
-    assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(4))
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    codebook = torch.randn(3, 5).repeat(12, 1)
+    assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(12))
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
+def test_products_have_the_same_bits_for_few_vectors_as_for_many(num):
+    pictures, rows = as_pictures(torch.randn(512, 65)), torch.randn(768, 65)
+    many = products(pictures, rows)
+    torch.testing.assert_close(many, pictures.permute(0, 2, 3, 1).reshape(512, 65) @ rows.T)
+    assert torch.equal(products(pictures, rows[:num]), many[:, :num])
 
 
 def test_far_from_zero_the_nearest_is_found_too():
