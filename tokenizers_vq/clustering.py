@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# Vectors and codes compared at once: 1.5 MB of float32 scores stays in a core's cache, whatever the codebook's size.
-CHUNK = 768, 512
+# Vectors and codes compared at once: their float32 scores stay in a core's cache, whatever the codebook's size, and just below 2 MB, from
+# where on torch asks for huge pages.
+CHUNK = 1008, 512
 CHUNK_ON_GPU = 2**13, 2**13
 NUM_PICTURES = 16  # of so many and more torch hands a convolution to oneDNN, whatever their size
 KMEANS_STEPS = 10
