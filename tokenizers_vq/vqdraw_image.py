@@ -21,11 +21,14 @@ from .errors import BernoulliError, GaussianError, SquaredError
 from .normalization import PixelNormalization
 from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
 from .refiners import ConvRefiner, in_segments
-from .vqdraw import ROWS_TO_START_FROM, VQDraw, build_draw
+from .vqdraw import VQDraw, build_draw
 
 ERRORS = ("squared", "gaussian", "bernoulli")
 REFINERS = ("conv", *PRESETS)
 ENCODE_DTYPES = ("float32", "bfloat16")
+# Centres of few pictures are no centres of others: MNIST, 64 hidden channels, after 120 CPU seconds, an error of 0.132 on test digits where
+# 8,192 digits made the start (356 steps), 0.124 where 60,000 did (272 steps, for that takes its time).
+PICTURES_TO_START_FROM = 2**16
 
 
 class VQDrawImageConfig(DiscreteTokenizerConfig):
@@ -162,7 +165,7 @@ class VQDrawForImages(DiscreteTokenizer):
     @property
     def rows_to_start_from(self) -> int:
         """Enough for k-means at every stage."""
-        return ROWS_TO_START_FROM
+        return PICTURES_TO_START_FROM
 
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""
