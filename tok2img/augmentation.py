@@ -55,9 +55,11 @@ class Augmentation:
             pixel_values = self._warped(pixel_values, draws[:, 4:])
         mirrored = (draws[:, 0] < 0.5) & self.flip
         pixel_values = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixel_values.flip(-1), pixel_values)
-        if self.crop == 1 and not self.shift:
-            return pixel_values
-        place, side = 2 * draws[:, 2:4] - 1, (self.crop + (1 - self.crop) * draws[:, 1])[:, None]
+        return pixel_values if self.crop == 1 and not self.shift else self._framed(pixel_values, draws[:, 1:4])
+
+    def _framed(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
+        """Pictures `b c h w` and `b 3`, for the side of a frame and its place, -> what the frame shows, `b c h w`."""
+        place, side = 2 * draws[:, 1:] - 1, (self.crop + (1 - self.crop) * draws[:, 0])[:, None]
         half_size = draws.new_tensor([pixel_values.shape[-1], pixel_values.shape[-2]]) / 2
         moved = ((1 - side) * half_size + self.shift) * place
         if self.crop == 1:
@@ -72,5 +74,4 @@ class Augmentation:
         matrices = torch.eye(2).to(draws) + self.warp * (2 * draws[:, 1:].unflatten(1, (2, 2)) - 1)
         grid = F.affine_grid(F.pad(matrices, (0, 1)).to(pixel_values), list(pixel_values.shape), align_corners=False)
         warped = F.grid_sample(pixel_values, grid, mode="bicubic", padding_mode="border", align_corners=False)
-        chosen = rearrange(draws[:, 0] < 0.5, "b -> b 1 1 1")
-        return torch.where(chosen, warped.clamp(0, 1), pixel_values)
+        return torch.where(rearrange(draws[:, 0] < 0.5, "b -> b 1 1 1"), warped.clamp(0, 1), pixel_values)
