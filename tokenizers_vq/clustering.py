@@ -11,6 +11,7 @@ from torch import Tensor
 # where on torch asks for huge pages.
 CHUNK = 1008, 512
 CHUNK_ON_GPU = 2**13, 2**13
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 NUM_PICTURES = 16  # of so many and more torch hands a convolution to oneDNN, whatever their size
 KMEANS_STEPS = 10
 
@@ -63,7 +64,7 @@ def products(pictures: Tensor, rows: Tensor) -> Tensor:
     On a CPU by a convolution: oneDNN, which torch convolves with, is twice as fast on an AMD as what torch multiplies matrices with (190
     and 98 GFLOP/s a core), and gives the same bits for few rows as for many.
     """
-    if pictures.device.type == "cpu" and len(rows):
+    if HAS_ONEDNN and pictures.device.type == "cpu" and len(rows):
         return F.conv2d(pictures, rows[:, :, None, None]).movedim(1, 3).flatten(0, 2)
     return rearrange(pictures, "p d k 1 -> (p k) d") @ rows.T
 

@@ -50,6 +50,14 @@ def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
     assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(12))
 
 
+def test_without_onednn_the_same_are_nearest(monkeypatch):
+    vectors, codebook = torch.randn(101, 5), torch.randn(70, 5)
+    expected = nearest_codes(vectors, codebook)
+    monkeypatch.setattr(clustering, "HAS_ONEDNN", False)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)
+
+
+@pytest.mark.skipif(not clustering.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
 @pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
 def test_products_have_the_same_bits_for_few_vectors_as_for_many(num):
     pictures, rows = as_pictures(torch.randn(512, 65)), torch.randn(768, 65)
