@@ -78,7 +78,9 @@ def augmentation_of(recipe: TokenizerRecipe) -> Augmentation:
     """What a recipe does to pictures in training; ValueError for a share that is none, and for a tokenizer of text."""
     augment = Augmentation(recipe.flip, recipe.crop, recipe.shift, recipe.warp)
     if augment and recipe.tokenizer in TEXT_TOKENIZERS:
-        raise ValueError(f"keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of pictures, got {recipe.tokenizer!r}")
+        raise ValueError(
+            f"keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of pictures, got {recipe.tokenizer!r}"
+        )
     return augment
 
 
