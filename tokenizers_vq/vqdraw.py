@@ -20,7 +20,6 @@ from .options import BiasedOptions, DenseOptions, Options, SharedOptions
 from .ranks import of_first_rank, summed_over_ranks
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
-ROWS_TO_START_FROM = 2**14
 # How far from the best step there is towards its target a revived option goes: an option that makes one picture whole makes no other.
 # MNIST, the published refiner, squared error after 200 steps: 0.421 all the way, 0.381 half, 0.366 a quarter, 0.405 without revival.
 REVIVED_SHARE = 0.25

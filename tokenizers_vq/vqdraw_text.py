@@ -11,9 +11,9 @@ from .base import TokenizerOutput, check_counts, check_stages
 from .errors import IGNORED, CrossEntropyError
 from .refiners import DilatedConvRefiner, in_segments
 from .text_spans import TextSpanConfig, TextSpanTokenizer
-from .vqdraw import ROWS_TO_START_FROM, VQDraw, build_draw
+from .vqdraw import VQDraw, build_draw
 
-VALUES_TO_START_FROM = 2**24
+TEXTS_TO_START_FROM, VALUES_TO_START_FROM = 2**14, 2**24
 
 
 class VQDrawTextConfig(TextSpanConfig):
@@ -145,7 +145,7 @@ class VQDrawForText(TextSpanTokenizer):
     @property
     def rows_to_start_from(self) -> int:
         """Enough for k-means at every stage."""
-        return ROWS_TO_START_FROM
+        return TEXTS_TO_START_FROM
 
     def start_from_data(self, symbols: Tensor) -> None:
         """Start as a residual quantizer of `b t`; see `VQDraw.start_from_data`."""
