@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+BENDS = 4  # points along a side that a bent picture is pulled at
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -21,11 +23,12 @@ class Augmentation:
             et al. 2015, without their distortion); 1: all of it.
         shift: pixels that a picture is moved by, up and down and to the sides, at most; what comes in at an edge is its mirror image. What
             a tokenizer without crops has seen in one place of its grid of codes it then sees in all.
-        warp: turn, slant and stretch half of the pictures about their middle, by a matrix whose numbers differ from those of the
-            identity by so much at most; the ground goes on beyond the edges.
+        warp: turn, slant and stretch pictures about their middle, by a matrix whose numbers differ from those of the identity by so much
+            at most, and bend them by half as much (Simard et al. 2003, their field from few points); the ground goes on beyond the
+            edges. All pictures at the start of a run, fewer and fewer of them towards its end, where the data themselves are learned.
 
     Raises:
-        ValueError: for a share that is none, a shift below 0, or a warp that is not from 0 to below 0.5.
+        ValueError: for a share that is none, a shift below 0, or a warp that is not from 0 to below 0.25.
     """
 
     flip: bool = False
@@ -38,8 +41,8 @@ class Augmentation:
             raise ValueError(f"crop must lie above 0 and not above 1, got {self.crop}")
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0 pixels, got {self.shift}")
-        if not 0 <= self.warp < 0.5:  # beyond, a picture could be folded up
-            raise ValueError(f"warp must be at least 0 and below 0.5, got {self.warp}")
+        if not 0 <= self.warp < 0.25:  # beyond, a picture could be folded up
+            raise ValueError(f"warp must be at least 0 and below 0.25, got {self.warp}")
 
     def __bool__(self) -> bool:
         return self.flip or self.crop < 1 or self.shift > 0 or self.warp > 0
@@ -47,12 +50,16 @@ class Augmentation:
     @property
     def num_draws(self) -> int:
         """Numbers that decide about one picture."""
-        return 9 if self.warp else 4
+        return 4 + (1 + 4 + 2 * BENDS**2 if self.warp else 0)
 
-    def __call__(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
-        """Pictures `b c h w` and numbers from 0 to 1 `b num_draws`, for mirror, size, place and warp, -> `b c h w`."""
+    def __call__(self, pixel_values: Tensor, draws: Tensor, *, done: float = 0.0) -> Tensor:
+        """Pictures `b c h w` and numbers from 0 to 1 `b num_draws`, for mirror, size, place and warp, -> `b c h w`.
+
+        `done` is the share of the run that is over.
+        """
         if self.warp:
-            pixel_values = self._warped(pixel_values, draws[:, 4:])
+            warped = rearrange(draws[:, 4] >= done, "b -> b 1 1 1")
+            pixel_values = torch.where(warped, self._warped(pixel_values, draws[:, 5:]), pixel_values)
         mirrored = (draws[:, 0] < 0.5) & self.flip
         pixel_values = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixel_values.flip(-1), pixel_values)
         return pixel_values if self.crop == 1 and not self.shift else self._framed(pixel_values, draws[:, 1:4])
@@ -70,8 +77,12 @@ class Augmentation:
         return F.grid_sample(pixel_values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
     def _warped(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
-        """Pictures `b c h w` and `b 5`, for whether and for a matrix, -> `b c h w`; by cubics, for lines would blur what is thin."""
-        matrices = torch.eye(2).to(draws) + self.warp * (2 * draws[:, 1:].unflatten(1, (2, 2)) - 1)
-        grid = F.affine_grid(F.pad(matrices, (0, 1)).to(pixel_values), list(pixel_values.shape), align_corners=False)
+        """Pictures `b c h w` and numbers for a matrix and for bends -> `b c h w`; by cubics, for lines would blur what is thin."""
+        size = list(pixel_values.shape)
+        moves = self.warp * (2 * draws.to(pixel_values) - 1)
+        matrices = torch.eye(2).to(moves) + moves[:, :4].unflatten(1, (2, 2))
+        bends = moves[:, 4:].unflatten(1, (2, BENDS, BENDS)) / 2
+        bends = F.interpolate(bends, size[2:], mode="bicubic", align_corners=False)
+        grid = F.affine_grid(F.pad(matrices, (0, 1)), size, align_corners=False) + rearrange(bends, "b c h w -> b h w c")
         warped = F.grid_sample(pixel_values, grid, mode="bicubic", padding_mode="border", align_corners=False)
-        return torch.where(rearrange(draws[:, 0] < 0.5, "b -> b 1 1 1"), warped.clamp(0, 1), pixel_values)
+        return warped.clamp(0, 1)
