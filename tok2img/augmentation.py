@@ -83,6 +83,8 @@ class Augmentation:
         matrices = torch.eye(2).to(moves) + moves[:, :4].unflatten(1, (2, 2))
         bends = moves[:, 4:].unflatten(1, (2, BENDS, BENDS)) / 2
         bends = F.interpolate(bends, size[2:], mode="bicubic", align_corners=False)
-        grid = F.affine_grid(F.pad(matrices, (0, 1)), size, align_corners=False) + rearrange(bends, "b c h w -> b h w c")
+        grid = F.affine_grid(F.pad(matrices, (0, 1)), size, align_corners=False) + rearrange(
+            bends, "b c h w -> b h w c"
+        )
         warped = F.grid_sample(pixel_values, grid, mode="bicubic", padding_mode="border", align_corners=False)
         return warped.clamp(0, 1)

@@ -1,7 +1,5 @@
 """Which of `k` vectors is nearest, and where `k` vectors best stand: search, k-means, and places for vectors out of use."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,46 +14,69 @@ NUM_PICTURES = 16  # of so many and more torch hands a convolution to oneDNN, wh
 KMEANS_STEPS = 10
 
 
+def nearest(vectors: Tensor, codebook: Tensor, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes `n` of the entries `k d` nearest to vectors `n d`, and their squared distances `n`.
+
+    The entries themselves are written to `chosen` `n d`, and what they leave of the vectors to `rest` `n d`, if that is given: all while
+    a chunk of them is in the cache, and to memory of the caller's, for new memory costs as much as a lookup.
+    """
+    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
+        search = Search(codebook, len(vectors))
+        codes, errors = vectors.new_empty(len(vectors), dtype=torch.long), vectors.new_empty(len(vectors))
+        scratch = torch.empty_like(vectors[: search.num_rows])
+        for first in range(0, len(vectors), search.num_rows):
+            rows = slice(first, first + search.num_rows)
+            torch.index_select(codebook, 0, codes[rows].copy_(search(vectors[rows])), out=chosen[rows])
+            left = scratch[: len(codes[rows])] if rest is None else rest[rows]
+            torch.linalg.vector_norm(
+                torch.sub(vectors[rows], chosen[rows], out=left), dim=1, out=errors[rows]
+            ).square_()
+        return codes, errors
+
+
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry `k d` nearest to each vector `n d` -> `n`, in float32 whatever autocast says.
+    """Index of the codebook entry `k d` nearest to each vector `n d` -> `n`, in float32 whatever autocast says."""
+    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
+        search = Search(codebook.float(), len(vectors))
+        return torch.cat([search(chunk) for chunk in vectors.float().split(search.num_rows)])
+
+
+class Search:
+    """Finds the nearest entries of a codebook `k d` to `num_rows` vectors at a time, or as many as there are.
 
     |v - e|^2 without |v|^2, which no choice of e changes; both are seen from the middle of the codebook, so that far from zero, too, the
     products leave digits to tell distances by.
     """
-    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
-        middle = codebook.float().mean(dim=0)
-        entries = codebook.float() - middle
+
+    def __init__(self, codebook: Tensor, num_vectors: int):
+        num, size = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
+        self.num_rows = max(1, min(num, num_vectors))
+        self.middle = codebook.mean(dim=0)
+        entries = codebook - self.middle
         # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
         half_norms = entries.square().sum(dim=1, keepdim=True) / 2
-        num, size = CHUNK if vectors.device.type == "cpu" else CHUNK_ON_GPU
         missing = -len(entries) % NUM_PICTURES  # filled up with entries that are nearest to nothing
         filled = [F.pad(entries, (0, 0, 0, missing)), F.pad(half_norms, (0, 0, 0, missing), value=torch.inf)]
-        parts = [as_pictures(part) for part in torch.cat(filled, dim=1).split(size)]
-        chunks = vectors.float().split(num)
-        # Memory for a chunk with its -1: in the cache from the second chunk on.
-        rows = F.pad(chunks[0], (0, 1), value=-1)
-        return torch.cat([best_of_parts(chunk, middle, parts, rows) for chunk in chunks])
+        self.parts = [as_pictures(part) for part in torch.cat(filled, dim=1).split(size)]
+        self.rows = codebook.new_full((self.num_rows, codebook.shape[1] + 1), -1)  # stays in the cache
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Vectors `n d`, at most `num_rows` -> codes `n`: those with which the products of entry and vector, with |e|^2 / 2 and -1 at
+        their ends, are highest.
+        """
+        rows = self.rows[: len(vectors)]
+        rows[:, :-1].copy_(vectors).sub_(self.middle)
+        found = [highest(products(part, rows)) for part in self.parts]
+        if len(found) == 1:
+            return found[0][1]
+        values, best_rows = map(torch.stack, zip(*found, strict=True))
+        best = highest(values)[1]
+        return best * self.parts[0].shape[2] * NUM_PICTURES + best_rows.gather(0, best[None])[0]
 
 
 def as_pictures(part: Tensor) -> Tensor:
     """Rows `(p k) d` as the pixels of pictures, `p d k 1`, channels last."""
     return rearrange(part, "(p k) d -> p d k 1", p=NUM_PICTURES)
-
-
-def best_of_parts(vectors: Tensor, middle: Tensor, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Row of the `parts`, `k (d + 1)` together, whose product with each vector `n d`, seen from the `middle` `d`, and -1 is highest -> `n`.
-
-    Args:
-        parts: as pictures. rows: memory to write to, `n (d + 1)` or more, whose rows end in -1.
-    """
-    rows = rows[: len(vectors)]
-    rows[:, :-1].copy_(vectors).sub_(middle)
-    found = [highest(products(part, rows)) for part in parts]
-    if len(parts) == 1:
-        return found[0][1]
-    values, best_rows = map(torch.stack, zip(*found, strict=True))
-    best = highest(values)[1]
-    return best * parts[0].shape[2] * NUM_PICTURES + best_rows.gather(0, best[None])[0]
 
 
 def products(pictures: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ batches, and codes that fall out of use are put back where vectors are worst ser
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from .clustering import (
     assigned_sums,
     best_by_error,
     kmeans,
-    nearest_codes,
+    nearest,
 )
 from .ranks import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
 from .vectors import GRADIENTS, Vectors, VectorView, committed, may_look_at
@@ -36,18 +35,6 @@ class QuantizerOutput:
     quantized: Tensor
     codes: Tensor
     loss: Tensor
-
-
-class Assigned(NamedTuple):
-    """Codebook entries `chosen` `n d` of vectors, their `codes` `n`, the `loss`, a scalar, and what they leave, `rest` `n d`.
-
-    Nothing of it has a gradient to the vectors: `committed` gives them theirs.
-    """
-
-    chosen: Tensor
-    codes: Tensor
-    loss: Tensor
-    rest: Tensor
 
 
 class CodeUsage(nn.Module):
@@ -157,34 +144,36 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             vectors = self.view.open(x, mask)
             vectors.flat = self.scaled(vectors.flat)
-            found = self.assign(vectors)
-            quantized, loss = committed(
-                self.gradient, vectors, found.chosen, found.loss, pull=found.rest, weight=self.commitment_weight
-            )
+            chosen = torch.empty_like(vectors.flat, requires_grad=False)
+            pull = torch.empty_like(chosen) if vectors.flat.requires_grad else None
+            codes, loss = self.assign(vectors, chosen, pull)
+            quantized, loss = committed(self.gradient, vectors, chosen, loss, pull=pull, weight=self.commitment_weight)
             quantized = self.view.close(quantized, vectors)
-        return QuantizerOutput(quantized, found.codes.reshape(vectors.grid), loss)
+        return QuantizerOutput(quantized, codes.reshape(vectors.grid), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> codebook entries `... d` (or `b d h w`)."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.view.place(F.embedding(codes, self.entries()))
 
-    def assign(self, vectors: Vectors) -> Assigned:
-        """The nearest codebook entries of vectors `n d`; in training the codebook moves on."""
+    def assign(self, vectors: Vectors, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes `n` of vectors, and the loss, a scalar; in training the codebook moves on.
+
+        The entries are written to `chosen` `n d`, what they leave to `rest` `n d`. Nothing has a gradient to the vectors: `committed` gives
+        them theirs.
+        """
         flat = vectors.flat.detach()
         if self.training and self.needs_start():
             self.start(flat[vectors.kept])
         entries = self.entries()
-        codes = nearest_codes(flat, entries)
-        chosen = F.embedding(codes, entries)  # before the codebook moves: a revived code is no longer near its vectors
-        rest = flat - chosen.detach()
-        errors = torch.linalg.vector_norm(rest, dim=1).square()
+        codes, errors = nearest(flat, entries.detach(), chosen, rest)
         loss = self.commitment_weight * vectors.mean(errors)
         if not self.ema:
-            loss = loss + vectors.mean((flat - chosen).square().sum(dim=1)) / self.code_dim
+            squares = (flat - F.embedding(codes, entries)).square().sum(dim=1)
+            loss = loss + vectors.mean(squares) / self.code_dim
         if self.training:
             self._learn(flat, codes, vectors.kept, errors)
-        return Assigned(chosen, codes, loss, rest)
+        return codes, loss
 
     def entries(self) -> Tensor:
         """The codebook `k d` as vectors are compared with it."""

@@ -70,13 +70,17 @@ class ResidualQuantizer(nn.Module):
             vectors = self.view.open(x, mask)
             rest, codes, losses = vectors, [], []
             total = torch.zeros_like(vectors.flat)
-            pull = torch.zeros_like(vectors.flat) if vectors.flat.requires_grad else None
+            pull = torch.zeros_like(total) if vectors.flat.requires_grad else None
+            # Memory for all levels: new memory would cost as much as a lookup. A level that learns looks again at what came into it.
+            learns = self.training or torch.is_grad_enabled()
+            chosen, *lefts = (torch.empty_like(total) for _ in range(3 if learns else 2))
             for number, level in enumerate(self.quantizers()):
-                chosen, level_codes, level_loss, left = level.assign(rest)
+                left = lefts[number % len(lefts)]
+                level_codes, level_loss = level.assign(rest, chosen, left)
                 rest = replace(rest, flat=left)
                 if pull is not None:  # every level's term draws the encoder; none of them another level
                     pull += left
-                total += chosen.detach() if known is None else chosen.detach() * known[..., number].reshape(-1, 1)
+                total += chosen if known is None else chosen * known[..., number].reshape(-1, 1)
                 codes.append(level_codes)
                 losses.append(level_loss)
             loss, weight = torch.stack(losses).mean(), self.quantizers()[0].commitment_weight / self.num_levels

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import VectorQuantizer, clustering
-from tokenizers_vq.clustering import as_pictures, assigned_sums, highest, kmeans, nearest_codes, products
+from tokenizers_vq.clustering import as_pictures, assigned_sums, highest, kmeans, nearest, nearest_codes, products
 from tokenizers_vq.quantizer import DEAD_SHARE, perplexity
 
 NAN, INF = float("nan"), float("inf")
@@ -77,6 +77,22 @@ def plainly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def test_no_vectors_have_no_codes():
     assert nearest_codes(torch.empty(0, 5), torch.randn(17, 5)).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk", [(512, 512), (8, 16)])
+def test_the_nearest_entries_and_what_they_leave_are_those_of_the_plain_form(monkeypatch, chunk):
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
+    chosen, rest = torch.empty(101, 5), torch.empty(101, 5)
+    codes, errors = nearest(vectors, codebook, chosen, rest)
+    assert torch.equal(codes, nearest_codes(vectors, codebook))
+    assert torch.equal(chosen, codebook[codes]) and torch.equal(rest, vectors - codebook[codes])
+    torch.testing.assert_close(errors, (vectors - codebook[codes]).square().sum(dim=1))
+    without_rest = nearest(vectors, codebook, torch.empty(101, 5))
+    assert torch.equal(without_rest[0], codes) and torch.equal(without_rest[1], errors)
+    assert torch.equal(nearest(vectors, codebook, chosen, vectors)[1], errors) and torch.equal(
+        vectors, rest
+    )  # in its place
 
 
 def test_the_highest_score_is_where_argmax_finds_it():
