@@ -52,12 +52,14 @@ class Search:
         num, size = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
         self.num_rows = max(1, min(num, num_vectors))
         self.middle = codebook.mean(dim=0)
-        entries = codebook - self.middle
+        missing = -len(codebook) % NUM_PICTURES  # filled up with entries that are nearest to nothing
+        entries = codebook.new_full((len(codebook) + missing, codebook.shape[1] + 1), torch.inf)
+        entries[len(codebook) :, :-1] = 0
+        known = entries[: len(codebook)]
+        known[:, :-1].copy_(codebook).sub_(self.middle)
         # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
-        half_norms = entries.square().sum(dim=1, keepdim=True) / 2
-        missing = -len(entries) % NUM_PICTURES  # filled up with entries that are nearest to nothing
-        filled = [F.pad(entries, (0, 0, 0, missing)), F.pad(half_norms, (0, 0, 0, missing), value=torch.inf)]
-        self.parts = [as_pictures(part) for part in torch.cat(filled, dim=1).split(size)]
+        known[:, -1] = torch.linalg.vector_norm(known[:, :-1], dim=1).square() / 2
+        self.parts = [as_pictures(part) for part in entries.split(size)]
         self.rows = codebook.new_full((self.num_rows, codebook.shape[1] + 1), -1)  # stays in the cache
 
     def __call__(self, vectors: Tensor) -> Tensor:
