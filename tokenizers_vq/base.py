@@ -132,6 +132,17 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
             raise ValueError(f"{name} {count} is more than num_stages {num_stages}")
 
 
+def check_range(codes: Tensor, codebook_size: int) -> None:
+    """Refuse codes that are no integers, or name no entry; in a compiled graph, which cannot look at them, only the former."""
+    if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"codes must be integers, got {codes.dtype}")
+    if torch.compiler.is_compiling() or not codes.numel():
+        return
+    least, most = (int(extreme) for extreme in codes.aminmax())
+    if least < 0 or most >= codebook_size:
+        raise ValueError(f"codes must lie in 0..{codebook_size - 1}, got {least}..{most}")
+
+
 def check_image_size(image_size: int, stride: int) -> None:
     """Refuse a size that halving the grid does not divide, and name the nearest that it does."""
     if image_size % stride:
@@ -232,16 +243,11 @@ class DiscreteTokenizer(PreTrainedModel):
             num_codes: n, where it is not that of the config.
         """
         num_codes = num_codes or self.num_codes
-        if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(f"codes must be integers, got {codes.dtype}")
         least = 1 if prefix else num_codes
         if codes.ndim != 2 or not least <= codes.shape[1] <= num_codes:
             shape = " ".join(map(str, codes.shape))
             raise ValueError(f"codes must be `b {num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`")
-        if codes.numel() and not (codes.min() >= 0 and codes.max() < self.codebook_size):
-            raise ValueError(
-                f"codes must lie in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
-            )
+        check_range(codes, self.codebook_size)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .base import check_range
 from .quantizer import CodeUsage, QuantizerOutput
 from .vectors import VectorView, straight_through
 
@@ -66,7 +67,8 @@ class FSQ(nn.Module):
         return (digits - half) / half
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `...` -> rounded vectors `... d` (or `b d h w`)."""
+        """Codes `...` -> rounded vectors `... d` (or `b d h w`). ValueError for codes of another type or range."""
+        check_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             return self.view.place(self.numbers(codes))
 

@@ -128,6 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 LAYERS = {"mnist": mnist_layers, "svhn": svhn_layers, "cifar10": cifar10_layers, "celeba": celeba_layers}
 HEAD_WIDTHS = {"mnist": 3, "svhn": 1, "cifar10": 5, "celeba": 5}
 HEAD_FEATURES = {"mnist": 64, "svhn": 128, "cifar10": 128, "celeba": 128}
+BUFFERS = {"_stages", "_grad_decay"}  # of one number each
 FIRST_SCALES = {"mnist": 0.1, "svhn": 0.1, "cifar10": 0.01, "celeba": 0.01}
 
 
@@ -191,7 +192,8 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     bias = tensors.get("bias", torch.zeros(0))
     num_refiners, length = segment_sizes(tensors)
     ours = {name: tensor.shape for name, tensor in our_names(tensors).items() if name != "biases"}
-    if bias.ndim == 4 and length:
+    whole = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
+    if whole and all(tensors[name].numel() == 1 for name in BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
             if bias.shape[1] == preset["num_channels"] and ours == shapes_of(name, len(bias), length, num_refiners):
                 return preset | {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import check_choice, check_number
+from .base import check_choice, check_number, check_range
 from .clustering import (
     KMEANS_STEPS,
     assigned_sums,
@@ -152,9 +152,10 @@ class VectorQuantizer(nn.Module):
         return QuantizerOutput(quantized, codes.reshape(vectors.grid), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `...` -> codebook entries `... d` (or `b d h w`)."""
+        """Codes `...` -> codebook entries `... d` (or `b d h w`). ValueError for codes of another type or range."""
+        check_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
-            return self.view.place(F.embedding(codes, self.entries()))
+            return self.view.place(F.embedding(codes.long(), self.entries()))
 
     def assign(self, vectors: Vectors, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes `n` of vectors, and the loss, a scalar; in training the codebook moves on.
@@ -169,7 +170,8 @@ class VectorQuantizer(nn.Module):
         codes, errors = nearest(flat, entries.detach(), chosen, rest)
         loss = self.commitment_weight * vectors.mean(errors)
         if not self.ema:
-            squares = (flat - F.embedding(codes, entries)).square().sum(dim=1)
+            learns = torch.is_grad_enabled()  # else `rest` may be the vectors by now
+            squares = (flat - F.embedding(codes, entries)).square().sum(dim=1) if learns else errors
             loss = loss + vectors.mean(squares) / self.code_dim
         if self.training:
             self._learn(flat, codes, vectors.kept, errors)

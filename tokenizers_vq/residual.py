@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import check_choice, check_number
+from .base import check_choice, check_number, check_range
 from .clustering import nearest_codes
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vectors import GRADIENTS, VectorView, committed
@@ -96,14 +96,15 @@ class ResidualQuantizer(nn.Module):
             known: `n`, or `... n`, false where a code is still to come and adds nothing.
 
         Raises:
-            ValueError: for no level, or more than there are.
+            ValueError: for no level, or more than there are, and for codes of another type or range.
         """
         if not 1 <= codes.shape[-1] <= self.num_levels:
             raise ValueError(f"expected codes of 1 to {self.num_levels} levels, got {codes.shape[-1]}")
+        check_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             total = torch.zeros((), device=codes.device)
             for number, level in enumerate(self.quantizers()[: codes.shape[-1]]):
-                chosen = F.embedding(codes[..., number], level.entries())
+                chosen = F.embedding(codes[..., number].long(), level.entries())
                 total = total + (chosen if known is None else chosen * known[..., number, None])
             return self.view.place(total)
 

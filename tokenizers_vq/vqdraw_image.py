@@ -18,6 +18,7 @@ from .base import (
 )
 from .beam import beam_search
 from .errors import BernoulliError, GaussianError, SquaredError
+from .model_folder import refuse_non_finite
 from .normalization import PixelNormalization
 from .published import PRESETS, PublishedRefiner, our_names, published_settings, read_tensors
 from .refiners import ConvRefiner, in_segments
@@ -131,7 +132,8 @@ class VQDrawForImages(DiscreteTokenizer):
             path: its state dict, as safetensors or as a `.pt` file, which is read without running what else it may hold.
 
         Raises:
-            ValueError: for a file that holds no tensors, and for tensors that none of the four architectures has.
+            ValueError: for a file that holds no tensors, for tensors that none of the four architectures has, and for values that are
+                not finite.
         """
         tensors = read_tensors(path)
         try:
@@ -140,6 +142,7 @@ class VQDrawForImages(DiscreteTokenizer):
             raise ValueError(f"{path}: {error}") from error
         model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings))
         model.draw.load_state_dict(our_names(tensors))
+        refuse_non_finite(model, path)
         return model.eval()
 
     @property
@@ -169,7 +172,7 @@ class VQDrawForImages(DiscreteTokenizer):
 
     def start_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""
-        self.draw.start_from_data(self.normalize(pixel_values))
+        self.draw.start_from_data(self.normalize(pixel_values, finite=True))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, *, beam_size: int = 1) -> Tensor:

@@ -124,6 +124,23 @@ def test_tensors_of_another_architecture_are_refused(tensors, message, tmp_path)
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("bias", torch.zeros(3, 1, 32, 28), r"bias is \(3, 1, 32, 28\)"),
+        ("bias", torch.full((3, 1, 28, 28), torch.nan), "holds values that are not finite"),
+        ("_stages", torch.tensor([1, 2]), "no published architecture"),
+    ],
+    ids=["oblong", "NaN", "two numbers of stages"],
+)
+def test_tensors_that_make_no_model_are_refused(name, tensor, message, tmp_path):
+    model = small("mnist")
+    tensors = published_names(model, last_layer=last_layer(model), several=False)
+    save_file(tensors | {name: tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors")
+
+
 def test_files_without_tensors_are_refused(tmp_path):
     for name, content in (("a.safetensors", b"{"), ("b.pt", b"not torch"), ("c.pt", b"")):
         (tmp_path / name).write_bytes(content)

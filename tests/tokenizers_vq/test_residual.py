@@ -1,5 +1,6 @@
 """Sums of codebook vectors, and the control without a codebook."""
 
+import copy
 import itertools
 
 import pytest
@@ -76,6 +77,14 @@ def test_without_average_every_codebook_gets_its_own_gradient_alone():
         rest = (rest - output.quantized).detach()
 
 
+def test_the_loss_is_the_same_without_gradient():
+    for ema in (True, False):
+        module, x = trained(ema=ema)
+        loss = module(x).loss
+        with torch.no_grad():
+            assert torch.equal(module(x).loss, loss.detach()) if ema else torch.isclose(module(x).loss, loss)
+
+
 def test_training_moves_all_levels_and_reports_their_mean_usage():
     module, x = ResidualQuantizer(16, 4, 2, projected_dim=3).train(), torch.randn(400, 4)
     module(x)
@@ -124,9 +133,17 @@ def test_a_quantizer_that_stands_compiles_into_one_graph(module, training):
     x = torch.randn(300, 4)
     module.start_from_data(x)
     module.train(training)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    expected = module.eval()(x).codes
-    module.train(training)
-    module(x[:0] if not training else x)
-    output = compiled(x)
-    assert output.codes.shape == expected.shape and output.loss.isfinite()
+    twin = copy.deepcopy(module)
+    outputs, gradients = [], []
+    for each in (twin, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        vectors = x.clone().requires_grad_()
+        outputs.append(each(vectors))
+        (outputs[-1].loss + outputs[-1].quantized.square().sum()).backward()
+        gradients.append(vectors.grad)
+    plain, compiled = outputs
+    assert torch.equal(compiled.codes, plain.codes) and torch.equal(compiled.quantized, plain.quantized)
+    torch.testing.assert_close(compiled.loss, plain.loss)
+    torch.testing.assert_close(*gradients)
+    for name, state in twin.named_buffers():
+        torch.testing.assert_close(module.get_buffer(name), state, msg=name)

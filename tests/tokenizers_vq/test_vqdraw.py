@@ -351,6 +351,14 @@ def test_options_out_of_use_come_back_at_any_stage(dead, many):
     assert 3 in codes[:, 0] and 5 in codes[:, 2]
 
 
+def test_options_that_are_taken_at_random_alone_are_out_of_use(dead, many):
+    dead.epsilon = 0.3
+    for _ in range(REVIVE_EVERY + 1):
+        dead(many)
+    codes = dead.eval()(many).codes
+    assert 3 in codes[:, 0] and 5 in codes[:, 2]
+
+
 def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
     before, biases = dead.eval()(many), dead.biases.detach().clone()
     mask = torch.zeros(4, 8, dtype=torch.bool)

@@ -67,6 +67,11 @@ def test_starting_from_data_refuses_pictures_of_another_size():
         build().start_from_data(torch.zeros(2, 3, 16, 16))
 
 
+def test_starting_from_data_refuses_pixels_that_are_not_finite(images):
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        build().start_from_data(torch.full_like(images, torch.nan))
+
+
 def test_the_loss_is_the_drawings_in_normalised_pixels(tiny_vqdraw, images):
     drawing = tiny_vqdraw.draw((images - 0.5) / 0.25)
     torch.testing.assert_close(tiny_vqdraw(images).loss, tiny_vqdraw.draw.loss(drawing))
