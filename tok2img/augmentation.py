@@ -23,9 +23,9 @@ class Augmentation:
             et al. 2015, without their distortion); 1: all of it.
         shift: pixels that a picture is moved by, up and down and to the sides, at most; what comes in at an edge is its mirror image. What
             a tokenizer without crops has seen in one place of its grid of codes it then sees in all.
-        warp: turn, slant and stretch pictures about their middle, by a matrix whose numbers differ from those of the identity by so much
-            at most, and bend them by half as much (Simard et al. 2003, their field from few points); the ground goes on beyond the
-            edges. All pictures at the start of a run, fewer and fewer of them towards its end, where the data themselves are learned.
+        warp: turn, slant and stretch half of the pictures about their middle, by a matrix whose numbers differ from those of the
+            identity by so much at most, and bend them by half as much (Simard et al. 2003, their field from few points); the ground
+            goes on beyond the edges.
 
     Raises:
         ValueError: for a share that is none, a shift below 0, or a warp that is not from 0 to below 0.25.
@@ -52,13 +52,10 @@ class Augmentation:
         """Numbers that decide about one picture."""
         return 4 + (1 + 4 + 2 * BENDS**2 if self.warp else 0)
 
-    def __call__(self, pixel_values: Tensor, draws: Tensor, *, done: float = 0.0) -> Tensor:
-        """Pictures `b c h w` and numbers from 0 to 1 `b num_draws`, for mirror, size, place and warp, -> `b c h w`.
-
-        `done` is the share of the run that is over.
-        """
+    def __call__(self, pixel_values: Tensor, draws: Tensor) -> Tensor:
+        """Pictures `b c h w` and numbers from 0 to 1 `b num_draws`, for mirror, size, place and warp, -> `b c h w`."""
         if self.warp:
-            warped = rearrange(draws[:, 4] >= done, "b -> b 1 1 1")
+            warped = rearrange(draws[:, 4] < 0.5, "b -> b 1 1 1")
             pixel_values = torch.where(warped, self._warped(pixel_values, draws[:, 5:]), pixel_values)
         mirrored = (draws[:, 0] < 0.5) & self.flip
         pixel_values = torch.where(rearrange(mirrored, "b -> b 1 1 1"), pixel_values.flip(-1), pixel_values)

@@ -126,10 +126,8 @@ class Trainer(SafeTrainer):
         if self.augment:
             sizes = [len(batch["pixel_values"]) for batch in batches]
             drawn = chance(num_ranks() * sum(sizes), self.augment.num_draws)
-            done = self.state.global_step / self.state.max_steps
             for batch, draws in zip(batches, own_shares(drawn, sizes), strict=True):
-                pixel_values = batch["pixel_values"]
-                batch["pixel_values"] = self.augment(pixel_values, draws.to(pixel_values.device), done=done)
+                batch["pixel_values"] = self.augment(batch["pixel_values"], draws.to(batch["pixel_values"].device))
         return batches, num_items
 
     def compute_loss(
