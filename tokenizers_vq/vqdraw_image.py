@@ -44,7 +44,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
         error: "squared"; "gaussian", where a state has a deviation beside each mean; or "bernoulli", for pixels that are black or white.
         num_biased_stages: stages with a learned bias for each option; 0: all.
         aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
-        beam_size: sequences kept in the search when a data set is tokenized.
+        beam_size: of the search when a data set is tokenized, see `beam_search`.
         encode_dtype: "bfloat16" has the refiner compute in it when codes are searched, on hardware with instructions for it in about half
             the time; errors of steps, and decoding, are always in float32. Other codes, and pictures as near.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.

@@ -84,7 +84,7 @@ def main(data: str, seconds: float, bits: int = 120, *, max_rows: int = 1000) ->
             learning_rate=LEARNING_RATES[type(model)],
             batch_size=BATCH_SIZE,
             rows_to_start_from=ROWS_TO_START_FROM,
-            bf16=torch.cpu._is_amx_tile_supported(),
+            bf16=torch.cpu._is_avx512_bf16_supported(),
             optimizer=Muon(model.parameters(), matrices=hidden_matrices(model)),
         )
         report = evaluate_tokenizer(model.eval(), test.split(100))

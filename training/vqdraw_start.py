@@ -36,7 +36,7 @@ def train(pixels: Tensor, test: Tensor, *, from_data: bool, revive: bool, num_st
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
     for step in range(1, num_steps + 1):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             loss = model(pixels[torch.randint(len(pixels), (BATCH_SIZE,))]).loss
         loss.backward()
         optimizer.step()

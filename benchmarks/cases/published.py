@@ -64,8 +64,13 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
 def beside_original(
     title: str, work: Work, original: Any, target: Tensor, codes: Tensor, *, trained: list[nn.Module]
 ) -> Iterator[Comparison]:
-    """Kinds of work, each beside the peer's where there is one; `trained` are the models whose gradients are cleared before a run."""
+    """Kinds of work, each beside the peer's where there is one; `trained` are the models whose gradients are cleared before a run.
+
+    Raises:
+        ValueError: where the peer has other `codes` than ours for the target.
+    """
     if original is not None:
+        refuse_other_codes(codes, without_gradient(original, target)[0])
         work["decode"]["vq-draw"] = partial(without_gradient, original.decode, codes)
         work["encode"]["vq-draw"] = partial(without_gradient, original, target)
         work["training step"]["vq-draw"] = partial(original_step, original, target)
@@ -110,9 +115,16 @@ def in_bfloat16(model: VQDrawForImages) -> VQDrawForImages:
 
 
 @torch.no_grad()
-def without_gradient(run: Callable[[Tensor], object], argument: Tensor) -> object:
+def without_gradient(run: Callable[[Tensor], Any], argument: Tensor) -> Any:
     """Call with no graph."""
     return run(argument)
+
+
+def refuse_other_codes(ours: Tensor, peers: Tensor) -> None:
+    """ValueError for codes `b n` that differ: what is not the same is not to be compared."""
+    differ = (ours != peers).sum().item()
+    if differ:
+        raise ValueError(f"{differ} of {ours.numel()} codes are not those of the peer")
 
 
 def clear_gradients(models: list[nn.Module]) -> None:
