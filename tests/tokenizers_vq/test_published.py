@@ -225,9 +225,9 @@ def test_a_beam_finds_better_codes_of_the_published_model(published, digits):
     target = published.normalize(some)
     errors = {
         beam: (published.draw.decode(published.encode(some, beam_size=beam)) - target).square().mean().item()
-        for beam in (1, 2, 4)
+        for beam in (1, 2, 4, 8)
     }
-    assert errors[2] < 0.92 * errors[1] and errors[4] < 0.86 * errors[1]
+    assert errors[2] < 0.905 * errors[1] and errors[4] < 0.835 * errors[1] and errors[8] < 0.81 * errors[1]
 
 
 @needs_reference
