@@ -28,9 +28,8 @@ def nearest(vectors: Tensor, codebook: Tensor, chosen: Tensor, rest: Tensor | No
             rows = slice(first, first + search.num_rows)
             torch.index_select(codebook, 0, codes[rows].copy_(search(vectors[rows])), out=chosen[rows])
             left = scratch[: len(codes[rows])] if rest is None else rest[rows]
-            torch.linalg.vector_norm(
-                torch.sub(vectors[rows], chosen[rows], out=left), dim=1, out=errors[rows]
-            ).square_()
+            torch.sub(vectors[rows], chosen[rows], out=left)
+            torch.linalg.vector_norm(left, dim=1, out=errors[rows]).square_()
         return codes, errors
 
 

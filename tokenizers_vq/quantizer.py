@@ -167,7 +167,7 @@ class VectorQuantizer(nn.Module):
         if self.training and self.needs_start():
             self.start(flat[vectors.kept])
         entries = self.entries()
-        codes, errors = nearest(flat, entries.detach(), chosen, rest)
+        codes, errors = nearest(flat, entries.detach().float(), chosen, rest)
         loss = self.commitment_weight * vectors.mean(errors)
         if not self.ema:
             learns = torch.is_grad_enabled()  # else `rest` may be the vectors by now

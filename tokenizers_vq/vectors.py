@@ -49,9 +49,9 @@ class VectorView(nn.Module):
         for name, value in {"code_dim": code_dim, "inner_dim": inner_dim}.items():
             check_number("quantizer", name, value, 1)
         self.code_dim, self.channel_axis = code_dim, channel_axis
-        projected = inner_dim != code_dim
-        self.project_in = nn.Linear(code_dim, inner_dim) if projected else nn.Identity()
-        self.project_out = nn.Linear(inner_dim, code_dim) if projected else nn.Identity()
+        has_layers = inner_dim != code_dim
+        self.project_in = nn.Linear(code_dim, inner_dim) if has_layers else nn.Identity()
+        self.project_out = nn.Linear(inner_dim, code_dim) if has_layers else nn.Identity()
         self.register_buffer("skipped", torch.tensor(0), persistent=False)
 
     def open(self, x: Tensor, mask: Tensor | None = None) -> Vectors:
@@ -75,16 +75,21 @@ class VectorView(nn.Module):
         if self.training:
             self.skipped += (~finite).sum()
         kept = finite if mask is None else finite & checked(mask, moved.shape[:-1]).flatten()
-        return Vectors(self.project_in(zero_unless(finite, flat)), kept, moved.shape[:-1], x.dtype)
+        return Vectors(projected(self.project_in, zero_unless(finite, flat)).float(), kept, moved.shape[:-1], x.dtype)
 
     def close(self, flat: Tensor, like: Vectors) -> Tensor:
         """Vectors `n d` -> a tensor in the layout and of the type that they came from."""
-        closed = self.project_out(flat).reshape(*like.grid, self.code_dim)
+        closed = projected(self.project_out, flat).reshape(*like.grid, self.code_dim)
         return closed.movedim(-1, self.channel_axis).to(like.dtype)
 
     def place(self, vectors: Tensor) -> Tensor:
         """Vectors `... d` -> `... d` (or `b d h w`)."""
-        return self.project_out(vectors).movedim(-1, self.channel_axis)
+        return projected(self.project_out, vectors).movedim(-1, self.channel_axis)
+
+
+def projected(layer: nn.Module, vectors: Tensor) -> Tensor:
+    """Vectors `... d` through a linear layer in the type of its weights, or none."""
+    return layer(vectors.to(layer.weight.dtype)) if isinstance(layer, nn.Linear) else vectors
 
 
 def zero_unless(finite: Tensor, flat: Tensor) -> Tensor:

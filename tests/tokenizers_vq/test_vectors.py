@@ -53,6 +53,13 @@ def test_codes_of_every_kind_of_integer_are_looked_up(build):
         assert torch.equal(module.lookup(codes.to(dtype)), module.lookup(codes))
 
 
+def test_a_quantizer_in_bfloat16_searches_in_float32(build):
+    module, x = build().eval().to(torch.bfloat16), torch.randn(50, 4).bfloat16()
+    output, expected = module(x), module.float()(x.float())
+    assert output.quantized.dtype == torch.bfloat16 and torch.equal(output.codes, expected.codes)
+    torch.testing.assert_close(output.quantized.float(), expected.quantized, atol=0.02, rtol=0.01)
+
+
 def test_masked_vectors_count_for_nothing(build):
     torch.manual_seed(1)
     module, twin = build().train(), build().train()
