@@ -38,6 +38,8 @@ class Muon(torch.optim.Optimizer):
         matrices: those of them that Muon is for, see `hidden_matrices`.
         lr, betas, eps, weight_decay: of AdamW; the rate and the decay are Muon's too.
         momentum: of Muon, after Nesterov.
+        adamw_scale: AdamW's rate as a share of `lr`. Less than 1 where what is no matrix stands well already, as options of VQ-DRAW that
+            start from data do: each gets a gradient from a few examples of a batch, and AdamW makes whole steps of that noise.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        adamw_scale: float = 1.0,
     ):
         chosen = {id(matrix) for matrix in matrices}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
@@ -58,7 +61,8 @@ class Muon(torch.optim.Optimizer):
         for group in whole:
             for is_matrix in (True, False):
                 own = [parameter for parameter in group["params"] if (id(parameter) in chosen) is is_matrix]
-                self.add_param_group(group | {"params": own, "is_matrix": is_matrix})
+                rate = group["lr"] * (1 if is_matrix else adamw_scale)
+                self.add_param_group(group | {"params": own, "is_matrix": is_matrix, "lr": rate})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,7 +149,9 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     return [weight for weight in weights if min(weight.shape[:2]) >= MIN_CHANNELS]
 
 
-def muon_for(model: nn.Module, args: TrainingArguments) -> tuple[type[Muon], dict[str, Any]]:
+def muon_for(
+    model: nn.Module, args: TrainingArguments, *, adamw_scale: float = 1.0
+) -> tuple[type[Muon], dict[str, Any]]:
     """Muon for a model, in the form that transformers wants an optimizer in."""
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return Muon, settings | {"matrices": hidden_matrices(model)}
+    return Muon, settings | {"matrices": hidden_matrices(model), "adamw_scale": adamw_scale}

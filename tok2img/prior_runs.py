@@ -67,6 +67,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         draw=lambda: draw_samples(TextToImagePipeline(*plain_parts(prior, processor, model.places)), prompts),
         draw_every=0 if settings.fsdp else recipe.sample_every,  # with parts of a prior nobody can draw
         optimizer=recipe.optimizer,
+        adamw_scale=recipe.adamw_scale,
     )
     pipeline.to(trainer.args.device)
 

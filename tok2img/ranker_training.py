@@ -82,6 +82,7 @@ def train_ranker(recipe: RankerRecipe) -> ClipRanker:
         train_dataset=training_rows,
         eval_dataset=held_out,
         optimizer=recipe.optimizer,
+        adamw_scale=recipe.adamw_scale,
     )
     finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
     ranker.model.eval()

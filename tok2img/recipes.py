@@ -28,6 +28,7 @@ class RunSettings:
         eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
         eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
         optimizer: "adamw", or "muon", with which convolutions learn faster at the same rate, see `Muon`.
+        adamw_scale: with Muon, the rate of what is no matrix, as a share of `learning_rate`.
         learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of either, as transformers names them.
         bf16: compute in bfloat16 where it is safe. compile: through torch.compile; worth its minute where steps are many.
         save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss. The best is always kept: a new one
@@ -45,6 +46,7 @@ class RunSettings:
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
     optimizer: str = "adamw"
+    adamw_scale: float = 1.0
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     lr_schedule: str = "cosine"
@@ -70,6 +72,8 @@ class RunSettings:
                 raise ValueError(f"key {each.name!r} must be at least {least}, got {value}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"key 'optimizer' must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.adamw_scale != 1 and self.optimizer != "muon":
+            raise ValueError(f"key 'adamw_scale' is for the optimizer 'muon', got {self.optimizer!r}")
         if self.eval_every and self.save_every % self.eval_every:
             raise ValueError(
                 f"key 'save_every' must be a multiple of eval_every {self.eval_every}, got {self.save_every}"

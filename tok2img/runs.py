@@ -69,6 +69,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         draw_every=recipe.sample_every,
         starts_from_data=not recipe.start_from,
         optimizer=recipe.optimizer,
+        adamw_scale=recipe.adamw_scale,
     )
     finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer

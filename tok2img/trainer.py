@@ -45,7 +45,7 @@ class Trainer(SafeTrainer):
         args: plain arguments of transformers.
         augment: what is done to the pictures that a tokenizer trains on.
         starts_from_data: whether a tokenizer looks at some data before its first step; not where it is trained already.
-        optimizer: "adamw" or "muon", see `Muon`.
+        optimizer, adamw_scale: "adamw" or "muon", and a rate within it, see `Muon`.
         draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
@@ -61,6 +61,7 @@ class Trainer(SafeTrainer):
         draw_every: int = 0,
         starts_from_data: bool = True,
         optimizer: str = "adamw",
+        adamw_scale: float = 1.0,
     ):
         train_dataset = Endless(train_dataset) if is_stream(train_dataset) else train_dataset
         super().__init__(
@@ -68,7 +69,7 @@ class Trainer(SafeTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            optimizer_cls_and_kwargs=muon_for(model, args) if optimizer == "muon" else None,
+            optimizer_cls_and_kwargs=muon_for(model, args, adamw_scale=adamw_scale) if optimizer == "muon" else None,
         )
         self.augment, self.starts_from_data = augment, starts_from_data
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)

@@ -52,6 +52,17 @@ def test_what_is_no_matrix_is_trained_as_by_adamw():
     assert not ours["2.weight"].equal(theirs["2.weight"])
 
 
+def test_adamw_may_have_a_share_of_the_rate():
+    muons, adams, wholes = small_model(), small_model(), small_model()
+    optimizer = Muon(muons.parameters(), matrices=hidden_matrices(muons), lr=1e-2, adamw_scale=0.1)
+    ours = after_a_step(optimizer, muons)
+    theirs = after_a_step(torch.optim.AdamW(adams.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0), adams)
+    whole = after_a_step(Muon(wholes.parameters(), matrices=hidden_matrices(wholes), lr=1e-2), wholes)
+    for name in ours:
+        same = whole if name in ("2.weight", "4.weight") else theirs
+        torch.testing.assert_close(ours[name], same[name], msg=name)
+
+
 def test_matrices_are_trained_as_by_the_muon_of_torch_under_the_rate_of_adamw():
     start = torch.randn(3, 20, 30)
     ours, theirs = ([nn.Parameter(each.clone()) for each in start] for _ in range(2))
@@ -92,7 +103,8 @@ def test_of_a_tokenizer_heads_of_stages_are_no_matrices():
 def recipe(rows, tmp_path) -> TokenizerRecipe:
     rows.to_parquet(tmp_path / "data.parquet")
     model = {"image_size": 8, "hidden_channels": 16, "code_dim": 4, "codebook_size": 8}
-    settings = {"max_steps": 4, "eval_every": 2, "batch_size": 2, "log_every": 1, "optimizer": "muon", "model": model}
+    settings = {"max_steps": 4, "eval_every": 2, "batch_size": 2, "log_every": 1, "model": model}
+    settings |= {"optimizer": "muon", "adamw_scale": 0.5}
     return TokenizerRecipe(data=str(tmp_path / "data.parquet"), out=str(tmp_path / "out"), **settings)
 
 
@@ -120,7 +132,7 @@ def test_a_recipe_trains_with_muon_and_goes_on_to_the_same_bits_after_a_kill(rec
 
 
 def test_a_dry_run_counts_one_moment_of_a_matrix(recipe):
-    adamw = estimate_tokenizer(replace(recipe, optimizer="adamw"))
+    adamw = estimate_tokenizer(replace(recipe, optimizer="adamw", adamw_scale=1))
     muons = estimate_tokenizer(recipe)
     model = runs.build_model(recipe, runs.open_data(recipe, with_captions=False, with_images=True))
     assert adamw.optimizer_bytes - muons.optimizer_bytes == sum(each.nbytes for each in hidden_matrices(model)) > 0
@@ -129,6 +141,11 @@ def test_a_dry_run_counts_one_moment_of_a_matrix(recipe):
 def test_an_unknown_optimizer_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="key 'optimizer' must be one of adamw, muon, got 'sgd'"):
         TokenizerRecipe(optimizer="sgd")
+
+
+def test_a_share_of_the_rate_is_for_muon():
+    with pytest.raises(ValueError, match="key 'adamw_scale' is for the optimizer 'muon', got 'adamw'"):
+        TokenizerRecipe(adamw_scale=0.1)
 
 
 def test_muon_refuses_weights_that_are_shared_out():
