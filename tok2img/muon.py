@@ -38,8 +38,8 @@ class Muon(torch.optim.Optimizer):
         matrices: those of them that Muon is for, see `hidden_matrices`.
         lr, betas, eps, weight_decay: of AdamW; the rate and the decay are Muon's too.
         momentum: of Muon, after Nesterov.
-        adamw_scale: AdamW's rate as a share of `lr`. Less than 1 where what is no matrix stands well already, as options of VQ-DRAW that
-            start from data do: each gets a gradient from a few examples of a batch, and AdamW makes whole steps of that noise.
+        adamw_scale: AdamW's rate as a share of `lr`. Less than 1 to go on from a trained VQ-DRAW model: each of its options gets a gradient
+            from a few examples of a batch, AdamW makes whole steps of that noise, and what was learned is worn away. Not from the start.
     """
 
     def __init__(
