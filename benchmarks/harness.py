@@ -82,6 +82,7 @@ def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     torch.set_num_threads(threads)
+    keep_large_blocks()
     with standing_objects_frozen():
         quick = [case for case in cases if not case.slow]
         for _ in range(warmup):
@@ -142,13 +143,18 @@ def peak_extra_memory(case: Case) -> int:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Give each large block pages of its own, which go back to the system with it; then let glibc keep as much as it ever does."""
+    """Give each large block pages of its own, which go back to the system with it; then `keep_large_blocks`."""
     GLIBC.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
     try:
         yield
     finally:
-        GLIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
-        GLIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
+        keep_large_blocks()
+
+
+def keep_large_blocks() -> None:
+    """Let glibc keep as much as it ever does: a young process asks for the same pages again and again, which can double a time."""
+    GLIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
+    GLIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def high_water_mark() -> int:
