@@ -78,10 +78,9 @@ class Augmentation:
         size = list(pixel_values.shape)
         moves = self.warp * (2 * draws.to(pixel_values) - 1)
         matrices = torch.eye(2).to(moves) + moves[:, :4].unflatten(1, (2, 2))
-        bends = moves[:, 4:].unflatten(1, (2, BENDS, BENDS)) / 2
-        bends = F.interpolate(bends, size[2:], mode="bicubic", align_corners=False)
-        grid = F.affine_grid(F.pad(matrices, (0, 1)), size, align_corners=False) + rearrange(
-            bends, "b c h w -> b h w c"
-        )
+        pulls = moves[:, 4:].unflatten(1, (2, BENDS, BENDS)) / 2
+        bends = F.interpolate(pulls, size[2:], mode="bicubic", align_corners=False)
+        grid = F.affine_grid(F.pad(matrices, (0, 1)), size, align_corners=False)
+        grid = grid + rearrange(bends, "b c h w -> b h w c")
         warped = F.grid_sample(pixel_values, grid, mode="bicubic", padding_mode="border", align_corners=False)
         return warped.clamp(0, 1)

@@ -142,7 +142,7 @@ class VQDraw(nn.Module):
             state = output.state
         codes, errors, chosen = (torch.stack(each, dim=1) for each in list(zip(*outputs, strict=True))[1:4])
         if self.learning:
-            best = torch.stack([output.errors for output in outputs]).argmin(dim=2)  # not those taken at random
+            best = errors.argmin(dim=2).T  # not those taken at random
             ones = torch.ones_like(best, dtype=self.counts.dtype)
             self.counts += summed_over_ranks(torch.zeros_like(self.counts).scatter_add_(1, best, ones))
         return Drawing(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))

@@ -90,9 +90,8 @@ def test_the_nearest_entries_and_what_they_leave_are_those_of_the_plain_form(mon
     torch.testing.assert_close(errors, (vectors - codebook[codes]).square().sum(dim=1))
     without_rest = nearest(vectors, codebook, torch.empty(101, 5))
     assert torch.equal(without_rest[0], codes) and torch.equal(without_rest[1], errors)
-    assert torch.equal(nearest(vectors, codebook, chosen, vectors)[1], errors) and torch.equal(
-        vectors, rest
-    )  # in its place
+    in_place = nearest(vectors, codebook, chosen, vectors)
+    assert torch.equal(in_place[1], errors) and torch.equal(vectors, rest)
 
 
 def test_the_highest_score_is_where_argmax_finds_it():
