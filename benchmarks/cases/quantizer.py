@@ -189,8 +189,8 @@ def encode_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
 
 
 def training_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
-    """Forward, back, and the codebook's move, always from the same state."""
-    x, start = vectors.clone().requires_grad_(), deepcopy(quantizer.state_dict())
+    """Forward, back, and the codebook's move, always from the same state; what a decoder would send back stands ready."""
+    x, start, gradient = vectors.clone().requires_grad_(), deepcopy(quantizer.state_dict()), vectors / vectors.numel()
 
     def reset() -> None:
         quantizer.train().load_state_dict(start)
@@ -198,7 +198,7 @@ def training_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
 
     def step() -> Tensor:
         output = quantizer(x)
-        (output.quantized.square().mean() + output.loss).backward()
+        torch.autograd.backward([output.quantized, output.loss], [gradient, None])
         return output.loss
 
     return Case(name, step, reset)
