@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -73,20 +74,20 @@ def bottleneck(gain: Gain, width: int) -> ResidualStack:
     return ResidualStack(steps)
 
 
-def mnist_layers(gain: Gain) -> Layers:
+def mnist_layers(gain: Gain, num_channels: int) -> Layers:
     """1 x 28 x 28, no normalisation."""
     convolutions = [
-        *(down(1, 32, 3), down(32, 64, 3), same(64, 128, 3), same(128, 128, 3), same(128, 64, 3)),
+        *(down(num_channels, 32, 3), down(32, 64, 3), same(64, 128, 3), same(128, 128, 3), same(128, 64, 3)),
         *(up(64, 64), up(64, 64)),
     ]
     for convolution in convolutions:
         yield from (convolution, gain(convolution.out_channels), nn.ReLU())
 
 
-def svhn_layers(gain: Gain) -> Layers:
+def svhn_layers(gain: Gain, num_channels: int) -> Layers:
     """3 x 32 x 32, normalised after each activation."""
     convolutions = [
-        *(down(3, 64, 5), down(64, 128, 5), same(128, 128, 3), same(128, 256, 3), same(256, 128, 3)),
+        *(down(num_channels, 64, 5), down(64, 128, 5), same(128, 128, 3), same(128, 256, 3), same(256, 128, 3)),
         *(up(128, 128), up(128, 128)),
     ]
     for convolution in convolutions:
@@ -95,9 +96,9 @@ def svhn_layers(gain: Gain) -> Layers:
     yield from (same(128, 128, 3), gain(128), nn.ReLU())
 
 
-def cifar10_layers(gain: Gain) -> Layers:
+def cifar10_layers(gain: Gain, num_channels: int) -> Layers:
     """3 x 32 x 32, six residual blocks of 256 channels."""
-    for convolution in (down(3, 64, 5), down(64, 128, 5)):
+    for convolution in (down(num_channels, 64, 5), down(64, 128, 5)):
         yield from (convolution, nn.ReLU(), nn.GroupNorm(8, convolution.out_channels))
     yield from (same(128, 256, 3), gain(256))
     yield from (bottleneck(gain, 256) for _ in range(6))
@@ -106,9 +107,9 @@ def cifar10_layers(gain: Gain) -> Layers:
     yield from (same(128, 128, 3), gain(128), nn.ReLU())
 
 
-def celeba_layers(gain: Gain) -> Layers:
+def celeba_layers(gain: Gain, num_channels: int) -> Layers:
     """3 x 64 x 64, six residual blocks of 128 channels on an eighth of the size."""
-    for convolution, num_groups in ((down(3, 64, 5), 4), (down(64, 128, 5), 8), (down(128, 128, 5), 8)):
+    for convolution, num_groups in ((down(num_channels, 64, 5), 4), (down(64, 128, 5), 8), (down(128, 128, 5), 8)):
         yield from (convolution, nn.ReLU(), nn.GroupNorm(num_groups, convolution.out_channels))
     yield from (bottleneck(gain, 128) for _ in range(6))
     for _ in range(3):
@@ -133,17 +134,21 @@ FIRST_SCALES = {"mnist": 0.1, "svhn": 0.1, "cifar10": 0.01, "celeba": 0.01}
 
 
 class PublishedRefiner(nn.Module):
-    """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba"."""
+    """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba".
 
-    def __init__(self, name: str, *, num_stages: int, codebook_size: int):
+    Args:
+        gaussian: a state holds means and logarithms of deviations, `GaussianError`'s `b 2c h w`; the layers see the deviations themselves.
+    """
+
+    def __init__(self, name: str, *, num_stages: int, codebook_size: int, gaussian: bool = False):
         super().__init__()
-        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, start=torch.randn)))
-        num_channels = PRESETS[name]["num_channels"]
+        num_channels = PRESETS[name]["num_channels"] * (2 if gaussian else 1)
+        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, start=torch.randn), num_channels))
         num_heads = num_stages if name == "svhn" else 1
         self.heads = nn.ModuleList(
             same(HEAD_FEATURES[name], codebook_size * num_channels, HEAD_WIDTHS[name]) for _ in range(num_heads)
         )
-        self.codebook_size = codebook_size
+        self.codebook_size, self.gaussian = codebook_size, gaussian
         self.output_scale = nn.Parameter(torch.tensor(FIRST_SCALES[name]))
 
     def forward(self, state: Tensor, stage: int) -> Options:
@@ -151,6 +156,9 @@ class PublishedRefiner(nn.Module):
         head: Any = self.heads[stage if len(self.heads) > 1 else 0]
         weight = head.weight.unflatten(0, (self.codebook_size, -1)) * self.output_scale
         bias = head.bias.unflatten(0, (self.codebook_size, -1)) * self.output_scale
+        if self.gaussian:
+            mean, log_std = state.chunk(2, dim=1)
+            state = torch.cat([mean, log_std.exp()], dim=1)
         return ConvolvedOptions(self.layers(channels_last(state), stage), weight, bias)
 
 
@@ -168,12 +176,23 @@ def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under the names that `VQDraw` has for its tensors; its two buffers stay out."""
     layers = [name.partition(".layers.")[2].split(".")[0] for name in tensors if ".layers." in name]
     head = f".layers.{max(map(int, filter(str.isdecimal, layers)), default=-1)}."
-    renamed = {"biases": tensors["bias"][None]} if "bias" in tensors else {}
+    renamed = {"biases": biases_of(tensors)[None]} if "bias" in tensors else {}
     for name, tensor in tensors.items():
         if name.startswith("refiner."):
             name = name.replace(".segments.", ".refiners.").replace(".embeddings", ".gain")
             renamed[name.replace(f"{head}module_list.", ".heads.").replace(head, ".heads.0.")] = tensor
     return renamed
+
+
+def is_gaussian(tensors: dict[str, Tensor]) -> bool:
+    """Whether a published state dict draws a mean and a deviation of each pixel: they are the last axis of its biases."""
+    return "bias" in tensors and tensors["bias"].ndim == 5 and tensors["bias"].shape[-1] == 2
+
+
+def biases_of(tensors: dict[str, Tensor]) -> Tensor:
+    """The biases `k c h w` of a published state dict, or what stands for them there; means, then deviations, are channels of ours."""
+    bias = tensors.get("bias", torch.zeros(0))
+    return rearrange(bias, "k c h w s -> k (s c) h w") if is_gaussian(tensors) else bias
 
 
 def segment_sizes(tensors: dict[str, Tensor]) -> tuple[int, int]:
@@ -189,15 +208,18 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: for tensors that no published architecture has.
     """
-    bias = tensors.get("bias", torch.zeros(0))
+    bias, gaussian = biases_of(tensors), is_gaussian(tensors)
     num_refiners, length = segment_sizes(tensors)
     ours = {name: tensor.shape for name, tensor in our_names(tensors).items() if name != "biases"}
     whole = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
     if whole and all(tensors[name].numel() == 1 for name in BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
-            if bias.shape[1] == preset["num_channels"] and ours == shapes_of(name, len(bias), length, num_refiners):
+            channels = preset["num_channels"] * (2 if gaussian else 1)
+            shapes = shapes_of(name, len(bias), length, num_refiners, gaussian=gaussian)
+            if bias.shape[1] == channels and ours == shapes:
                 return preset | {
                     "refiner": name,
+                    "error": "gaussian" if gaussian else "squared",
                     "checkpoint_stages": False,
                     "image_size": bias.shape[-1],
                     "codebook_size": len(bias),
@@ -212,9 +234,11 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     )
 
 
-def shapes_of(name: str, codebook_size: int, num_stages: int, num_refiners: int) -> dict[str, torch.Size]:
+def shapes_of(
+    name: str, codebook_size: int, num_stages: int, num_refiners: int, *, gaussian: bool
+) -> dict[str, torch.Size]:
     """Shapes of the tensors of all refiners of an architecture, by their names in `VQDraw`."""
     with torch.device("meta"):
-        refiner = PublishedRefiner(name, num_stages=num_stages, codebook_size=codebook_size)
+        refiner = PublishedRefiner(name, num_stages=num_stages, codebook_size=codebook_size, gaussian=gaussian)
     prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]
     return {prefix + key: tensor.shape for prefix in prefixes for key, tensor in refiner.state_dict().items()}

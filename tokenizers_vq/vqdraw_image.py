@@ -88,14 +88,9 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
             active_stages=self.active_stages,
             num_biased_stages=self.num_biased_stages,
         )
-        if self.refiner in PRESETS and (self.num_channels, self.error) != (
-            PRESETS[self.refiner]["num_channels"],
-            "squared",
-        ):
-            wanted = PRESETS[self.refiner]["num_channels"]
-            raise ValueError(
-                f"refiner {self.refiner!r} draws {wanted} channels by squared error, got {self.num_channels} by {self.error}"
-            )
+        wanted = PRESETS.get(self.refiner, {}).get("num_channels", self.num_channels)
+        if self.num_channels != wanted:
+            raise ValueError(f"refiner {self.refiner!r} draws {wanted} channels, got {self.num_channels}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -125,11 +120,12 @@ class VQDrawForImages(DiscreteTokenizer):
             module.count_anew()
 
     @classmethod
-    def from_vq_draw_checkpoint(cls, path: str | Path) -> Self:
+    def from_vq_draw_checkpoint(cls, path: str | Path, **overrides: Any) -> Self:
         """A model published with the paper, or trained by its code, for MNIST, SVHN, CIFAR-10 or CelebA.
 
         Args:
             path: its state dict, as safetensors or as a `.pt` file, which is read without running what else it may hold.
+            overrides: settings that no tensor tells, such as `error="bernoulli"` for one that was trained by its `BCELoss`.
 
         Raises:
             ValueError: for a file that holds no tensors, for tensors that none of the four architectures has, and for values that are
@@ -140,7 +136,7 @@ class VQDrawForImages(DiscreteTokenizer):
             settings = published_settings(tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings))
+        model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings | overrides))
         model.draw.load_state_dict(our_names(tensors))
         refuse_non_finite(model, path)
         return model.eval()
@@ -233,7 +229,8 @@ def build_error(config: VQDrawImageConfig) -> SquaredError | GaussianError | Ber
 def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
     """One refiner for all stages, or one a segment."""
     if config.refiner in PRESETS:
-        build = partial(PublishedRefiner, config.refiner, codebook_size=config.codebook_size)
+        gaussian = config.error == "gaussian"
+        build = partial(PublishedRefiner, config.refiner, codebook_size=config.codebook_size, gaussian=gaussian)
     else:
         build = partial(
             ConvRefiner,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +35,10 @@ def plain(stack: nn.ModuleList, x: Tensor, stage: int) -> Tensor:
 
 def published_names(model: VQDrawForImages, *, last_layer: int, several: bool) -> dict[str, Tensor]:
     """A state dict as the published code names it."""
-    renamed = {"bias": model.draw.biases.data[0], "_grad_decay": torch.tensor(0.25)}
+    bias = model.draw.biases.data[0]
+    if model.config.error == "gaussian":
+        bias = rearrange(bias, "k (s c) h w -> k c h w s", s=2).contiguous()
+    renamed = {"bias": bias, "_grad_decay": torch.tensor(0.25)}
     renamed["_stages"] = torch.tensor(model.num_codes)
     head = f".layers.{last_layer}.module_list." if several else f".layers.{last_layer}."
     for name, tensor in model.draw.refiner.state_dict().items():
@@ -43,9 +47,9 @@ def published_names(model: VQDrawForImages, *, last_layer: int, several: bool) -
     return renamed
 
 
-def small(name: str) -> VQDrawForImages:
+def small(name: str, **overrides: str) -> VQDrawForImages:
     """A model with few stages and options, its biases moved off zero."""
-    settings = {"codebook_size": 3, "num_stages": 4, "segment_length": 2} | SIZES.get(name, {})
+    settings = {"codebook_size": 3, "num_stages": 4, "segment_length": 2} | SIZES.get(name, {}) | overrides
     model = VQDrawForImages(VQDrawImageConfig.preset(name, **settings)).eval()
     nn.init.normal_(model.draw.biases)
     return model
@@ -75,20 +79,37 @@ def test_folded_gains_equal_multiplied_ones(name):
     torch.testing.assert_close(refiner.layers(state, 1), plain(refiner.layers, state, 1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("name", "error"), [*((name, "squared") for name in PRESETS), ("mnist", "gaussian")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_checkpoints_of_every_architecture_come_back_whole(name, suffix, tmp_path):
-    model = small(name)
+def test_checkpoints_of_every_architecture_come_back_whole(name, error, suffix, tmp_path):
+    model = small(name, error=error)
     tensors = published_names(model, last_layer=last_layer(model), several=name == "svhn")
     path = tmp_path / f"model{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(tensors, path)
     loaded = VQDrawForImages.from_vq_draw_checkpoint(path)
-    assert loaded.config.refiner == name and loaded.config.grad_decay == 0.25
+    assert (loaded.config.refiner, loaded.config.error, loaded.config.grad_decay) == (name, error, 0.25)
     assert loaded.config.segment_length == model.config.segment_length
     pixels = torch.rand(2, model.config.num_channels, model.config.image_size, model.config.image_size)
     assert torch.equal(loaded.encode(pixels), model.encode(pixels))
     loaded.save_pretrained(tmp_path / "ours")
     assert torch.equal(VQDrawForImages.from_pretrained(tmp_path / "ours").encode(pixels), model.encode(pixels))
+
+
+def test_what_no_tensor_tells_of_a_checkpoint_can_be_said(tmp_path):
+    model = small("mnist", error="bernoulli")
+    save_file(published_names(model, last_layer=last_layer(model), several=False), tmp_path / "model.safetensors")
+    loaded = VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors", error="bernoulli", beam_size=2)
+    pixels = torch.rand(2, 1, 28, 28).round()
+    assert loaded.config.beam_size == 2 and torch.equal(loaded.encode(pixels), model.encode(pixels))
+
+
+def test_a_gaussian_refiner_sees_deviations():
+    refiner = PublishedRefiner("mnist", num_stages=2, codebook_size=3, gaussian=True)
+    mean, log_std = torch.randn(2, 2, 1, 28, 28)
+    steps = refiner(torch.cat([mean, log_std], dim=1), 1).all()
+    seen = plain(refiner.layers, torch.cat([mean, log_std.exp()], dim=1), 1)
+    plain_steps = rearrange(refiner.heads[0](seen) * refiner.output_scale, "b (k s) h w -> b k s h w", s=2)
+    torch.testing.assert_close(steps, plain_steps, atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_trained_on_fewer_stages_says_so(tmp_path):
@@ -99,9 +120,11 @@ def test_a_checkpoint_trained_on_fewer_stages_says_so(tmp_path):
     assert loaded.num_codes == 2 and loaded.config.num_stages == 3
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_published_architectures_decode_to_their_reconstruction_and_train_every_parameter(name):
-    model = small(name)
+@pytest.mark.parametrize(
+    ("name", "error"), [*((name, "squared") for name in PRESETS), ("mnist", "gaussian"), ("mnist", "bernoulli")]
+)
+def test_published_architectures_decode_to_their_reconstruction_and_train_every_parameter(name, error):
+    model = small(name, error=error)
     pixels = torch.rand(3, model.config.num_channels, model.config.image_size, model.config.image_size)
     output = model(pixels)
     assert torch.equal(model.decode(output.codes), output.reconstruction.detach())
@@ -178,7 +201,7 @@ def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
     ("settings", "message"),
     [
         ({"refiner": "imagenet"}, "refiner must be one of conv, mnist, svhn, cifar10, celeba, got 'imagenet'"),
-        ({"refiner": "mnist"}, "draws 1 channels by squared error, got 3 by squared"),
+        ({"refiner": "mnist"}, "refiner 'mnist' draws 1 channels, got 3"),
         ({"active_stages": 21}, "active_stages 21 is more than num_stages 20"),
         ({"num_biased_stages": 21}, "num_biased_stages 21 is more than num_stages 20"),
     ],
