@@ -14,6 +14,9 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
+from tokenizers_vq.looks import checked_before
+from tokenizers_vq.normalization import check_values
+
 from .layout import range_starts
 
 if TYPE_CHECKING:
@@ -55,7 +58,9 @@ def measure_tokenizer(
     starts = range_starts(groups, image_tokenizer.codebook_size, device)
     fidelities, sizes = [], []
     for pixel_values in batches:
-        fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
+        check_values(pixel_values)  # here, where those that wait on the CPU can be looked at for nothing
+        with checked_before():
+            fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
         sizes.append(len(pixel_values))
     if not sizes:
         raise ValueError("got no batch of pictures to evaluate")

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq import ModelWithLoss
+from tokenizers_vq.looks import may_look_at
 from tokenizers_vq.ranks import num_ranks, own_shares, summed_over_ranks
-from tokenizers_vq.vectors import may_look_at
 
 from .compiled_layers import CompiledLayers
 from .layout import SequenceLayout

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from .looks import worth_checking
 from .model_folder import (
     CONFIG_FILE,
     OF_DOWNLOADS,
@@ -133,10 +134,10 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
 
 
 def check_range(codes: Tensor, codebook_size: int) -> None:
-    """Refuse codes that are no integers, or name no entry; in a compiled graph, which cannot look at them, only the former."""
+    """Refuse codes that are no integers, or that name no entry, where that is `worth_checking`."""
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"codes must be integers, got {codes.dtype}")
-    if torch.compiler.is_compiling() or not codes.numel():
+    if not worth_checking(codes):
         return
     least, most = (int(extreme) for extreme in codes.aminmax())
     if least < 0 or most >= codebook_size:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import nearest_multiples
+from .looks import worth_checking
 
 OVERSHOOT = 0.5  # more than any resampling of pictures does
 
@@ -35,8 +36,8 @@ class PixelNormalization:
         self.check_shape(pixel_values)
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats in [0, 1], got {pixel_values.dtype}")
-        if finite and pixel_values.numel():
-            check_extremes(*torch.stack(pixel_values.detach().aminmax()).tolist())
+        if finite:
+            check_values(pixel_values)
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
     def check_shape(self, pixel_values: Tensor) -> None:
@@ -59,8 +60,11 @@ class PixelNormalization:
         return (normalized.detach() - target).square().mean() * self.config.pixel_std**2
 
 
-def check_extremes(least: float, most: float) -> None:
-    """Refuse pixels that go from `least` to `most` where they cannot be meant for [0, 1]: what is left of it by resampling can."""
+def check_values(pixel_values: Tensor) -> None:
+    """Refuse pixels that cannot be meant for [0, 1], where that is `worth_checking`; what resampling has left of it can."""
+    if not worth_checking(pixel_values):
+        return
+    least, most = torch.stack(pixel_values.detach().aminmax()).tolist()
     if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("pixel_values must be floats in [0, 1], got NaN or infinity")
     if least < -OVERSHOOT or most > 1 + OVERSHOOT:

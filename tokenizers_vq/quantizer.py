@@ -19,8 +19,9 @@ from .clustering import (
     kmeans,
     nearest,
 )
+from .looks import may_look_at
 from .ranks import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise, summed_over_ranks
-from .vectors import GRADIENTS, Vectors, VectorView, committed, may_look_at
+from .vectors import GRADIENTS, Vectors, VectorView, committed
 
 WARM_UP = 30  # decay of the t-th batch is (1 + t) / (30 + t) at most: a third less error early on than .99 at once
 VECTORS_PER_CODE = 4  # k-means waits until it has so many

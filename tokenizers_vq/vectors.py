@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import check_number
+from .looks import may_look_at
 
 GRADIENTS = ("straight_through", "rotation")
 
@@ -95,11 +96,6 @@ def projected(layer: nn.Module, vectors: Tensor) -> Tensor:
 def zero_unless(finite: Tensor, flat: Tensor) -> Tensor:
     """Vectors `n d`, zero where `finite`, `n`, is false; as they are where it is not: a tenth off a training step on a CPU."""
     return flat if may_look_at(finite) and finite.all() else torch.where(finite[:, None], flat, 0)
-
-
-def may_look_at(values: Tensor) -> bool:
-    """Whether to ask what they are costs nothing: on a CPU, outside a compiled graph."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def checked(mask: Tensor, grid: torch.Size) -> Tensor:

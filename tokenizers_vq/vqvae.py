@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, TokenizerOutput
 from .convolution import ResidualBlock, channels_last, downsampling, group_norm, in_company, steadily, upsampling
+from .looks import checked_before
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
 from .reconstruction import PIXEL_LOSSES, ReconstructionLoss
@@ -153,7 +154,7 @@ class VQVAE(DiscreteTokenizer):
         lengths = [self.num_levels * rows * columns for rows, columns in cells]
         self.check_codes(codes, prefix=self.prefixes_decode, num_codes=sum(lengths))
         context: Tensor | None = None
-        with torch.autocast(codes.device.type, enabled=False):
+        with torch.autocast(codes.device.type, enabled=False), checked_before():
             parts = codes.long().tensor_split(list(accumulate(lengths))[:-1], dim=1)
             for grid, some, (rows, columns) in zip(self.grids(), parts, cells, strict=True):
                 context = grid.decoder(

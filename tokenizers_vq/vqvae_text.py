@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .base import TokenizerOutput, check_counts
 from .errors import IGNORED
+from .looks import checked_before
 from .refiners import DilatedBlock
 from .residual import ResidualQuantizer
 from .text_spans import TextSpanConfig, TextSpanTokenizer
@@ -152,10 +153,11 @@ class VQVAEForText(TextSpanTokenizer):
         return self.head(self.decoder(rearrange(self.from_code(vectors), "b s (t c) -> b (s t) c", t=self.span_length)))
 
     def _look_up(self, codes: Tensor, known: Tensor) -> Tensor:
-        """Codes `b s n`, of which some are `known`, -> vectors `b s d`."""
-        if isinstance(self.quantizer, ResidualQuantizer):
-            return self.quantizer.lookup(codes, known)
-        return self.quantizer.lookup(codes.squeeze(2)) * known
+        """Codes `b s n` in range, of which some are `known`, -> vectors `b s d`."""
+        with checked_before():
+            if isinstance(self.quantizer, ResidualQuantizer):
+                return self.quantizer.lookup(codes, known)
+            return self.quantizer.lookup(codes.squeeze(2)) * known
 
     def _after_the_end(self) -> Tensor:
         """The vector `d` of a span whose codes are 0, as those past the end of a text are."""

@@ -1,10 +1,12 @@
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tok2img.evaluation import (
     caption_accuracy,
@@ -204,6 +206,31 @@ def test_a_picture_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images)
     assert report["mse_per_stage"] == pytest.approx(expected, rel=1e-4) and report["mse"] == report["mse_per_stage"][-1]
     assert report["psnr_per_stage"] == pytest.approx([-10 * math.log10(error) for error in expected], rel=1e-4)
     assert report["used_per_position"] == [len(stage.unique()) for stage in codes.T]
+
+
+class Extremes(TorchDispatchMode):
+    """Counts how often values are looked at for their range, each of which a GPU would have the CPU wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.aminmax.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny_vqdraw", "tiny_vqvae"])
+def test_a_batch_is_looked_at_once_and_its_codes_never(tokenizer, images, request):
+    image_tokenizer = request.getfixturevalue(tokenizer)
+    with Extremes() as looks:
+        evaluate_tokenizer(image_tokenizer, images.split(4))
+    assert looks.count == len(images.split(4)) > 1
+
+
+def test_pictures_that_are_none_are_refused(tiny_vqdraw, images):
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        evaluate_tokenizer(tiny_vqdraw, [images, images.clone().fill_(math.nan)])
+    with pytest.raises(ValueError, match=r"codes must lie in 0\.\."):  # no check is left out afterwards
+        tiny_vqdraw.decode(tiny_vqdraw.encode(images) - 1000)
 
 
 class TestCaptionAgreement:
