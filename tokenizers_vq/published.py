@@ -133,6 +133,11 @@ BUFFERS = {"_stages", "_grad_decay"}  # of one number each
 FIRST_SCALES = {"mnist": 0.1, "svhn": 0.1, "cifar10": 0.01, "celeba": 0.01}
 
 
+def state_channels(name: str, *, gaussian: bool) -> int:
+    """Channels of an architecture's states: those of its pictures, twice where each has a deviation."""
+    return PRESETS[name]["num_channels"] * (2 if gaussian else 1)
+
+
 class PublishedRefiner(nn.Module):
     """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba".
 
@@ -142,7 +147,7 @@ class PublishedRefiner(nn.Module):
 
     def __init__(self, name: str, *, num_stages: int, codebook_size: int, gaussian: bool = False):
         super().__init__()
-        num_channels = PRESETS[name]["num_channels"] * (2 if gaussian else 1)
+        num_channels = state_channels(name, gaussian=gaussian)
         self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, start=torch.randn), num_channels))
         num_heads = num_stages if name == "svhn" else 1
         self.heads = nn.ModuleList(
@@ -214,9 +219,8 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     whole = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
     if whole and all(tensors[name].numel() == 1 for name in BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
-            channels = preset["num_channels"] * (2 if gaussian else 1)
             shapes = shapes_of(name, len(bias), length, num_refiners, gaussian=gaussian)
-            if bias.shape[1] == channels and ours == shapes:
+            if bias.shape[1] == state_channels(name, gaussian=gaussian) and ours == shapes:
                 return preset | {
                     "refiner": name,
                     "error": "gaussian" if gaussian else "squared",
