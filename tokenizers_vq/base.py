@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeGuard
@@ -250,6 +250,11 @@ class DiscreteTokenizer(PreTrainedModel):
             raise ValueError(f"codes must be `b {num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`")
         check_range(codes, self.codebook_size)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and their like come down to, here and of a module that holds this one."""
+        refuse_other_than_float32(fn(torch.zeros(())).dtype)
+        return super()._apply(fn, recurse)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a saved tokenizer from a folder or the hub; its weights must be safetensors.
@@ -260,10 +265,8 @@ class DiscreteTokenizer(PreTrainedModel):
         """
         name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         for dtype in (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)):
-            if dtype not in (None, "auto", "float32", torch.float32):
-                raise ValueError(
-                    f"a tokenizer has its weights in float32, got dtype {dtype}; torch.autocast makes it fast"
-                )
+            if dtype not in (None, "auto", "float32"):
+                refuse_other_than_float32(dtype)
         try:
             folder = local_folder(name, **kwargs)
             saved = cls.saved_config(folder)
@@ -286,6 +289,12 @@ class DiscreteTokenizer(PreTrainedModel):
         if settings.get("model_type") != model_type:
             raise ValueError(f"{folder} holds a {settings.get('model_type')}, not a {model_type}")
         return build_config(config_class, settings, Path(folder, CONFIG_FILE))
+
+
+def refuse_other_than_float32(dtype: Any) -> None:
+    """Refuse another type for a tokenizer's weights: codes found with rounded ones would be others."""
+    if dtype != torch.float32:
+        raise ValueError(f"a tokenizer has its weights in float32, got dtype {dtype}; torch.autocast makes it fast")
 
 
 def tokenizer_class(model_type: object) -> type[DiscreteTokenizer] | None:

@@ -309,9 +309,11 @@ def test_loading_gives_its_report_when_asked(tokenizer, saved):
     assert not info["missing_keys"]
 
 
-def test_weights_in_another_type_are_loaded_in_float32(tokenizer, images, tmp_path):
-    copy.deepcopy(tokenizer).to(torch.bfloat16).save_pretrained(str(tmp_path))
-    loaded = type(tokenizer).from_pretrained(tmp_path)
+def test_weights_in_another_type_are_loaded_in_float32(tokenizer, images, saved):
+    weights = load_file(saved / "model.safetensors")
+    halves = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    save_file(halves, saved / "model.safetensors")
+    loaded = type(tokenizer).from_pretrained(saved)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert loaded.encode(images).shape == tokenizer.encode(images).shape
 
@@ -319,3 +321,12 @@ def test_weights_in_another_type_are_loaded_in_float32(tokenizer, images, tmp_pa
 def test_another_type_of_weights_is_refused(tokenizer, saved):
     with pytest.raises(ValueError, match=r"weights in float32, got dtype torch.bfloat16"):
         type(tokenizer).from_pretrained(saved, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+def test_weights_are_not_cast_to_another_type_either(tokenizer, images, cast):
+    codes = tokenizer.encode(images)
+    for module in (tokenizer, torch.nn.ModuleList([tokenizer])):
+        with pytest.raises(ValueError, match=r"weights in float32, got dtype torch.(bfloat16|float16|float64)"):
+            cast(module)
+    assert torch.equal(tokenizer.to("cpu", torch.float32).float().encode(images), codes)
