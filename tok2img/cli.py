@@ -195,6 +195,27 @@ def draw_random_codes(model: str, out: str, *, num_images: int, stages: bool, se
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a trained model.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 7860,
+    share: Annotated[bool, typer.Option(help="Make a public address too, through gradio's own servers.")] = False,
+) -> None:
+    """Serve a web page that draws pictures of captions, completes pictures and shows their codes."""
+    quiet()
+    try:
+        from .web import build_page, serve_page
+    except ImportError as error:
+        raise ValueError("the page needs gradio, which is not installed: pip install 'tok2img[demo]'") from error
+    from .pipeline import TextToImagePipeline
+    from .processing import to_device
+
+    page = build_page(to_device(TextToImagePipeline.from_pretrained(model)), name="/".join(Path(model).parts[-2:]))
+    print(f"{serve_page(page, host=host, port=port, share=share)}   (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+@app.command()
 def caption(
     images: Annotated[list[str], typer.Argument(help="Picture files.")],
     model: Annotated[str, typer.Option(help="Folder of a model trained with --caption-share.")],
