@@ -69,19 +69,22 @@ def tokenize(
     beam_size: Annotated[
         int, typer.Option(help="Search so wide for VQ-DRAW codes; 0: as the tokenizer's config says.")
     ] = 0,
+    search_steps: Annotated[
+        int, typer.Option(help="Search so long for codes of a VQ-VAE; 0: as the tokenizer's config says.")
+    ] = 0,
     num_proc: Annotated[int, typer.Option(help="Processes.")] = 1,
     on_error: OnError = "skip",
     shard: Shard = "",
 ) -> None:
     """Turn captioned pictures into tokens, once, for any number of training runs."""
     quiet()
-    from .prior_runs import build_processor, set_beam
+    from .prior_runs import build_processor, set_search
     from .processing import load_image_tokenizer
     from .streamed_rows import stream_captioned_images
     from .tokenized import part_of, part_of_process, save_tokens
 
     image_tokenizer = load_image_tokenizer(tokenizer)
-    set_beam(image_tokenizer, beam_size)
+    set_search(image_tokenizer, beam_size=beam_size, search_steps=search_steps)
     rows = stream_captioned_images(
         data, split=split, image_column=image_column, caption_column=caption_column, max_rows=max_rows
     )

@@ -103,7 +103,7 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
     if recipe.start_from:
         return rows, processor_to_go_on_with(recipe)
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    set_beam(image_tokenizer, recipe.beam_size)
+    set_search(image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
     processor = build_processor(
         rows.captions,
         image_tokenizer,
@@ -118,7 +118,7 @@ def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgPr
 def processor_to_go_on_with(recipe: PriorRecipe) -> Tok2ImgProcessor:
     """That of the model that a recipe goes on from, on a GPU where there is one."""
     processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
-    set_beam(processor.image_tokenizer, recipe.beam_size)
+    set_search(processor.image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
     to_device(processor.image_tokenizer)
     return processor
 
@@ -162,18 +162,19 @@ def build_processor(
     return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length, text_vocab_size=rows)
 
 
-def set_beam(image_tokenizer: DiscreteTokenizer, beam_size: int) -> None:
-    """How wide to search when a data set is tokenized; 0 leaves what the tokenizer's config says.
+def set_search(image_tokenizer: DiscreteTokenizer, **widths: int) -> None:
+    """How far to search for codes when a data set is tokenized: `beam_size`, `search_steps`; 0 leaves what the tokenizer's config says.
 
     Raises:
-        ValueError: for a tokenizer that does not search, and a beam below 0.
+        ValueError: for a tokenizer that does not search so, and a number below 0.
     """
-    if beam_size and not hasattr(image_tokenizer.config, "beam_size"):
-        raise ValueError(f"a {type(image_tokenizer).__name__} has no beam to search with, got beam_size {beam_size}")
-    if beam_size < 0:
-        raise ValueError(f"beam_size must be at least 1, or 0 for the tokenizer's own, got {beam_size}")
-    if beam_size:
-        image_tokenizer.config.update({"beam_size": beam_size})
+    for name, width in widths.items():
+        if width and not hasattr(image_tokenizer.config, name):
+            raise ValueError(f"a {type(image_tokenizer).__name__} has no {name} to search with, got {width}")
+        if width < 0:
+            raise ValueError(f"{name} must be at least 1, or 0 for the tokenizer's own, got {width}")
+        if width:
+            image_tokenizer.config.update({name: width})
 
 
 def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:

@@ -29,7 +29,7 @@ IGNORED_LABEL = -100
 # What a config says about where a model lies and who wrote it, not about what it computes.
 UNRELATED_TO_CODES = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
 # Settings that came later, with the values that change nothing: tokens made before keep their fingerprint.
-LATER_SETTINGS = {"encode_dtype": "float32"}
+LATER_SETTINGS = {"encode_dtype": "float32", "search_steps": 0}
 
 
 class Tok2ImgProcessor:

@@ -154,7 +154,7 @@ class PriorRecipe(RunSettings):
     Attributes:
         tokens: folder that `tok2img tokenize` wrote; or give `data` and `image_tokenizer`, and the run tokenizes first.
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
-        beam_size: of the search for codes, where the image tokenizer searches; 0: as its config says.
+        beam_size, search_steps: how far to search for codes of VQ-DRAW, and of a VQ-VAE; 0: as the tokenizer's config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
         start_from: folder of a trained model to go on from, on other data or for longer; tokenizers, layout and sizes are its own.
         base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
@@ -172,6 +172,7 @@ class PriorRecipe(RunSettings):
     tokens: str = ""
     image_tokenizer: str = ""
     beam_size: int = 0
+    search_steps: int = 0
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0

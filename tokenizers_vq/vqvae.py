@@ -4,7 +4,8 @@ With several grids it is a VQ-VAE-2 (Razavi et al. 2019): each coarser grid is h
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import DiscreteTokenizer, TokenizerOutput
 from .convolution import ResidualBlock, channels_last, downsampling, group_norm, in_company, steadily, upsampling
+from .latent_search import Coded, search
 from .looks import checked_before
 from .normalization import PixelNormalization
 from .quantizer import CodeUsage
@@ -23,6 +25,7 @@ from .residual import ResidualQuantizer
 from .vectors import VectorView
 from .vqvae_config import Quantizer, VQVAEConfig, build_quantizer
 
+SEARCHED_AT_ONCE = 32  # pictures whose decoding is kept for the way back
 VECTORS_SHOWN = 2**15  # k-means of the start sees so many at most
 
 
@@ -127,18 +130,34 @@ class VQVAE(DiscreteTokenizer):
         """Put the codebooks on latents of the pictures `b c h w`; those of finer grids on what is left when coarser ones are coded."""
         shown = pixel_values[: self.rows_to_start_from]
         with evaluating(self):
-            self._code(self.normalize(shown), starting=True, reconstruct=False)
+            self._code(self._features(self.normalize(shown)), starting=True, reconstruct=False)
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor, *, search_steps: int = 0) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, row by row; the coarsest grid first, and of a grid the coarsest level.
 
+        Args:
+            search_steps: 0 takes the entries nearest to the encoder's latents, as `forward` does; each step more looks for better ones
+                (`latent_search`), for the time of decoding forth and back.
+
         Raises:
-            ValueError: for pictures of another number of channels or of a size that the stride does not divide, and for NaN.
+            ValueError: for pictures of another number of channels or of a size that the stride does not divide, for NaN, and for a number
+                of steps below 0.
         """
         target = self.normalize(pixel_values, finite=True)
+        if search_steps < 0:
+            raise ValueError(f"search_steps must be at least 0, got {search_steps}")
         with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self):
-            return in_company(lambda some: in_sequence(self._code(some, reconstruct=False)[1]), target)
+            if not search_steps:
+                return in_company(
+                    lambda some: in_sequence(self._code(self._features(some), reconstruct=False).codes), target
+                )
+            encode = partial(self._search, num_steps=search_steps)
+            return torch.cat([in_company(encode, some) for some in target.split(SEARCHED_AT_ONCE)])
+
+    def encode_for_training(self, pixel_values: Tensor) -> Tensor:
+        """`b c h w` in [0, 1] -> codes `b n`, searched for by as many steps as the config's `search_steps`."""
+        return self.encode(pixel_values, search_steps=self.config.search_steps)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, image_size: tuple[int, int] | None = None) -> Tensor:
@@ -172,13 +191,13 @@ class VQVAE(DiscreteTokenizer):
     def forward(self, pixel_values: Tensor, reconstruction_loss: ReconstructionLoss | None = None) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
         target = self.normalize(pixel_values)
-        normalized, codes, loss = self._code(target)
+        coded = self._code(self._features(target))
         measure = PIXEL_LOSSES[self.config.reconstruction] if reconstruction_loss is None else reconstruction_loss
         return TokenizerOutput(
-            loss=measure(normalized, target) + loss,
-            reconstruction=self.normalize.inverse(normalized),
-            codes=in_sequence(codes),
-            metrics={"mse": self.normalize.squared_error(normalized, target), **self._usage()},
+            loss=measure(coded.normalized, target) + coded.loss,
+            reconstruction=self.normalize.inverse(coded.normalized),
+            codes=in_sequence(coded.codes),
+            metrics={"mse": self.normalize.squared_error(coded.normalized, target), **self._usage()},
         )
 
     def _usage(self) -> dict[str, Tensor]:
@@ -188,21 +207,30 @@ class VQVAE(DiscreteTokenizer):
         metrics = [grid.quantizer.metrics() for grid in self.grids()]
         return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
 
-    def _code(
-        self, target: Tensor, *, starting: bool = False, reconstruct: bool = True
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Normalised pictures `b c h w` -> what becomes of them, codes of each grid, and the loss of all quantizers.
-
-        What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
-        """
+    def _features(self, target: Tensor) -> list[Tensor]:
+        """Normalised pictures `b c h w` -> what the encoder sees in them at each grid, `b c h w`, coarse to fine."""
         features = [self.encoder(channels_last(target))]
         for coarser in self.coarser:
             assert isinstance(coarser, CoarserGrid)
             features.append(coarser.down(features[-1]))
+        return features[::-1]
+
+    def _code(
+        self,
+        features: list[Tensor],
+        offsets: Sequence[Tensor | None] = (),
+        *,
+        starting: bool = False,
+        reconstruct: bool = True,
+    ) -> Coded:
+        """What becomes of pictures with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid.
+
+        What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
+        """
         context: Tensor | None = None
-        codes, losses = [], []
-        for grid, seen in zip(self.grids(), reversed(features), strict=True):
-            latents = steadily(grid.to_code, plus(seen, context))
+        codes, losses, rests = [], [], []
+        for grid, seen, offset in zip(self.grids(), features, offsets or [None] * len(features), strict=True):
+            latents = plus(steadily(grid.to_code, plus(seen, context)), offset)
             if starting:
                 grid.quantizer.start_from_data(latents)
             quantized = grid.quantizer(latents)
@@ -210,7 +238,18 @@ class VQVAE(DiscreteTokenizer):
                 context = grid.decoder(plus(grid.from_code(quantized.quantized), context))
             codes.append(quantized.codes)
             losses.append(quantized.loss)
-        return target if context is None else context, codes, torch.stack(losses).sum()
+            rests.append((latents - quantized.quantized).detach())
+        return Coded(features[-1] if context is None else context, codes, torch.stack(losses).sum(), rests)
+
+    def _search(self, target: Tensor, *, num_steps: int) -> Tensor:
+        """Codes `b n` of normalised pictures `b c h w`, the best of some steps."""
+        cells = self.cells((target.shape[2], target.shape[3]))
+        measure = PIXEL_LOSSES[self.config.reconstruction]
+        with torch.inference_mode(False):  # where what is copied may have gradients
+            target = target.clone()
+            offsets = [target.new_zeros(len(target), self.config.code_dim, *sides) for sides in cells]
+            code = partial(self._code, self._features(target))
+            return in_sequence(search(code, target, offsets, measure=measure, num_steps=num_steps).codes)
 
     def _look_up(self, quantizer: Quantizer, codes: Tensor, rows: int, columns: int) -> Tensor:
         """Codes `b n` of a grid -> latents `b d h w`."""

@@ -66,6 +66,7 @@ class VQVAEConfig(QuantizerConfig):
         num_grids: 2 or more for a VQ-VAE-2, whose further grids are each half as fine as the one before.
         hidden_channels: width of the networks at the latent grids; half of it at every finer grid.
         reconstruction: "squared" or "l1": error of normalised pixels that training lowers, where `forward` is given no other.
+        search_steps: of the search for codes when a data set is tokenized, see `VQVAE.encode`.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
 
@@ -80,6 +81,7 @@ class VQVAEConfig(QuantizerConfig):
     num_encoder_blocks: int = 0
     num_decoder_blocks: int = 2
     reconstruction: str = "squared"
+    search_steps: int = 0
     pixel_mean: float = 0.5
     pixel_std: float = 0.25
 

@@ -1,10 +1,11 @@
 """Quantizers side by side in one VQ-VAE: how well it learns CIFAR-10 with each, how much of the codebook it uses, what it costs.
 
-    python training/cifar10_quantizers.py DATA --steps 1000 --seeds 3 [--peer CHECKOUT ...]
+    python training/cifar10_quantizers.py DATA --steps 1000 --seeds 3 [--search-steps 10] [--peer CHECKOUT ...]
 
 The network and every setting are those of the authors' CIFAR-10 example (van den Oord et al. 2017; DeepMind Sonnet's `vqvae_example`): the
 weights start and the batches come alike for all. Beside ours stand the plain quantizer of the first PyTorch ports, and that of
-vector-quantize-pytorch (with its own decay and with the example's) where `--peer` names a folder to import it from.
+vector-quantize-pytorch (with its own decay and with the example's) where `--peer` names a folder to import it from. The second error is
+that of codes which our search finds for the trained network, whoever's quantizer it has.
 """
 
 import sys
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tok2img.data import load_captioned_images
 from tok2img.processing import load_images
 from tokenizers_vq import VectorQuantizer
+from tokenizers_vq.latent_search import Coded, search
 from tokenizers_vq.pixels import pixels_from_images
 from tokenizers_vq.quantizer import perplexity
 
@@ -138,15 +140,17 @@ class PeerQuantizer(nn.Module):
 
 @dataclass
 class Figures:
-    """Squared error over the variance of the pictures, codes that the test set uses, their perplexity, CPU seconds of training."""
+    """Squared error over the variance of the pictures, that of codes searched for, codes that the test set uses, their perplexity, CPU
+    seconds of training."""
 
     error: float
+    searched: float
     codes_in_use: float
     perplexity: float
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.error:8.4f} {self.codes_in_use:8.0f} {self.perplexity:12.1f} {self.seconds:10.1f}"
+        return f"{self.error:8.4f} {self.searched:8.4f} {self.codes_in_use:8.0f} {self.perplexity:12.1f} {self.seconds:10.1f}"
 
 
 def contenders(*, with_peer: bool) -> dict[str, Callable[[], nn.Module]]:
@@ -167,7 +171,9 @@ def batches(pixels: Tensor, *, num_steps: int, seed: int) -> Iterator[Tensor]:
         yield pixels[rows]
 
 
-def train(build: Callable[[], nn.Module], pixels: Tensor, test: Tensor, *, num_steps: int, seed: int) -> Figures:
+def train(
+    build: Callable[[], nn.Module], pixels: Tensor, test: Tensor, *, num_steps: int, seed: int, search_steps: int
+) -> Figures:
     """One run: pixels `n c h w` in [-0.5, 0.5] -> its figures on `test`."""
     torch.manual_seed(seed)
     encoder, decoder = build_networks()
@@ -183,7 +189,10 @@ def train(build: Callable[[], nn.Module], pixels: Tensor, test: Tensor, *, num_s
         optimizer.step()
     seconds = time.process_time() - started
     error, histogram = evaluate(encoder, quantizer.eval(), decoder, test)
-    return Figures(error / variance.item(), (histogram > 0).sum().item(), perplexity(histogram).item(), seconds)
+    searched = searched_error(encoder, quantizer, decoder, test, variance=variance, num_steps=search_steps)
+    return Figures(
+        error / variance.item(), searched, (histogram > 0).sum().item(), perplexity(histogram).item(), seconds
+    )
 
 
 @torch.no_grad()
@@ -197,6 +206,27 @@ def evaluate(encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module, test:
     return squares / test.numel(), histogram
 
 
+def searched_error(
+    encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module, test: Tensor, *, variance: Tensor, num_steps: int
+) -> float:
+    """Squared error over the variance of pixels `n c h w` with the best codes that are found for them."""
+
+    def code(latents: Tensor, offsets: list[Tensor]) -> Coded:
+        moved = latents + offsets[0]
+        quantized, codes, loss = quantizer(moved)
+        return Coded(decoder(quantized), [codes], loss, [(moved - quantized).detach()])
+
+    def measure(reconstruction: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(reconstruction, target) / variance
+
+    least = []
+    for batch in test.split(TEST_BATCH_SIZE):
+        latents = encoder(batch).detach()
+        nothing = [torch.zeros_like(latents)]
+        least.append(search(partial(code, latents), batch, nothing, measure=measure, num_steps=num_steps).errors)
+    return torch.cat(least).mean().item()
+
+
 def load(data: str, split: str, max_rows: int | None = None) -> Tensor:
     """Pictures of a split, `n c h w` in [-0.5, 0.5]."""
     rows = load_captioned_images(data, split=split, with_captions=False, max_rows=max_rows)
@@ -207,6 +237,8 @@ def main(
     data: Annotated[str, typer.Argument(help="Pictures with splits train and test, as `tok2img` reads them.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from seed 0.")] = 3,
+    search_steps: Annotated[int, typer.Option(min=0, help="Of the search for better codes.")] = 10,
+    names: Annotated[list[str] | None, typer.Option("--only", help="A quantizer to train; all if left out.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="At most so many pictures of a split.")] = None,
     peer: Annotated[
         list[Path] | None, typer.Option(exists=True, file_okay=False, help="Checkout of another project, to import.")
@@ -214,14 +246,17 @@ def main(
 ) -> None:
     """Train and measure all with every seed, then print the medians."""
     sys.path[:0] = [str(path.resolve()) for path in peer or []]
-    with_peer = find_spec("vector_quantize_pytorch") is not None
+    builds = contenders(with_peer=find_spec("vector_quantize_pytorch") is not None)
+    for name in names or []:
+        if name not in builds:
+            raise typer.BadParameter(f"no quantizer {name!r}; there are {', '.join(builds)}")
     pixels, test = load(data, "train", max_rows), load(data, "test", max_rows)
-    runs: dict[str, list[Figures]] = {name: [] for name in contenders(with_peer=with_peer)}
-    print(f"{'':32} {'error':>8} {'in use':>8} {'perplexity':>12} {'CPU s':>10}   ({steps} steps)")
+    runs: dict[str, list[Figures]] = {name: [] for name in names or builds}
+    print(f"{'':32} {'error':>8} {'searched':>8} {'in use':>8} {'perplexity':>12} {'CPU s':>10}   ({steps} steps)")
     for seed in range(seeds):
-        for name, build in contenders(with_peer=with_peer).items():
-            runs[name].append(train(build, pixels, test, num_steps=steps, seed=seed))
-            print(f"{name + ', seed ' + str(seed):32} {runs[name][-1]}", flush=True)
+        for name, each in runs.items():
+            each.append(train(builds[name], pixels, test, num_steps=steps, seed=seed, search_steps=search_steps))
+            print(f"{name + ', seed ' + str(seed):32} {each[-1]}", flush=True)
     for name, each in runs.items():
         print(f"{name + ', median':32} {Figures(*map(median, zip(*map(astuple, each), strict=True)))}")
 

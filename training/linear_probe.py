@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tok2img.data import load_captioned_images
 from tok2img.fine_tuning import load_trained
-from tok2img.prior_runs import set_beam
+from tok2img.prior_runs import set_search
 from tok2img.probe import linear_probe
 from tok2img.processing import load_pixels
 from tokenizers_vq import DiscreteTokenizer
@@ -36,7 +36,7 @@ def main(path: str, data: str, max_rows: int = 20_000, beam_size: int = 1) -> fl
     """Measure, and say so."""
     tokenizer = load_trained(path)
     if hasattr(tokenizer.config, "beam_size"):
-        set_beam(tokenizer, beam_size)
+        set_search(tokenizer, beam_size=beam_size)
     train, test = (codes_and_labels(tokenizer, data, split, max_rows) for split in ("train", "test"))
     accuracy = linear_probe(*train, *test, codebook_size=tokenizer.codebook_size)
     print(f"{accuracy:.2%} of {len(test[1])} test rows, from the codes of {len(train[1])} training rows")

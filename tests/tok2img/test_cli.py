@@ -9,9 +9,11 @@ from PIL import Image
 
 from tok2img.classifier import CaptionClassifier
 from tok2img.cli import main
+from tok2img.data import load_captioned_images
 from tok2img.layout import SequenceLayout
 from tok2img.pipeline import TextToImagePipeline
 from tok2img.prior import build_prior
+from tok2img.processing import load_pixels
 from tok2img.shapes import shapes_dataset
 from tok2img.tokenized import load_tokens, save_tokens
 from tok2img.training_log import load_log
@@ -517,9 +519,31 @@ def test_a_data_set_is_tokenized_with_the_beam_that_is_asked_for(tok2img, data, 
     assert fingerprints[0] != fingerprints[1] == fingerprints[2]
 
 
-def test_a_beam_for_a_tokenizer_without_one_is_refused(refused, data, tokenizer):
-    refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", 2, names="a VQVAE has no beam")
-    refused("tokenize", data, "--tokenizer", tokenizer, "--out", "t", "--beam-size", -1, names="no beam")
+def test_a_data_set_is_tokenized_by_the_steps_of_search_that_are_asked_for(tok2img, data, tokenizer, tmp_path):
+    for steps in (0, 3):
+        out = tmp_path / f"tokens-{steps}"
+        _, complaint, code = tok2img("tokenize", data, "--tokenizer", tokenizer, "--out", out, "--search-steps", steps)
+        assert code == 0, complaint
+        tokens, processor = load_tokens(out)
+        assert processor.image_tokenizer.config.to_dict()["search_steps"] == steps
+        pixels = load_pixels(load_captioned_images(data)["image"][:], processor.image_tokenizer)
+        codes = processor.image_tokenizer.encode(pixels, search_steps=steps)
+        assert tokens["image_codes"][:] == codes.tolist()
+
+
+def test_a_search_that_a_tokenizer_does_not_know_is_refused(refused, data, tokenizer, sharpening):
+    for words, named in [
+        (["--tokenizer", tokenizer, "--beam-size", 2], "a VQVAE has no beam_size to search with, got 2"),
+        (
+            ["--tokenizer", tokenizer, "--search-steps", -1],
+            "search_steps must be at least 1, or 0 for the tokenizer's own",
+        ),
+        (
+            ["--tokenizer", sharpening, "--search-steps", 2],
+            "a VQDrawForImages has no search_steps to search with, got 2",
+        ),
+    ]:
+        refused("tokenize", data, "--out", "t", *words, names=named)
 
 
 def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):

@@ -103,6 +103,15 @@ def test_searching_in_bfloat16_changes_the_fingerprint_and_the_default_does_not(
     assert stage_processor.fingerprint() == default
 
 
+def test_searching_for_codes_changes_the_fingerprint_and_the_default_does_not(processor):
+    config = processor.image_tokenizer.config
+    default = processor.fingerprint()
+    config.search_steps = 1
+    assert processor.fingerprint() != default
+    del config.search_steps
+    assert processor.fingerprint() == default
+
+
 def test_a_setting_that_is_none_is_a_setting(processor):
     before = processor.fingerprint()
     processor.image_tokenizer.config.unheard_of = None
@@ -111,7 +120,7 @@ def test_a_setting_that_is_none_is_a_setting(processor):
 
 def test_the_type_of_the_weights_changes_the_fingerprint(processor):
     before = processor.fingerprint()
-    processor.image_tokenizer.half()
+    processor.image_tokenizer.encoder.half()
     assert processor.fingerprint() != before
 
 

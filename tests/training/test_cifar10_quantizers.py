@@ -48,10 +48,29 @@ def test_the_plain_quantizer_gives_entries_of_its_codebook_and_passes_gradients(
 
 def test_training_lowers_the_error_and_repeats_itself(comparison, pixels):
     first, again, longer = (
-        comparison.train(comparison.OurQuantizer, pixels, pixels, num_steps=steps, seed=0) for steps in (2, 2, 12)
+        comparison.train(comparison.OurQuantizer, pixels, pixels, num_steps=steps, seed=0, search_steps=2)
+        for steps in (2, 2, 12)
     )
     assert first.error == again.error
     assert longer.error < first.error
+
+
+def test_a_search_lowers_the_error_and_no_step_of_it_does_not(comparison, pixels):
+    settings = {"num_steps": 12, "seed": 0}
+    none, some = (
+        comparison.train(comparison.OurQuantizer, pixels, pixels, search_steps=steps, **settings) for steps in (0, 5)
+    )
+    assert none.searched == pytest.approx(none.error, rel=1e-5) and none.error == some.error
+    assert some.searched < some.error
+
+
+def test_only_those_named_are_trained(comparison, tmp_path, capsys):
+    shapes_dataset("train", 4).to_parquet(tmp_path / "train.parquet")
+    shapes_dataset("validation", 4).to_parquet(tmp_path / "test.parquet")
+    comparison.main(str(tmp_path), steps=1, seeds=1, names=["plain"], search_steps=0)
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["plain", "plain"]
+    with pytest.raises(Exception, match="no quantizer 'best'; there are ours, plain"):
+        comparison.main(str(tmp_path), steps=1, seeds=1, names=["best"])
 
 
 def test_the_table_has_a_line_a_run_and_the_medians(comparison, tmp_path, monkeypatch, capsys):
