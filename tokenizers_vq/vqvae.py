@@ -25,7 +25,7 @@ from .residual import ResidualQuantizer
 from .vectors import VectorView
 from .vqvae_config import Quantizer, VQVAEConfig, build_quantizer
 
-SEARCHED_AT_ONCE = 32  # pictures whose decoding is kept for the way back
+SEARCHED_PIXELS, SEARCHED_PIXELS_ON_GPU = 2**15, 2**20  # those of pictures whose decoding is kept for the way back
 VECTORS_SHOWN = 2**15  # k-means of the start sees so many at most
 
 
@@ -148,12 +148,14 @@ class VQVAE(DiscreteTokenizer):
         if search_steps < 0:
             raise ValueError(f"search_steps must be at least 0, got {search_steps}")
         with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self):
-            if not search_steps:
-                return in_company(
-                    lambda some: in_sequence(self._code(self._features(some), reconstruct=False).codes), target
-                )
-            encode = partial(self._search, num_steps=search_steps)
-            return torch.cat([in_company(encode, some) for some in target.split(SEARCHED_AT_ONCE)])
+            if search_steps and len(target):
+                encode = partial(self._search, num_steps=search_steps)
+                num_pixels = SEARCHED_PIXELS if target.device.type == "cpu" else SEARCHED_PIXELS_ON_GPU
+                at_once = max(1, num_pixels // (target.shape[2] * target.shape[3]))
+                return torch.cat([in_company(encode, some) for some in target.split(at_once)])
+            return in_company(
+                lambda some: in_sequence(self._code(self._features(some), reconstruct=False).codes), target
+            )
 
     def encode_for_training(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, searched for by as many steps as the config's `search_steps`."""

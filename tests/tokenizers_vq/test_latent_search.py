@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizers_vq import VQVAE, VQVAEConfig
+from tokenizers_vq import VQVAE, VQVAEConfig, vqvae
 from tokenizers_vq.latent_search import SHORTER, STEP, size_of
-from tokenizers_vq.vqvae import SEARCHED_AT_ONCE, in_sequence
 
 KINDS = {
     "plain": {},
@@ -78,10 +77,11 @@ def test_no_step_gives_the_codes_of_forward(model, many):
         assert model.encode(many, search_steps=0).equal(model(many).codes)
 
 
-def test_a_picture_is_searched_alone_as_it_is_in_a_batch(model, many):
+def test_a_picture_is_searched_alone_as_it_is_in_a_batch(model, many, monkeypatch):
+    monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 32 * 8 * 8)
     together = model.encode(many, search_steps=5)
     alone = [model.encode(each[None], search_steps=5) for each in many]
-    assert len(many) > 2 * SEARCHED_AT_ONCE and torch.cat(alone).equal(together)
+    assert len(many) > 2 * 32 and torch.cat(alone).equal(together)
 
 
 def test_the_first_step_goes_down_the_gradient_of_the_training_loss(plain, many):
@@ -99,7 +99,7 @@ def test_the_first_step_goes_down_the_gradient_of_the_training_loss(plain, many)
     with torch.no_grad():
         further = latents - STEP * size_of(rest) * gradient / size_of(gradient)
         shorter = latents - SHORTER * STEP * size_of(rest) * gradient / size_of(gradient)
-        candidates = [in_sequence([plain.quantizer(each).codes]) for each in (latents, further, shorter)]
+        candidates = [vqvae.in_sequence([plain.quantizer(each).codes]) for each in (latents, further, shorter)]
         costs = torch.stack([errors(plain, many[:5], codes) for codes in candidates])
     one, two = (plain.encode(many[:5], search_steps=steps) for steps in (1, 2))
     for row in range(5):
@@ -155,6 +155,18 @@ def test_pictures_of_another_shape_are_searched_too(plain):
     before, after = plain.encode(wide), plain.encode(wide, search_steps=5)
     shown = [plain.decode(codes, image_size=(8, 24)) for codes in (before, after)]
     assert (shown[1] - wide).square().mean() < (shown[0] - wide).square().mean()
+
+
+def test_no_picture_has_no_codes(plain):
+    assert plain.encode(torch.rand(0, 3, 8, 8), search_steps=3).shape == (0, plain.num_codes)
+
+
+def test_pictures_are_searched_a_few_at_a_time(plain, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(plain.decoder, "forward", lambda x, old=plain.decoder.forward: sizes.append(len(x)) or old(x))
+    monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 3 * 8 * 8)
+    plain.encode(torch.rand(7, 3, 8, 8), search_steps=1)
+    assert sizes == [3, 3, 3, 3, 2, 2]  # two passes each, the last picture beside a copy
 
 
 def test_steps_below_none_are_refused(plain, many):
