@@ -69,8 +69,8 @@ def complete_tab(answers: Answers) -> None:
     picture = picture_field(answers)
     keep = gr.Slider(0, num_codes, num_codes // 2, step=1, precision=0, label="First codes that stay")
     caption = gr.Textbox("", label="Caption", placeholder="What the whole is to show")
-    inputs, button = [picture, keep, caption, *drawing_fields(answers)], gr.Button("Complete", variant="primary")
-    gr.on([button.click, caption.submit], told(answers.complete), inputs, drawn_fields(), api_name="complete")
+    inputs, button = [caption, *drawing_fields(answers), picture, keep], gr.Button("Complete", variant="primary")
+    gr.on([button.click, caption.submit], told(answers.draw), inputs, drawn_fields(), api_name="complete")
 
 
 def codes_tab(answers: Answers) -> None:

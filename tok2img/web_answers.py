@@ -41,32 +41,21 @@ class Answers:
         top_p: float | None = None,
         seed: str = "",
         best_of: int = 1,
+        picture: str | None = None,
+        keep: int = 0,
     ) -> Iterator[tuple[Pictures, str]]:
-        """Pictures of a caption, sharper every time where codes go from coarse to fine, and the seed that draws them again."""
-        if not caption.strip():
-            raise ValueError("the caption is empty: say what the pictures are to show")
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings |= {"guidance_scale": guidance_of(guidance_scale), "best_of": best_of}
-        yield from self._drawn(caption, seed, num_images_per_prompt=num_images, **settings)
+        """Pictures of a caption, sharper every time where codes go from coarse to fine, and the seed that draws them again.
 
-    def complete(
-        self,
-        picture: str | None,
-        keep: int,
-        caption: str = "",
-        num_images: int = 4,
-        guidance_scale: str = "",
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: str = "",
-        best_of: int = 1,
-    ) -> Iterator[tuple[Pictures, str]]:
-        """Pictures that have the first `keep` codes of a picture, and their seed."""
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings |= {"guidance_scale": guidance_of(guidance_scale), "best_of": best_of}
-        settings |= {"image": self._fitted(picture), "keep": keep}
-        yield from self._drawn(caption, seed, num_images_per_prompt=num_images, **settings)
+        Args:
+            picture, keep: a file to complete or to vary, and how many of its first codes stay.
+        """
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "best_of": best_of}
+        settings |= {"guidance_scale": guidance_of(guidance_scale), "num_images_per_prompt": num_images}
+        if keep or picture is not None:
+            settings |= {"image": self._fitted(picture), "keep": keep}
+        elif not caption.strip():
+            raise ValueError("the caption is empty: say what the pictures are to show")
+        yield from self._drawn(caption, seed, **settings)
 
     def seen(self, picture: str | None) -> Iterator[Image.Image]:
         """A picture as the model sees it."""

@@ -74,7 +74,7 @@ def test_a_completed_picture_keeps_its_first_codes(answers, file):
     processor = answers.pipeline.processor
     (seen,) = answers.seen(file)
     for keep in (0, 2, processor.layout.num_codes - 1, processor.layout.num_codes):
-        pictures, _ = last(answers.complete(file, keep, "a red disc", 3, seed="5"))
+        pictures, _ = last(answers.draw("a red disc", 3, seed="5", picture=file, keep=keep))
         assert same(pictures, answers.pipeline("a red disc", 3, seed=5, image=seen, keep=keep).images)
 
 
@@ -108,7 +108,7 @@ def test_it_captions_as_the_pipeline_does(pipeline, file):
         (lambda a: a.draw("a dog", guidance_scale="strong"), "guidance must be a number, or several .* got 'strong'"),
         (lambda a: a.draw("a dog", seed="-1"), "a seed must be a whole number of at least 0, got '-1'"),
         (lambda a: a.draw("a dog", temperature=-1), "temperature"),
-        (lambda a: a.complete(None, 1), "there is no picture"),
+        (lambda a: a.draw("a dog", keep=1), "there is no picture"),
         (lambda a: a.seen(None), "there is no picture"),
         (lambda a: a.codes(__file__), "not a picture"),
         (lambda a: a.caption(None), "not learned to caption"),
