@@ -23,7 +23,7 @@ class Coded:
 
     Attributes:
         normalized: the pictures, `b c h w`. loss: of the quantizers, a scalar.
-        codes: of each grid. rests: what they leave of the latents of each grid, `b d h w`.
+        codes: of each grid. rests: what they leave of the latents of each grid that had something added to them, `b d h w`.
     """
 
     normalized: Tensor

@@ -225,7 +225,8 @@ class VQVAE(DiscreteTokenizer):
         starting: bool = False,
         reconstruct: bool = True,
     ) -> Coded:
-        """What becomes of pictures with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid.
+        """What becomes of pictures with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid, and
+        what codes leave of these is told then.
 
         What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
         """
@@ -240,7 +241,8 @@ class VQVAE(DiscreteTokenizer):
                 context = grid.decoder(plus(grid.from_code(quantized.quantized), context))
             codes.append(quantized.codes)
             losses.append(quantized.loss)
-            rests.append((latents - quantized.quantized).detach())
+            if offset is not None:
+                rests.append((latents - quantized.quantized).detach())
         return Coded(features[-1] if context is None else context, codes, torch.stack(losses).sum(), rests)
 
     def _search(self, target: Tensor, *, num_steps: int) -> Tensor:
