@@ -19,7 +19,8 @@ MOST_CANDIDATES = 8
 # Pictures of a few pixels are shown in squares, not in a blur; fonts are those of the reader's own machine.
 STYLE = """
 .pixels img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
-.pixels .grid-wrap {height: auto !important; max-height: none !important}
+.pixels .grid-wrap {height: auto !important; min-height: 6rem !important; max-height: none !important}
+.pixels .grid-container {padding-top: 1.5rem}
 footer {display: none !important}
 """
 THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
