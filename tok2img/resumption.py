@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from .checkpoints import by_step
@@ -29,7 +29,7 @@ def goes_on(recipe: RunSettings) -> bool:
     """
     resumed = recipe.resume and bool(by_step(checkpoints_of(recipe)))
     if resumed:
-        refuse_other_recipe(checkpoints_of(recipe), plain(recipe))
+        refuse_other_recipe(checkpoints_of(recipe), plain(recipe), defaults(recipe))
     return resumed
 
 
@@ -46,10 +46,15 @@ def plain(recipe: RunSettings) -> dict[str, object]:
     return json.loads(json.dumps(asdict(recipe)))
 
 
-def refuse_other_recipe(folder: Path, settings: dict[str, object]) -> None:
+def defaults(recipe: RunSettings) -> dict[str, object]:
+    """What the keys of such a recipe are where nobody gives them: also in a run from before there was a key."""
+    return {key.name: key.default for key in fields(recipe) if isinstance(key.default, bool | int | float | str)}
+
+
+def refuse_other_recipe(folder: Path, settings: dict[str, object], defaults: dict[str, object]) -> None:
     """ValueError where checkpoints were made with other settings than these."""
     try:
-        before = dict(json.loads((folder / RECIPE_FILE).read_bytes()))
+        before = defaults | dict(json.loads((folder / RECIPE_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} holds checkpoints of an unknown run: {ways_out()}") from error
     changed = {key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)} - FREE

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,16 @@ def test_checkpoints_of_another_recipe_are_refused_with_the_key_and_the_way_out(
 def test_a_prior_refuses_checkpoints_of_another_recipe_whatever_it_learns_from(recipe, source):
     with pytest.raises(ValueError, match="holds a run with caption_dropout"):
         open_source(replace(recipe, caption_dropout=0.9, **source))
+
+
+def test_a_run_from_before_there_was_a_key_goes_on_where_that_has_its_default(recipe):
+    file = checkpoints_of(recipe) / "recipe.json"
+    keys = json.loads(file.read_text())
+    del keys["search_steps"], keys["lora_rank"]
+    file.write_text(json.dumps(keys))
+    assert goes_on(recipe)
+    with pytest.raises(ValueError, match="holds a run with search_steps 0, this one has 3"):
+        goes_on(replace(recipe, search_steps=3))
 
 
 def test_another_number_of_steps_is_warned_of(recipe, caplog):
