@@ -34,11 +34,16 @@ def draw_reconstructions(image_tokenizer: DiscreteTokenizer, images: Sequence[An
     return reconstruction_sheet(images_from_pixels(pixel_values.cpu()), images_from_pixels(reconstructions.cpu()))
 
 
-def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Image.Image:
-    """A sheet of what codes `b n` show after the first of them, the second and so on, `STAGES_SHOWN` columns at most."""
-    stages = [
+def pictures_by_stage(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> list[list[Image.Image]]:
+    """Pictures of codes `b n` after each of the codes that changes them: stage by stage, `b` at each."""
+    return [
         images_from_pixels(stage.cpu()) for stage in image_tokenizer.decode_stages(codes.to(image_tokenizer.device))
     ]
+
+
+def draw_stages(image_tokenizer: DiscreteTokenizer, codes: torch.Tensor) -> Image.Image:
+    """A sheet of what codes `b n` show after the first of them, the second and so on, `STAGES_SHOWN` columns at most."""
+    stages = pictures_by_stage(image_tokenizer, codes)
     columns = min(STAGES_SHOWN, len(stages))
     shown = sorted({round(len(stages) ** (column / max(1, columns - 1))) for column in range(columns)})
     num_codes = list(accumulate(image_tokenizer.code_groups))[-len(stages) :]

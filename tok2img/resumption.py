@@ -29,7 +29,7 @@ def goes_on(recipe: RunSettings) -> bool:
     """
     resumed = recipe.resume and bool(by_step(checkpoints_of(recipe)))
     if resumed:
-        refuse_other_recipe(checkpoints_of(recipe), plain(recipe), defaults(recipe))
+        refuse_other_recipe(recipe)
     return resumed
 
 
@@ -51,10 +51,11 @@ def defaults(recipe: RunSettings) -> dict[str, object]:
     return {key.name: key.default for key in fields(recipe) if isinstance(key.default, bool | int | float | str)}
 
 
-def refuse_other_recipe(folder: Path, settings: dict[str, object], defaults: dict[str, object]) -> None:
-    """ValueError where checkpoints were made with other settings than these."""
+def refuse_other_recipe(recipe: RunSettings) -> None:
+    """ValueError where a run's checkpoints were made by another recipe."""
+    folder, settings = checkpoints_of(recipe), plain(recipe)
     try:
-        before = defaults | dict(json.loads((folder / RECIPE_FILE).read_bytes()))
+        before = defaults(recipe) | dict(json.loads((folder / RECIPE_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} holds checkpoints of an unknown run: {ways_out()}") from error
     changed = {key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)} - FREE

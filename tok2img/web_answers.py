@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tokenizers_vq.pixels import images_from_pixels
 
+from .drawing import pictures_by_stage
 from .image_to_text import ImageToTextPipeline
 from .pipeline import TextToImagePipeline
 from .processing import load_pixels
@@ -55,7 +57,9 @@ class Answers:
             settings |= {"image": self._fitted(picture), "keep": keep}
         elif not caption.strip():
             raise ValueError("the caption is empty: say what the pictures are to show")
-        yield from self._drawn(caption, seed, **settings)
+        settings |= {"seed": seed_of(seed), "preview_after": self._previews(keep, best_of)}
+        for pictures in in_turns(partial(self._draw, caption, settings)):
+            yield pictures, str(settings["seed"])
 
     def seen(self, picture: str | None) -> Iterator[Image.Image]:
         """A picture as the model sees it."""
@@ -65,9 +69,9 @@ class Answers:
         """What the first of a picture's codes show and what more of them do, and the codes."""
         processor = self.pipeline.processor
         codes = processor.encode_images([needed(picture)])
-        stages = list(processor.image_tokenizer.decode_stages(codes.to(processor.image_tokenizer.device)))
+        stages = pictures_by_stage(processor.image_tokenizer, codes)
         shown = torch.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().int().tolist()
-        labelled = [(images_from_pixels(stages[each].cpu())[0], f"stage {each + 1} of {len(stages)}") for each in shown]
+        labelled = [(stages[each][0], f"stage {each + 1} of {len(stages)}") for each in shown]
         yield labelled, " ".join(map(str, codes[0].tolist()))
 
     def caption(self, picture: str | None) -> Iterator[str]:
@@ -78,19 +82,16 @@ class Answers:
         """A picture file as the tokenizer reads it: upright, cut to a square, of its size."""
         return images_from_pixels(load_pixels([needed(picture)], self.pipeline.processor.image_tokenizer))[0]
 
-    def _drawn(self, caption: str, seed: str, **settings: Any) -> Iterator[tuple[Pictures, str]]:
-        """What the pipeline draws, previews first where there are any; and the seed, a new one where none is given."""
-        used, tokenizer = seed_of(seed), self.pipeline.processor.image_tokenizer
-        more = range(settings.get("keep", 0) + 1, tokenizer.num_codes)
-        if more and tokenizer.prefixes_decode and settings.get("best_of", 1) == 1:
-            settings["preview_after"] = more
+    def _previews(self, keep: int, best_of: int) -> range:
+        """Numbers of codes, more than are kept, after which there is a picture to show and the last is still to come."""
+        tokenizer = self.pipeline.processor.image_tokenizer
+        return range(keep + 1, tokenizer.num_codes) if tokenizer.prefixes_decode and best_of == 1 else range(0)
 
-        def draw(show: Callable[[Pictures], None]) -> Pictures:
-            on_preview = (lambda pictures, *_: show(pictures)) if "preview_after" in settings else None
-            images: Any = self.pipeline(caption, seed=used, on_preview=on_preview, **settings).images
-            return images
-
-        return ((pictures, str(used)) for pictures in in_turns(draw))
+    def _draw(self, caption: str, settings: dict[str, Any], show: Callable[[Pictures], None]) -> Pictures:
+        """What the pipeline draws; its previews, where there are any, are shown on the way."""
+        on_preview = (lambda pictures, *_: show(pictures)) if settings["preview_after"] else None
+        images: Any = self.pipeline(caption, on_preview=on_preview, **settings).images
+        return images
 
 
 def guidance_of(text: str) -> Guidance | None:

@@ -37,16 +37,23 @@ class Attempt:
     """Pictures whose latents have something added to them.
 
     Attributes:
-        errors: of each picture, `b`. codes: of each grid.
-        offsets: what was added, `b d h w` for each grid. ways: in which to go on from there, a step's length 1.
+        offsets: what was added, `b d h w` for each grid. coded: what becomes of the pictures. errors: of each of them, `b`.
     """
 
-    errors: Tensor
-    codes: list[Tensor]
     offsets: list[Tensor]
-    ways: list[Tensor]
+    coded: Coded
+    errors: Tensor
+
+    def ways(self) -> list[Tensor]:
+        """Down the gradient of the loss from the offsets of each grid, `b d h w`: a step's length is 1. Can be asked once."""
+        gradients = torch.autograd.grad(self.errors.mean() + self.coded.loss, self.offsets)
+        return [
+            -size_of(rest) / size_of(gradient).clamp_min(1e-30) * gradient
+            for rest, gradient in zip(self.coded.rests, gradients, strict=True)
+        ]
 
 
+@torch.enable_grad()
 def search(
     code: Callable[[list[Tensor]], Coded],
     target: Tensor,
@@ -54,48 +61,37 @@ def search(
     *,
     measure: ReconstructionLoss,
     num_steps: int,
-) -> Attempt:
-    """For each picture `b c h w` the best of the attempts on the way, the first of which adds nothing.
+) -> tuple[list[Tensor], Tensor]:
+    """Codes of each grid with which pictures `b c h w` come out best, of those met on the way, and their errors, `b`.
 
     Args:
         code: from what is to be added to the latents of each grid to what becomes of the pictures.
         offsets: zeros like the latents of each grid, `b d h w`.
         measure: the error that training lowers, and that tells which codes are best.
     """
-    start = best = now = attempt(code, target, offsets, measure)
-    length = target.new_full((len(target), 1, 1, 1), STEP)
+    now = attempt(code, target, offsets, measure)
+    codes, start = now.coded.codes, now.errors.detach()
+    least, length, first = start, target.new_full((len(target), 1, 1, 1), STEP), None
     for _ in range(num_steps):
-        offsets = [offset + length * way for offset, way in zip(now.offsets, now.ways, strict=True)]
+        ways = now.ways()
+        first, stuck = first or ways, least >= start  # from where none helped yet a picture begins anew
+        steps = zip(now.offsets, ways, first, strict=True)
+        offsets = [where(stuck, length * anew, offset + length * way) for offset, way, anew in steps]
         now = attempt(code, target, offsets, measure)
-        best = either(now.errors < best.errors, now, best)
-        stuck = best.errors >= start.errors
-        now, length = either(stuck, start, now), where(stuck, SHORTER * length, length)
-    return best
+        errors = now.errors.detach()
+        codes = [where(errors < least, new, old) for new, old in zip(now.coded.codes, codes, strict=True)]
+        least = least.minimum(errors)
+        length = where(least >= start, SHORTER * length, length)
+    return codes, least
 
 
-@torch.enable_grad()
 def attempt(
     code: Callable[[list[Tensor]], Coded], target: Tensor, offsets: list[Tensor], measure: ReconstructionLoss
 ) -> Attempt:
-    """What becomes of pictures `b c h w` with these offsets, and the way down the gradient of their loss."""
+    """What becomes of pictures `b c h w` with these offsets."""
     offsets = [offset.detach().requires_grad_() for offset in offsets]
     coded = code(offsets)
-    errors = torch.vmap(measure)(coded.normalized, target)
-    gradients = torch.autograd.grad(errors.mean() + coded.loss, offsets)
-    ways = [
-        -size_of(rest) / size_of(gradient).clamp_min(1e-30) * gradient
-        for rest, gradient in zip(coded.rests, gradients, strict=True)
-    ]
-    return Attempt(errors.detach(), coded.codes, [offset.detach() for offset in offsets], ways)
-
-
-def either(mask: Tensor, one: Attempt, other: Attempt) -> Attempt:
-    """Of each picture one attempt where a mask `b` is true, and the other where it is not."""
-    pairs = [
-        [where(mask, *pair) for pair in zip(getattr(one, name), getattr(other, name), strict=True)]
-        for name in ("codes", "offsets", "ways")
-    ]
-    return Attempt(where(mask, one.errors, other.errors), *pairs)
+    return Attempt(offsets, coded, torch.vmap(measure)(coded.normalized, target))
 
 
 def where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:

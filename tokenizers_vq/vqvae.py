@@ -253,7 +253,7 @@ class VQVAE(DiscreteTokenizer):
             target = target.clone()
             offsets = [target.new_zeros(len(target), self.config.code_dim, *sides) for sides in cells]
             code = partial(self._code, self._features(target))
-            return in_sequence(search(code, target, offsets, measure=measure, num_steps=num_steps).codes)
+            return in_sequence(search(code, target, offsets, measure=measure, num_steps=num_steps)[0])
 
     def _look_up(self, quantizer: Quantizer, codes: Tensor, rows: int, columns: int) -> Tensor:
         """Codes `b n` of a grid -> latents `b d h w`."""

@@ -221,9 +221,10 @@ def searched_error(
 
     least = []
     for batch in test.split(TEST_BATCH_SIZE):
-        latents = encoder(batch).detach()
+        with torch.no_grad():
+            latents = encoder(batch)
         nothing = [torch.zeros_like(latents)]
-        least.append(search(partial(code, latents), batch, nothing, measure=measure, num_steps=num_steps).errors)
+        least.append(search(partial(code, latents), batch, nothing, measure=measure, num_steps=num_steps)[1])
     return torch.cat(least).mean().item()
 
 

@@ -52,7 +52,7 @@ def main(data: str, num_rows: int, path: str) -> None:
     pixel_values = load_pixels(rows["image"][:], model)
     plain = measure(model, pixel_values, 0)
     for search_steps in SEARCH_STEPS:
-        found = measure(model, pixel_values, search_steps)
+        found = measure(model, pixel_values, search_steps) if search_steps else plain
         share, others = found.errors.mean() / plain.errors.mean(), (found.codes != plain.codes).float().mean()
         milliseconds = 1000 * found.seconds / len(pixel_values)
         print(

@@ -79,12 +79,21 @@ def codes(layout) -> Tensor:
     return torch.randint(layout.codebook_size, (4, layout.num_codes))
 
 
-@pytest.fixture
-def pipeline(processor) -> TextToImagePipeline:
+def pipeline_of(processor: Tok2ImgProcessor) -> TextToImagePipeline:
     """Of a prior whose codes are far from equally likely."""
     prior = build_prior(processor.layout, depth=1)
     prior.get_output_embeddings().weight.data.mul_(20)
     return TextToImagePipeline(prior, processor)
+
+
+@pytest.fixture
+def pipeline(processor) -> TextToImagePipeline:
+    return pipeline_of(processor)
+
+
+@pytest.fixture
+def stage_pipeline(stage_processor) -> TextToImagePipeline:
+    return pipeline_of(stage_processor)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@ import torch
 
 from tok2img.completion import codes_to_keep, kept_positions
 from tok2img.generation import generate
-from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import build_prior
 from tok2img.sampling import Sampling
 from tokenizers_vq.pixels import images_from_pixels
 
@@ -16,13 +14,6 @@ only_qwen = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
 def text_ids(layout) -> torch.Tensor:
     pad = layout.pad_id
     return torch.tensor([[1, 5, 10], [3, 3, pad], [pad, pad, pad]])
-
-
-@pytest.fixture
-def pipeline(processor) -> TextToImagePipeline:
-    prior = build_prior(processor.layout, depth=1)
-    prior.get_output_embeddings().weight.data.mul_(20)
-    return TextToImagePipeline(prior, processor)
 
 
 @pytest.mark.parametrize("keep", MASKS)

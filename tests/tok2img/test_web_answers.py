@@ -6,8 +6,6 @@ from PIL import Image
 
 from tok2img.captioning import CAPTION_KEY
 from tok2img.image_to_text import ImageToTextPipeline
-from tok2img.pipeline import TextToImagePipeline
-from tok2img.prior import build_prior
 from tok2img.processing import load_pixels
 from tok2img.web_answers import MOST_STAGES, Answers, as_text, guidance_of, in_turns, seed_of
 from tokenizers_vq.pixels import images_from_pixels
@@ -19,13 +17,6 @@ def same(pictures, others) -> bool:
 
 def last(turns):
     return list(turns)[-1]
-
-
-@pytest.fixture
-def stage_pipeline(stage_processor) -> TextToImagePipeline:
-    prior = build_prior(stage_processor.layout, depth=1)
-    prior.get_output_embeddings().weight.data.mul_(20)
-    return TextToImagePipeline(prior, stage_processor)
 
 
 @pytest.fixture(params=["pipeline", "stage_pipeline"])
