@@ -13,10 +13,10 @@ test: .venv/.installed
 
 # Some minutes: training and tokenizing killed again and again, and what must hold for all input tried on much of it.
 torture: .venv/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture.py 200
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/tok2img/torture_tokens.py 200
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CRASH_EVERY=1 $(RUN) pytest tests/tok2img/test_safe_trainer.py -k crash
-	OMP_NUM_THREADS=1 .venv/bin/python tests/tokenizers_vq/torture_codes.py 100000
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/robustness/kill_training.py 200
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python tests/robustness/kill_tokenization.py 200
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CRASH_EVERY=1 $(RUN) pytest tests/tok2img/trainer/test_fault_tolerant_trainer.py -k crash
+	OMP_NUM_THREADS=1 .venv/bin/python tests/robustness/codes_in_any_batch.py 100000
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PROPERTY_CASES=1000 $(RUN) pytest -m hypothesis
 
 lint: .venv/.installed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tok2img.layout import SequenceLayout
+from tok2img.tokenization.layout import SequenceLayout
 
 from .harness import import_peer
 

@@ -15,7 +15,7 @@ def test_the_readme_is_short():
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tok2img.demo import run_demo
+    from tok2img.cli.demo import run_demo
 
     folder = tmp_path_factory.mktemp("readme")
     run_demo(folder / "runs" / "demo", quick=True)
@@ -34,7 +34,7 @@ def test_the_quick_demo_leaves_what_the_demo_promises(demo_folder: Path):
 
 
 def test_a_second_demo_reuses_what_is_done(demo_folder: Path, capsys: pytest.CaptureFixture[str]):
-    from tok2img.demo import run_demo
+    from tok2img.cli.demo import run_demo
 
     weights = demo_folder / "runs" / "demo" / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns

@@ -7,25 +7,25 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_when_wanted
+from .pipelines.transformers_registration import register_when_wanted
 
 if TYPE_CHECKING:
-    from .captioning import caption
-    from .dataset import TokenizeBatch, tokenize_dataset
-    from .extend import extend_prior
-    from .generation import LayoutLogitsProcessor, generate
-    from .image_to_text import ImageToTextPipeline
-    from .layout import SequenceLayout
-    from .pipeline import TextToImagePipeline
-    from .prior import build_prior
-    from .prior_loss import PriorWithLoss
-    from .processing import Tok2ImgProcessor
-    from .ranking import ClipRanker
-    from .sampling import Sampling
-    from .shapes import shapes_dataset
-    from .text import SubwordTokenizer, TextTokenizer
-    from .text_codes import SpanTextTokenizer, load_text_tokenizer
-    from .trainer import Trainer
+    from .data.shapes import shapes_dataset
+    from .generation.captioning import caption
+    from .generation.generate import LayoutLogitsProcessor, generate
+    from .generation.sampling import Sampling
+    from .pipelines.clip_ranker import ClipRanker
+    from .pipelines.image_to_text import ImageToTextPipeline
+    from .pipelines.text_to_image import TextToImagePipeline
+    from .prior.from_language_model import extend_prior
+    from .prior.loss import PriorWithLoss
+    from .prior.model import build_prior
+    from .tokenization.layout import SequenceLayout
+    from .tokenization.map_function import TokenizeBatch, tokenize_dataset
+    from .tokenization.processor import Tok2ImgProcessor
+    from .tokenization.span_text_tokenizer import SpanTextTokenizer, load_text_tokenizer
+    from .tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
+    from .trainer.trainer import Trainer
 
 # Large pages for large tensors, which torch reads when it first allocates one: a training step of a small prior on a CPU took 1.0 s
 # instead of 2.9 s. Nothing happens where the kernel does not offer them.
@@ -38,26 +38,26 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 register_when_wanted()
 
 HOME = {
-    "ClipRanker": "ranking",
-    "ImageToTextPipeline": "image_to_text",
-    "LayoutLogitsProcessor": "generation",
-    "PriorWithLoss": "prior_loss",
-    "Sampling": "sampling",
-    "SequenceLayout": "layout",
-    "SpanTextTokenizer": "text_codes",
-    "SubwordTokenizer": "text",
-    "TextToImagePipeline": "pipeline",
-    "TextTokenizer": "text",
-    "Tok2ImgProcessor": "processing",
-    "TokenizeBatch": "dataset",
-    "Trainer": "trainer",
-    "build_prior": "prior",
-    "caption": "captioning",
-    "extend_prior": "extend",
-    "generate": "generation",
-    "load_text_tokenizer": "text_codes",
-    "shapes_dataset": "shapes",
-    "tokenize_dataset": "dataset",
+    "ClipRanker": "pipelines.clip_ranker",
+    "ImageToTextPipeline": "pipelines.image_to_text",
+    "LayoutLogitsProcessor": "generation.generate",
+    "PriorWithLoss": "prior.loss",
+    "Sampling": "generation.sampling",
+    "SequenceLayout": "tokenization.layout",
+    "SpanTextTokenizer": "tokenization.span_text_tokenizer",
+    "SubwordTokenizer": "tokenization.text_tokenizer",
+    "TextToImagePipeline": "pipelines.text_to_image",
+    "TextTokenizer": "tokenization.text_tokenizer",
+    "Tok2ImgProcessor": "tokenization.processor",
+    "TokenizeBatch": "tokenization.map_function",
+    "Trainer": "trainer.trainer",
+    "build_prior": "prior.model",
+    "caption": "generation.captioning",
+    "extend_prior": "prior.from_language_model",
+    "generate": "generation.generate",
+    "load_text_tokenizer": "tokenization.span_text_tokenizer",
+    "shapes_dataset": "data.shapes",
+    "tokenize_dataset": "tokenization.map_function",
 }
 __version__ = "0.1.0"
 __all__ = [

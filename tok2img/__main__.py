@@ -1,5 +1,5 @@
 """`python -m tok2img`."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -2,22 +2,23 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .adversarial import AdversarialLoss, PatchDiscriminator
 from .base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
-from .distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
-from .fsq import FSQ
-from .images import ImageError, load_image
-from .pretrained import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
-from .quantizer import QuantizerOutput, VectorQuantizer
-from .reconstruction import PerceptualLoss
-from .residual import ResidualQuantizer
-from .text_spans import TextSpanConfig, TextSpanTokenizer
-from .vqdraw_image import VQDrawForImages, VQDrawImageConfig
-from .vqdraw_text import VQDrawForText, VQDrawTextConfig
-from .vqvae import VQVAE
-from .vqvae_config import VQVAEConfig
-from .vqvae_text import VQVAEForText, VQVAETextConfig
-from .with_loss import ModelWithLoss, TokenizerWithLoss
+from .images.loading import ImageError, load_image
+from .losses.adversarial import AdversarialLoss, PatchDiscriminator
+from .losses.reconstruction import PerceptualLoss
+from .model_with_loss import ModelWithLoss
+from .pretrained.image_tokenizer import PretrainedImageTokenizer, PretrainedImageTokenizerConfig
+from .quantization.fsq import FSQ
+from .quantization.residual_quantizer import ResidualQuantizer
+from .quantization.vector_quantizer import QuantizerOutput, VectorQuantizer
+from .text_base import TextSpanConfig, TextSpanTokenizer
+from .vqdraw.distillation import Distillation, VQDrawStudent, VQDrawStudentConfig
+from .vqdraw.image_tokenizer import VQDrawForImages, VQDrawImageConfig
+from .vqdraw.text_tokenizer import VQDrawForText, VQDrawTextConfig
+from .vqvae.configuration import VQVAEConfig
+from .vqvae.image_tokenizer import VQVAE
+from .vqvae.text_tokenizer import VQVAEForText, VQVAETextConfig
+from .vqvae.with_loss import TokenizerWithLoss
 
 __all__ = [
     "FSQ",

@@ -1,19 +1,16 @@
 """What every discrete tokenizer promises: pixels or text in, codes out, and back."""
 
-import difflib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeGuard
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .looks import worth_checking
-from .model_folder import (
+from .loading import (
     CONFIG_FILE,
     OF_DOWNLOADS,
     build_config,
@@ -25,6 +22,7 @@ from .model_folder import (
     refuse_misfit,
     refuse_non_finite,
 )
+from .validation import check_number, check_range, refuse_unknown
 
 # Keys that `save_pretrained` writes into config.json beside the fields of the class.
 WRITTEN_BY_TRANSFORMERS = {
@@ -36,13 +34,6 @@ WRITTEN_BY_TRANSFORMERS = {
     "torch_dtype",
     "use_cache",
 }
-# The most that a setting may be; where something is built or counted one by one, less.
-MOST, MOST_PARTS = 2**24, 2**8
-MOST_OF = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
-    f"num_{parts}": MOST_PARTS
-    for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
-}
-DIVISORS = {"pixel_std"}  # numbers that must not be 0
 
 
 class DiscreteTokenizerConfig(PreTrainedConfig):
@@ -69,92 +60,6 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     """Names of the settings that a tokenizer's config adds to those of transformers."""
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return [field.name for field in fields(config_class) if field.name not in inherited]
-
-
-def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], *, listed: Iterable[str]) -> None:
-    """Refuse the first of the names, none of which the owner knows, with the nearest that it does, or else those listed."""
-    for name in sorted(names):
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(listed)}"
-        raise ValueError(f"{owner} has no setting {name!r}{hint}")
-
-
-def check_number(owner: str, name: str, value: Any, default: Any) -> None:
-    """Refuse a value of another kind than its default: text for a number, 16.5 for 16, a count below 0 or beyond all use."""
-    if isinstance(default, bool):
-        fits, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, str):
-        fits, wanted = isinstance(value, str), "a name"
-    elif isinstance(default, int):
-        least, most = min(default, 1), MOST_OF.get(name, MOST)
-        fits, wanted = (
-            is_whole(value) and least <= value <= most,
-            f"a whole number of at least {least} and at most {most}",
-        )
-    elif isinstance(default, float):
-        divides = name in DIVISORS
-        fits = is_number(value) and (value > 0 if divides else value >= 0)
-        wanted = "a number above 0" if divides else "a number of at least 0"
-    else:
-        return
-    if not fits:
-        raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number that is finite."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def check_counts(name: str, values: Any, *, least: int = 1) -> None:
-    """Refuse what is no list of a few whole numbers."""
-    fits = isinstance(values, list | tuple) and 0 < len(values) <= MOST_PARTS
-    if not fits or not all(is_whole(value) and least <= value <= MOST for value in values):
-        raise ValueError(f"{name} must be whole numbers of at least {least}, got {str(values):.80}")
-
-
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a value that is none of those known."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
-    """Refuse segments that do not fill the stages, and counts of stages above their number."""
-    if segment_length and num_stages % segment_length:
-        raise ValueError(f"num_stages {num_stages} is no multiple of segment_length {segment_length}")
-    for name, count in counts.items():
-        if count > num_stages:
-            raise ValueError(f"{name} {count} is more than num_stages {num_stages}")
-
-
-def check_range(codes: Tensor, codebook_size: int) -> None:
-    """Refuse codes that are no integers, or that name no entry, where that is `worth_checking`."""
-    if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"codes must be integers, got {codes.dtype}")
-    if not worth_checking(codes):
-        return
-    least, most = (int(extreme) for extreme in codes.aminmax())
-    if least < 0 or most >= codebook_size:
-        raise ValueError(f"codes must lie in 0..{codebook_size - 1}, got {least}..{most}")
-
-
-def check_image_size(image_size: int, stride: int) -> None:
-    """Refuse a size that halving the grid does not divide, and name the nearest that it does."""
-    if image_size % stride:
-        below, above = nearest_multiples(image_size, stride)
-        nearest = f"nearest are {below} and {above}" if below else f"smallest is {above}"
-        raise ValueError(f"image_size {image_size} is no multiple of {stride}; the {nearest}")
-
-
-def nearest_multiples(size: int, stride: int) -> tuple[int, int]:
-    """The multiples of a stride next below and above a size that is none, or the size itself."""
-    return size // stride * stride, -(-size // stride) * stride
 
 
 @dataclass
@@ -295,14 +200,3 @@ def refuse_other_than_float32(dtype: Any) -> None:
     """Refuse another type for a tokenizer's weights: codes found with rounded ones would be others."""
     if dtype != torch.float32:
         raise ValueError(f"a tokenizer has its weights in float32, got dtype {dtype}; torch.autocast makes it fast")
-
-
-def tokenizer_class(model_type: object) -> type[DiscreteTokenizer] | None:
-    """The class whose configs are of this type; None where there is none."""
-    waiting: list[type[DiscreteTokenizer]] = [DiscreteTokenizer]
-    while waiting:
-        some = waiting.pop()
-        if some is not DiscreteTokenizer and getattr(some.config_class, "model_type", None) == model_type:
-            return some
-        waiting += some.__subclasses__()
-    return None

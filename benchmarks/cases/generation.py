@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from tok2img.generation import LayoutLogitsProcessor, generate
-from tok2img.layout import SequenceLayout
-from tok2img.sampling import Sampling
+from tok2img.generation.generate import LayoutLogitsProcessor, generate
+from tok2img.generation.sampling import Sampling
+from tok2img.tokenization.layout import SequenceLayout
 
 from ..harness import Case, Comparison
 from ..peer_priors import dalle_draws, llamagen_draws, min_dalle_draws

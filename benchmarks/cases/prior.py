@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tok2img.attention import attend_in_float32
-from tok2img.layout import SequenceLayout
-from tok2img.prior import build_prior
-from tok2img.prior_loss import PriorWithLoss
+from tok2img.prior.float32_attention import attend_in_float32
+from tok2img.prior.loss import PriorWithLoss
+from tok2img.prior.model import build_prior
+from tok2img.tokenization.layout import SequenceLayout
 
 from ..harness import Case, Comparison
 from ..peer_priors import DEPTH, HEADS, WIDTH, dalle_loss, dalle_pytorch

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vq.clustering import CHUNK, nearest_codes
-from tokenizers_vq.quantizer import QuantizerOutput, VectorQuantizer
-from tokenizers_vq.residual import ResidualQuantizer
+from tokenizers_vq.quantization.nearest_neighbors import CHUNK, nearest_codes
+from tokenizers_vq.quantization.residual_quantizer import ResidualQuantizer
+from tokenizers_vq.quantization.vector_quantizer import QuantizerOutput, VectorQuantizer
 
 from ..harness import Case, Comparison, import_peer
 

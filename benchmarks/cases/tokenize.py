@@ -8,16 +8,16 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from tok2img.dataset import TokenizeBatch
-from tok2img.processing import Tok2ImgProcessor
-from tok2img.streamed_rows import DatasetRows
-from tok2img.text import SubwordTokenizer
-from tok2img.token_shards import BATCH_SIZE, Job, tokenize_shards
+from tok2img.data.streaming import DatasetRows
+from tok2img.tokenization.map_function import TokenizeBatch
+from tok2img.tokenization.processor import Tok2ImgProcessor
+from tok2img.tokenization.shards import BATCH_SIZE, Job, tokenize_shards
+from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
-from tokenizers_vq.pixels import pixels_from_levels
+from tokenizers_vq.images.processing import pixels_from_levels
 
 from ..harness import Case, Comparison
-from .pictures import encoded
+from .image_loading import encoded
 from .vqdraw import perturbed
 
 IMAGE_SIZE, FILE_SIZE = 32, 64

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
-from tokenizers_vq.options import DenseOptions
+from tokenizers_vq.vqdraw.options import DenseOptions
 
 from ..harness import Case, Comparison
 

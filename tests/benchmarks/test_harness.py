@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app, benchmarks
-from benchmarks.cases.published import refuse_other_codes
+from benchmarks.cases.vqdraw_original import refuse_other_codes
 from benchmarks.harness import Case, Comparison, Result, import_peer, measure, spread
 from benchmarks.report import Outcome, report
 

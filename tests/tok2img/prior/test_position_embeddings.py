@@ -1,0 +1,183 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tok2img.generation.captioning import caption
+from tok2img.generation.generate import generate
+from tok2img.generation.sampling import Sampling
+from tok2img.pipelines.text_to_image import TextToImagePipeline
+from tok2img.prior.loss import PriorWithLoss
+from tok2img.prior.model import build_prior
+from tok2img.prior.position_embeddings import PlaceEmbeddings, places_for, with_own_ids
+from tok2img.recipes.config import PriorRecipe
+from tok2img.recipes.train_prior import train_prior
+from tok2img.tokenization.layout import SequenceLayout
+from tok2img.tokenization.processor import Tok2ImgProcessor
+
+
+@pytest.fixture(params=[(4,), (2, 2), (1, 3)], ids=["shared", "levels", "grids"])
+def layout(request) -> SequenceLayout:
+    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, code_groups=request.param)
+
+
+@pytest.fixture
+def places(layout) -> PlaceEmbeddings:
+    """Far from zero, as if learned."""
+    learned = PlaceEmbeddings(layout, width=64)
+    for parameter in learned.parameters():
+        parameter.data.normal_()
+    return learned
+
+
+def model_with(prior, layout, places, **settings) -> PriorWithLoss:
+    return PriorWithLoss(prior, layout, places=places, **settings).eval()
+
+
+def test_rows_and_columns_of_the_next_code_are_added_to_each():
+    places = PlaceEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
+    places.rows[0].data, places.columns[0].data = torch.tensor([[1.0, 0], [2, 0]]), torch.tensor([[0, 10.0], [0, 20]])
+    assert places().tolist() == [[1, 20], [2, 10], [2, 20], [0, 0]]
+
+
+def test_each_group_has_a_grid_of_its_own():
+    layout = SequenceLayout(11, 3, num_codes=7, codebook_size=6, code_groups=(4, 3))
+    places = PlaceEmbeddings(layout, width=2)
+    assert [len(rows) for rows in places.rows] == [2, 1]
+    assert [len(columns) for columns in places.columns] == [2, 3]
+    assert places().shape == (7, 2)
+
+
+def test_a_prior_begins_as_it_does_without_places(prior, layout, text_ids, codes):
+    new = PlaceEmbeddings(layout, width=64)
+    without = model_with(prior, layout, None)(text_ids, codes).loss
+    assert model_with(prior, layout, new)(text_ids, codes).loss.equal(without)
+
+
+@pytest.mark.parametrize("num_captioning", [0, 4], ids=["drawing", "captioning"])
+def test_places_learn_in_either_direction(prior, layout, places, text_ids, codes, num_captioning):
+    model = model_with(prior, layout, places, caption_share=0.5).train()
+    (batch,) = model.prepare([{"text_ids": text_ids, "image_codes": codes}])
+    model(**batch | {"num_captioning": num_captioning}).loss.backward()
+    for table in (places.rows[-1], places.columns[-1]):
+        assert table.grad is not None and table.grad[-1].abs().sum() > 0
+
+
+def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(prior, layout, places, text_ids, codes):
+    plain = with_own_ids(prior, layout, places)
+    expected = model_with(prior, layout, places, caption_share=0.5)(text_ids, codes)
+    found = PriorWithLoss(plain, layout.with_own_ids(), caption_share=0.5).eval()(text_ids, codes)
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(found.metrics[name], value)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, layout, places):
+    before = {name: parameter.clone() for name, parameter in prior.named_parameters()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with_own_ids(prior, layout, places)
+    assert torch.rand(2).equal(expected)
+    for name, parameter in prior.named_parameters():
+        assert parameter.equal(before[name]), name
+
+
+def test_the_plain_model_is_the_same_each_time(prior, layout, places):
+    one, other = (with_own_ids(prior, layout, places).state_dict() for _ in range(2))
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def test_a_head_with_biases_keeps_them(layout, places, text_ids, codes):
+    sizes = {"n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
+    prior = build_prior(layout, architecture="gptj", depth=1, **sizes).eval()
+    prior.get_output_embeddings().bias.data.normal_()
+    plain = with_own_ids(prior, layout, places)
+    expected = model_with(prior, layout, places)(text_ids, codes).loss
+    torch.testing.assert_close(PriorWithLoss(plain, layout.with_own_ids()).eval()(text_ids, codes).loss, expected)
+
+
+def test_codes_with_ids_of_their_own_have_no_need_of_places():
+    with pytest.raises(ValueError, match="leave place_embeddings false"):
+        PlaceEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=False), width=64)
+
+
+def test_embeddings_that_are_more_than_a_table_are_refused(layout):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    prior = build_prior(layout, architecture="gemma3_text", depth=1, **sizes)
+    with pytest.raises(ValueError, match="gemma3_text models change embeddings after their table"):
+        places_for(prior, layout)
+
+
+def test_a_processor_takes_the_layout_of_its_tokenizers_or_the_finer_one(processor):
+    own = processor.layout.with_own_ids()
+    parts = processor.image_tokenizer, processor.text_tokenizer
+    assert Tok2ImgProcessor(*parts, own).layout == own
+    with pytest.raises(ValueError, match="these tokenizers need"):
+        Tok2ImgProcessor(*parts, SequenceLayout(**own.settings() | {"num_codes": own.num_codes + 1}))
+
+
+def recipe(data, image_tokenizer, out, **changed) -> PriorRecipe:
+    settings = {"max_steps": 6, "batch_size": 8, "eval_every": 3, "eval_rows": 1, "sample_every": 3, "depth": 1}
+    settings |= {"out": str(out), "data": data, "image_tokenizer": image_tokenizer, "place_embeddings": True}
+    return PriorRecipe(**settings | changed)
+
+
+def test_a_run_ends_in_a_plain_folder_that_draws_as_the_trained_prior(data, image_tokenizer, tmp_path):
+    trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", learning_rate=0.03))
+    settings = json.loads((tmp_path / "model" / "layout.json").read_text())
+    assert settings["codes_shared"] is False
+    prior = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert prior.config.vocab_size == trained.processor.layout.vocab_size
+    layout, first = trained.processor.layout, trained.processor.layout.image.offset
+    rows = (
+        prior.get_input_embeddings().weight[first : first + layout.image.num_ids].unflatten(0, (layout.num_codes, -1))
+    )
+    assert (rows[0] - rows[1]).abs().max() > 1e-3  # places have learned ...
+    torch.testing.assert_close(
+        rows[0] - rows[1], (rows[0] - rows[1])[:1].expand_as(rows[0])
+    )  # ... the same for all codes
+    loaded = TextToImagePipeline.from_pretrained(tmp_path / "model")
+    text_ids = loaded.processor.encode_text(["a red disc", "a dog"])
+    greedy = Sampling(temperature=0)
+    expected = generate(trained.prior, layout, text_ids, sampling=greedy)
+    assert generate(loaded.prior, loaded.processor.layout, text_ids, sampling=greedy).equal(expected)
+    assert (tmp_path / "model" / "samples" / "step-000003.png").is_file()
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(data, image_tokenizer, tmp_path, monkeypatch):
+    whole = train_prior(recipe(data, image_tokenizer, tmp_path / "whole"))
+    stop_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train_prior(recipe(data, image_tokenizer, tmp_path / "stopped"))
+    monkeypatch.undo()
+    resumed = train_prior(recipe(data, image_tokenizer, tmp_path / "stopped"))
+    for name, tensor in whole.prior.state_dict().items():
+        assert resumed.prior.state_dict()[name].equal(tensor), name
+
+
+def stop_after(step: int, monkeypatch) -> None:
+    """Have training stop without a word once it has passed a step and its checkpoint."""
+    from tok2img.trainer.trainer import Trainer
+
+    original = Trainer.training_step
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", stopping)
+
+
+def test_places_caption_too(data, image_tokenizer, tmp_path):
+    trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", caption_share=0.5))
+    codes = torch.randint(trained.processor.layout.codebook_size, (2, trained.processor.layout.num_codes))
+    assert caption(trained.prior, trained.processor.layout, codes).shape == (2, trained.processor.layout.text_length)
+
+
+@pytest.mark.parametrize("other", [{"fsdp": True}, {"base": "lm", "lora_rank": 4}])
+def test_what_places_do_not_go_with_is_said(other):
+    with pytest.raises(ValueError, match="place_embeddings"):
+        PriorRecipe(place_embeddings=True, **other)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from tokenizers_vq import VQVAE, PerceptualLoss, TokenizerWithLoss, VQVAEConfig
+from tokenizers_vq.losses.reconstruction import absolute_error, feature_distance, squared_error
+
+
+class Edges(nn.Module):
+    """Two layers of features, with a dropout and a batch norm that must stay still."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.ReLU())
+        self.second = nn.Conv2d(5, 4, 3)
+
+    def forward(self, pictures):
+        return self.first(pictures), self.second(self.first(pictures))
+
+
+@pytest.fixture
+def pair(images):
+    return (images + 0.1 * torch.randn_like(images)).requires_grad_(), images
+
+
+def test_each_pixel_loss_is_the_mean_of_its_formula():
+    reconstruction, target = torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[[2.0, 2.0]]]])
+    assert squared_error(reconstruction, target) == (1 + 9) / 2
+    assert absolute_error(reconstruction, target) == (1 + 3) / 2
+
+
+def test_the_config_names_the_loss_that_training_lowers(tiny_vqvae, images):
+    normalized, quantized = reconstruct(tiny_vqvae, images)
+    difference = normalized - (images - 0.5) / 0.25
+    for name, error in {"squared": difference.square().mean(), "l1": difference.abs().mean()}.items():
+        tiny_vqvae.config.reconstruction = name
+        torch.testing.assert_close(tiny_vqvae(images).loss, error + quantized.loss)
+
+
+def test_a_loss_that_is_not_known_is_refused_by_name():
+    with pytest.raises(ValueError, match="reconstruction must be one of squared, l1, got 'l2'"):
+        VQVAEConfig(reconstruction="l2")
+
+
+def test_the_loss_survives_save_and_load(tmp_path):
+    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, reconstruction="l1")
+    VQVAE(config).save_pretrained(tmp_path)
+    assert VQVAE.from_pretrained(tmp_path).config.reconstruction == "l1"
+
+
+def test_a_loss_given_to_a_call_takes_the_place_of_the_configs(tiny_vqvae, images):
+    normalized, quantized = reconstruct(tiny_vqvae, images)
+    loss = tiny_vqvae(images, lambda reconstruction, target: (reconstruction * target).sum()).loss
+    torch.testing.assert_close(loss, (normalized * tiny_vqvae.normalize(images)).sum() + quantized.loss)
+
+
+def test_features_are_compared_by_direction_at_every_place(images):
+    found, wanted = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    cosine = torch.cosine_similarity(found, wanted, dim=1)
+    torch.testing.assert_close(feature_distance(found, wanted), (2 - 2 * cosine).mean())
+    torch.testing.assert_close(feature_distance(7 * found, wanted), feature_distance(found, wanted))
+
+
+def test_the_perceptual_loss_adds_up_its_layers_and_the_pixels(pair):
+    features = Edges()
+    loss = PerceptualLoss(features, 0.5, absolute_error)
+    layers = zip(features(pair[0]), features(pair[1]), strict=True)
+    expected = absolute_error(*pair) + 0.5 * sum(feature_distance(*layer) for layer in layers)
+    torch.testing.assert_close(loss(*pair), expected)
+    assert loss(*pair) == loss.parts["pixel_loss"] + 0.5 * loss.parts["perceptual_loss"]
+
+
+def test_one_tensor_of_features_will_do(pair):
+    loss = PerceptualLoss(lambda pictures: pictures.flatten(1), pixel_loss=absolute_error)
+    flat = pair[0].flatten(1), pair[1].flatten(1)
+    torch.testing.assert_close(loss(*pair), absolute_error(*pair) + feature_distance(*flat))
+
+
+def test_a_picture_is_no_distance_from_itself(images):
+    assert PerceptualLoss(Edges())(images, images) == 0
+
+
+def test_features_see_pixels_where_the_normalisation_is_told(images):
+    seen = []
+    loss = PerceptualLoss(lambda pictures: seen.append(pictures) or pictures, pixel_mean=0.5, pixel_std=0.25)
+    loss((images - 0.5) / 0.25, (images - 0.5) / 0.25)
+    torch.testing.assert_close(seen[0], images)
+
+
+def test_gradients_reach_the_reconstruction_and_not_the_features(pair):
+    loss = PerceptualLoss(Edges()).train()
+    before = {name: tensor.clone() for name, tensor in loss.features.state_dict().items()}
+    loss(*pair).backward()
+    assert pair[0].grad.any() and all(parameter.grad is None for parameter in loss.features.parameters())
+    assert loss.training and not any(part.training for part in loss.features.modules())
+    assert all(tensor.equal(before[name]) for name, tensor in loss.features.state_dict().items())
+
+
+def test_features_that_see_nothing_have_a_finite_gradient(pair):
+    PerceptualLoss(lambda pictures: torch.relu(pictures - 100))(*pair).backward()
+    assert pair[0].grad.isfinite().all()
+
+
+def test_a_tokenizer_trains_on_the_loss_beside_it(tiny_vqvae, images):
+    model = TokenizerWithLoss(tiny_vqvae, PerceptualLoss(Edges())).eval()
+    output = model(images)
+    torch.testing.assert_close(output.loss, tiny_vqvae(images, model.reconstruction_loss).loss)
+    assert {"mse", "pixel_loss", "perceptual_loss"} <= output.metrics.keys()
+    assert torch.equal(output.codes, tiny_vqvae.encode(images))
+
+
+def test_a_plain_function_is_a_loss_too(tiny_vqvae, images):
+    tiny_vqvae.config.reconstruction = "l1"
+    assert TokenizerWithLoss(tiny_vqvae, absolute_error)(images).loss == tiny_vqvae(images).loss
+
+
+def reconstruct(model, images):
+    quantized = model.quantizer(model.to_code(model.encoder(model.normalize(images))))
+    return model.decoder(model.from_code(quantized.quantized)), quantized

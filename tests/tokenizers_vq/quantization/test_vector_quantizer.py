@@ -1,0 +1,418 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenizers_vq import VectorQuantizer
+from tokenizers_vq.quantization import nearest_neighbors as clustering
+from tokenizers_vq.quantization.code_usage import perplexity
+from tokenizers_vq.quantization.kmeans import assigned_sums, kmeans
+from tokenizers_vq.quantization.nearest_neighbors import as_pictures, highest, nearest, nearest_codes, products
+from tokenizers_vq.quantization.vector_quantizer import DEAD_SHARE
+
+NAN, INF = float("nan"), float("inf")
+
+
+def trained_from(codebook: Tensor, **settings) -> VectorQuantizer:
+    """A quantizer in training whose codebook stands already, as if each code had just got an even share."""
+    module = VectorQuantizer(*codebook.shape, **settings).train()
+    module.codebook.data.copy_(codebook)
+    module.sums.copy_(codebook)
+    module.counts.fill_(1)
+    module.num_batches.fill_(1e6)
+    module.started.fill_(True)
+    return module
+
+
+def clusters(num: int, *, per_cluster: int = 32, spread: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Well separated centres on a ring `k d` and noisy vectors `n d` around them."""
+    angles = torch.arange(num) * (2 * torch.pi / num)
+    centres = 10 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    return centres, (centres.repeat(per_cluster, 1) + spread * torch.randn(num * per_cluster, 2))
+
+
+def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
+    return copy.deepcopy(dict(module.named_buffers()) | {"codebook": module.codebook.detach()})
+
+
+# Search
+
+
+@pytest.mark.parametrize("chunk", [(512, 512), (8, 16), (1, 16)])
+def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
+    assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
+
+
+@pytest.mark.parametrize("chunk", [(512, 512), (4, 16)])
+def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    codebook = torch.randn(3, 5).repeat(12, 1)
+    assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(12))
+
+
+def test_without_onednn_the_same_are_nearest(monkeypatch):
+    vectors, codebook = torch.randn(101, 5), torch.randn(70, 5)
+    expected = nearest_codes(vectors, codebook)
+    monkeypatch.setattr(clustering, "HAS_ONEDNN", False)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)
+
+
+@pytest.mark.skipif(not clustering.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
+@pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
+def test_products_have_the_same_bits_for_few_vectors_as_for_many(num):
+    pictures, rows = as_pictures(torch.randn(512, 65)), torch.randn(768, 65)
+    many = products(pictures, rows)
+    torch.testing.assert_close(many, pictures.permute(0, 2, 3, 1).reshape(512, 65) @ rows.T)
+    assert torch.equal(products(pictures, rows[:num]), many[:, :num])
+
+
+def test_far_from_zero_the_nearest_is_found_too():
+    vectors, codebook = torch.randn(200, 8), torch.randn(64, 8)
+    assert torch.equal(nearest_codes(vectors + 2048, codebook + 2048), plainly_nearest(vectors + 2048, codebook + 2048))
+
+
+def plainly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return (vectors[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
+
+
+def test_no_vectors_have_no_codes():
+    assert nearest_codes(torch.empty(0, 5), torch.randn(17, 5)).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk", [(512, 512), (8, 16)])
+def test_the_nearest_entries_and_what_they_leave_are_those_of_the_plain_form(monkeypatch, chunk):
+    monkeypatch.setattr(clustering, "CHUNK", chunk)
+    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
+    chosen, rest = torch.empty(101, 5), torch.empty(101, 5)
+    codes, errors = nearest(vectors, codebook, chosen, rest)
+    assert torch.equal(codes, nearest_codes(vectors, codebook))
+    assert torch.equal(chosen, codebook[codes]) and torch.equal(rest, vectors - codebook[codes])
+    torch.testing.assert_close(errors, (vectors - codebook[codes]).square().sum(dim=1))
+    without_rest = nearest(vectors, codebook, torch.empty(101, 5))
+    assert torch.equal(without_rest[0], codes) and torch.equal(without_rest[1], errors)
+    in_place = nearest(vectors, codebook, chosen, vectors)
+    assert torch.equal(in_place[1], errors) and torch.equal(vectors, rest)
+
+
+def test_the_highest_score_is_where_argmax_finds_it():
+    scores = torch.randint(5, (40, 30)).float()
+    values, rows = highest(scores)
+    assert torch.equal(rows, scores.argmax(dim=0)) and torch.equal(values, scores.amax(dim=0))
+
+
+def test_bfloat16_autocast_gives_the_same_codes_and_vectors():
+    module = trained_from(torch.randn(64, 8)).eval()
+    x = torch.randn(200, 8)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    assert torch.equal(output.codes, expected.codes) and torch.equal(output.quantized, expected.quantized)
+
+
+def test_bfloat16_input_is_searched_in_float32():
+    module = trained_from(torch.randn(64, 8)).eval()
+    x = torch.randn(50, 8).bfloat16()
+    output = module(x)
+    assert output.quantized.dtype == torch.bfloat16
+    assert torch.equal(output.codes, module(x.float()).codes)
+
+
+def test_channel_axis_1_equals_the_last_axis_form():
+    codebook, x = torch.randn(16, 4), torch.randn(2, 4, 3, 5)
+    last = trained_from(codebook).eval()(x.movedim(1, -1))
+    first = trained_from(codebook, channel_axis=1).eval()(x)
+    assert torch.equal(first.quantized, last.quantized.movedim(-1, 1)) and torch.equal(first.codes, last.codes)
+    assert first.codes.shape == (2, 3, 5)
+    torch.testing.assert_close(first.loss, last.loss)
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_lookup_of_the_codes_is_the_quantized_input(channel_axis):
+    module = trained_from(torch.randn(16, 4), channel_axis=channel_axis).eval()
+    output = module(torch.randn(2, 4, 3, 4))
+    assert torch.equal(module.lookup(output.codes), output.quantized)
+
+
+# Gradients
+
+
+def test_the_gradient_of_a_later_loss_passes_straight_through():
+    module, x = trained_from(torch.randn(16, 4), commitment=0.0), torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    weight = torch.randn(10, 4)
+    ((output.quantized * weight).sum() + output.loss).backward()
+    assert torch.equal(x.grad, weight)
+
+
+def test_commitment_draws_the_input_to_its_code_by_beta():
+    module, x = trained_from(torch.randn(16, 4), commitment=0.7), torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    output.loss.backward()
+    torch.testing.assert_close(x.grad, 0.7 * 2 * (x - output.quantized).detach() / x.numel())
+    torch.testing.assert_close(output.loss, 0.7 * (x - output.quantized).square().mean())
+
+
+def test_without_average_the_codebook_gets_the_gradient_of_its_own_term():
+    module = trained_from(torch.randn(16, 4), ema=False, commitment=0.7)
+    x = torch.randn(10, 4, requires_grad=True)
+    output = module(x)
+    output.loss.backward()
+    difference = 2 * (output.quantized - x).detach() / x.numel()
+    torch.testing.assert_close(module.codebook.grad, torch.zeros(16, 4).index_add_(0, output.codes, difference))
+    torch.testing.assert_close(x.grad, -0.7 * difference)
+
+
+# The codebook
+
+
+def test_the_average_moves_by_the_papers_formula():
+    codebook, decay = torch.randn(4, 3), 0.9
+    module = trained_from(codebook, decay=decay)
+    x = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
+    codes = module(x).codes
+    counts = torch.stack([(codes == code).sum() for code in range(4)])
+    sums = torch.stack([x[codes == code].sum(dim=0) for code in range(4)])
+    new_counts = decay * torch.ones(4) + (1 - decay) * counts  # equation 6
+    new_sums = decay * codebook + (1 - decay) * sums  # equation 7
+    torch.testing.assert_close(module.counts, new_counts)
+    torch.testing.assert_close(module.sums, new_sums)
+    torch.testing.assert_close(module.codebook, new_sums / new_counts[:, None])  # equation 8
+
+
+def test_the_average_is_short_at_first_and_never_longer_than_decay():
+    module = trained_from(torch.zeros(1, 1), decay=0.9, revive=False)
+    module.num_batches.zero_()
+    counts = torch.ones(())
+    for batch in range(1, 400):
+        module(torch.full((8, 1), float(batch)))
+        counts = torch.lerp(counts, torch.tensor(8.0), max(1 - (1 + batch) / (30 + batch), 1 - 0.9))
+        torch.testing.assert_close(module.counts[0], counts)
+
+
+def test_a_batch_of_few_vectors_does_not_throw_a_good_codebook_away():
+    codebook = 10 * torch.randn(256, 4)
+    module = trained_from(codebook)
+    module.num_batches.zero_()
+    for _ in range(20):
+        module(codebook[torch.randint(256, (16,))] + 0.01 * torch.randn(16, 4))
+    assert torch.cdist(codebook, module.codebook).min(dim=1).values.median() < 0.1
+
+
+def test_in_training_the_vectors_given_are_those_the_codes_were_nearest_to():
+    codebook = torch.randn(32, 4)
+    module = trained_from(codebook)
+    module.counts[16:] = 0  # these are revived at this very step
+    output = module(torch.randn(100, 4))
+    assert (output.codes >= 16).any()
+    assert torch.equal(output.quantized.detach(), codebook[output.codes])
+
+
+def test_the_first_batch_puts_codes_on_its_clusters():
+    centres, vectors = clusters(4)
+    module = VectorQuantizer(16, 2).train()
+    output = module(vectors)
+    assert module.started and (output.quantized - vectors).norm(dim=1).max() < 0.1
+    assert torch.cdist(centres, module.codebook).min(dim=1).values.max() < 0.1
+
+
+def test_kmeans_finds_the_means_of_as_many_clusters():
+    centres, vectors = clusters(4)
+    found = kmeans(vectors, 4)
+    torch.testing.assert_close(found[torch.cdist(centres, found).argmin(dim=1)], centres, atol=0.05, rtol=0)
+
+
+def test_kmeans_serves_more_clusters_than_vectors():
+    vectors = torch.randn(3, 2)
+    assert torch.cdist(vectors, kmeans(vectors, 8)).min(dim=1).values.max() < 1e-6
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_dead_codes_come_back_from_a_collapsed_start(ema):
+    codebook = torch.full((16, 2), 100.0)
+    codebook[0] = 0
+    module = trained_from(codebook, decay=0.9, ema=ema)
+    _, vectors = clusters(16)
+    for _ in range(100):
+        codes = module(vectors).codes
+    assert len(codes.unique()) > 12
+    assert module.metrics()["code_usage"] > 0.75
+
+
+def test_a_code_out_of_use_moves_onto_a_vector_of_the_batch():
+    codebook = torch.tensor([[0.0, 0.0], [100.0, 100.0]])
+    module = trained_from(codebook)
+    module.counts[1] = DEAD_SHARE / 10
+    vectors = torch.randn(10, 2)
+    module(vectors)
+    assert (vectors == module.codebook[1]).all(dim=1).any()
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_eval_moves_nothing(ema):
+    module = trained_from(torch.randn(16, 4), ema=ema).eval()
+    before = state_of(module)
+    module(torch.randn(50, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(module).items())
+
+
+def test_an_unstarted_quantizer_stays_so_in_eval():
+    module = VectorQuantizer(16, 4).eval()
+    module(torch.randn(50, 4))
+    assert not module.started
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_vectors_that_are_not_finite_are_skipped_and_counted(value):
+    codebook = torch.randn(4, 3)
+    clean = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
+    spoiled = torch.cat([clean, torch.tensor([[0.0, value, 0.0], [value, 1.0, 1.0]])])
+    module, twin = trained_from(codebook), trained_from(codebook)
+    output, expected = module(spoiled), twin(clean)
+    assert module.skipped == 2
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(module.codebook, twin.codebook)
+
+
+def test_vectors_that_are_not_finite_get_no_gradient_and_spoil_no_other():
+    x = torch.randn(10, 3)
+    x[4, 1] = NAN
+    x.requires_grad_()
+    output = trained_from(torch.randn(8, 3))(x)
+    (output.loss + output.quantized.square().sum()).backward()
+    assert x.grad.isfinite().all() and not x.grad[4].any() and x.grad[:4].any()
+
+
+def test_a_code_out_of_use_never_moves_to_what_is_not_finite():
+    module = trained_from(torch.full((4, 2), 50.0) + torch.randn(4, 2))
+    module.counts[2:] = 0
+    x = 50 + torch.randn(8, 2)
+    x[::2] = NAN
+    module(x)
+    assert module.codebook.min() > 40
+
+
+def test_a_batch_without_a_finite_vector_leaves_the_start_to_the_next():
+    module = VectorQuantizer(8, 2).train()
+    before = module.codebook.clone()
+    assert module(torch.full((5, 2), NAN)).loss == 0
+    assert not module.started
+    torch.testing.assert_close(module.codebook, before)
+
+
+# Numbers
+
+
+def test_assigned_sums_count_and_add():
+    vectors, codes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
+    counts, sums = assigned_sums(vectors, codes, 3)
+    assert counts.tolist() == [1, 0, 2] and sums.tolist() == [[3, 4], [0, 0], [6, 8]]
+
+
+def test_perplexity_is_the_number_of_codes_used_alike():
+    torch.testing.assert_close(
+        perplexity(torch.tensor([[3.0, 3.0, 0.0, 3.0], [9.0, 0.0, 0.0, 0.0]])), torch.tensor([3.0, 1.0])
+    )
+
+
+def test_a_fresh_quantizer_has_counted_nothing_after_loading(tiny_vqvae, tmp_path):
+    tiny_vqvae.quantizer.view.skipped += 7
+    tiny_vqvae.quantizer.usage.histogram += 7
+    tiny_vqvae.save_pretrained(tmp_path)
+    loaded = type(tiny_vqvae).from_pretrained(tmp_path).quantizer
+    assert loaded.skipped == 0 and not loaded.usage.histogram.any()
+
+
+# Start and use
+
+
+def test_kmeans_waits_until_the_first_batches_hold_enough_vectors():
+    centres, vectors = clusters(16, per_cluster=4)
+    module = VectorQuantizer(16, 2).train()
+    order = torch.randperm(64)
+    for batch in vectors[order].split(16)[:3]:
+        module(batch)
+        assert not module.started
+        assert torch.cdist(module.codebook, vectors).min(dim=1).values.max() < 2, (
+            "until then codes stand on vectors shown"
+        )
+    module(vectors[order[48:]])
+    assert module.started and not len(module.first_vectors)
+    assert (torch.cdist(centres, module.codebook).min(dim=1).values < 0.5).float().mean() > 0.7
+
+
+def test_usage_is_that_of_all_batches_since_it_was_reset():
+    module = trained_from(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), revive=False)
+    for value in (0.0, 1.0, 1.0):
+        module(torch.full((5, 1), value))
+    torch.testing.assert_close(module.usage.histogram, torch.tensor([5.0, 10.0, 0.0, 0.0]))
+    assert module.metrics()["code_usage"] == 0.5
+    module.usage.reset()
+    module(torch.zeros(5, 1))
+    assert module.metrics()["code_usage"] == 0.25 and module.metrics()["perplexity"] == 1
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema):
+    module = VectorQuantizer(512, 8, ema=ema).train()
+    module.codebook.data.fill_(0.5)
+    module.started.fill_(True)
+    for _ in range(100):
+        module(torch.randn(2048, 8))
+    module.usage.reset()
+    module(torch.randn(8192, 8))
+    assert module.metrics()["code_usage"] >= 0.95
+
+
+def test_without_revival_a_collapsed_codebook_stays_collapsed():
+    module = trained_from(torch.zeros(64, 8), revive=False)
+    for _ in range(20):
+        codes = module(torch.randn(256, 8)).codes
+    assert len(codes.unique()) < 24
+
+
+# Directions and projections
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema):
+    module, x = VectorQuantizer(16, 4, cosine=True, ema=ema).train(), torch.randn(300, 4)
+    for _ in range(3):
+        module(x)
+    module.eval()
+    output = module(x)
+    torch.testing.assert_close(output.quantized.norm(dim=1), torch.ones(300))
+    assert torch.equal(module(7 * x).codes, output.codes)
+    similarity = torch.nn.functional.normalize(x, dim=1) @ module.entries().T
+    assert torch.equal(output.codes, similarity.argmax(dim=1))
+
+
+def test_a_projection_searches_among_shorter_vectors():
+    module, x = VectorQuantizer(16, 8, projected_dim=2).train(), torch.randn(300, 8, requires_grad=True)
+    output = module(x)
+    assert module.codebook.shape == (16, 2) and output.quantized.shape == (300, 8)
+    expected = nearest_codes(module.view.project_in(x).detach(), module.eval().codebook)
+    assert torch.equal(module(x).codes, expected)
+    assert torch.equal(module.lookup(module(x).codes), module(x).quantized)
+    (output.quantized.square().sum() + output.loss).backward()
+    assert x.grad.any() and all(p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 64, 100, 512, 1000])
+def test_search_in_blocks_finds_what_search_in_rows_finds(num_columns):
+    vectors, codebook = torch.randn(300, 6), torch.randn(num_columns, 6)
+    expected = (vectors @ codebook.T - codebook.square().sum(dim=1) / 2).argmax(dim=1)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)
+
+
+def test_an_empty_batch_changes_nothing_but_the_count_of_batches():
+    module = trained_from(torch.randn(64, 8))
+    module.counts[3] = 0
+    codebook = module.codebook.clone()
+    module.train()(torch.empty(0, 8))
+    torch.testing.assert_close(module.codebook, codebook)

@@ -1,0 +1,178 @@
+"""Search for better codes of a VQ-VAE."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenizers_vq import VQVAE, VQVAEConfig
+from tokenizers_vq.vqvae import image_tokenizer as vqvae
+from tokenizers_vq.vqvae.latent_optimization import SHORTER, STEP, size_of
+
+KINDS = {
+    "plain": {},
+    "residual": {"quantizer": "residual", "num_levels": 2},
+    "fsq": {"quantizer": "fsq", "fsq_levels": [4, 3, 2]},
+    "grids": {"num_grids": 2},
+    "l1": {"reconstruction": "l1"},
+    "projected": {"projected_dim": 3},
+    "cosine": {"cosine": True},
+    "rotation": {"gradient": "rotation"},
+    "loss": {"ema": False},
+}
+
+
+def trained(pictures, **settings) -> VQVAE:
+    """A model after a few steps, so that its decoder has something to say."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
+    model = VQVAE(VQVAEConfig(**sizes, **settings))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(pictures).loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(True)
+
+
+@pytest.fixture(scope="module")
+def many():
+    generator = torch.Generator().manual_seed(1)
+    small = torch.rand(80, 3, 3, 3, generator=generator)
+    return F.interpolate(small, size=8, mode="bicubic", align_corners=True).clamp(0, 1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, many):
+    return trained(many, **KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def plain(many):
+    return trained(many)
+
+
+def errors(model, pixel_values, codes):
+    """By picture, of what the decoder makes before it is cut off, as training measures it."""
+    inverse = model.normalize.inverse
+    model.normalize.inverse = lambda normalized: normalized
+    try:
+        difference = model.decode(codes) - model.normalize(pixel_values)
+    finally:
+        model.normalize.inverse = inverse
+    found = difference.abs() if model.config.reconstruction == "l1" else difference.square()
+    return found.mean(dim=(1, 2, 3))
+
+
+def test_no_picture_gets_worse_and_many_get_better(model, many):
+    before = errors(model, many, model.encode(many))
+    last = before
+    for num_steps in (1, 4, 10):
+        after = errors(model, many, model.encode(many, search_steps=num_steps))
+        assert (after <= last * (1 + 1e-5)).all()
+        last = after
+    assert (last < before).float().mean() > 0.25 and last.mean() < 0.99 * before.mean()
+
+
+def test_no_step_gives_the_codes_of_forward(model, many):
+    with torch.no_grad():
+        assert model.encode(many, search_steps=0).equal(model(many).codes)
+
+
+def test_a_picture_is_searched_alone_as_it_is_in_a_batch(model, many, monkeypatch):
+    monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 32 * 8 * 8)
+    together = model.encode(many, search_steps=5)
+    alone = [model.encode(each[None], search_steps=5) for each in many]
+    assert len(many) > 2 * 32 and torch.cat(alone).equal(together)
+
+
+def test_the_first_step_goes_down_the_gradient_of_the_training_loss(plain, many):
+    """By hand: latents, straight through their codes, error and commitment."""
+    target = plain.normalize(many[:5])
+    with torch.no_grad():
+        latents = plain.to_code(plain.encoder(target))
+        start = plain.quantizer(latents)
+    moved = latents.clone().requires_grad_()
+    through = moved + (start.quantized - moved).detach()
+    error = (plain.decoder(plain.from_code(through)) - target).square().mean(dim=(1, 2, 3))
+    commitment = plain.config.commitment * (moved - start.quantized).square().mean(dim=(1, 2, 3))
+    (gradient,) = torch.autograd.grad((error + commitment).sum(), moved)
+    rest = latents - start.quantized
+    with torch.no_grad():
+        further = latents - STEP * size_of(rest) * gradient / size_of(gradient)
+        shorter = latents - SHORTER * STEP * size_of(rest) * gradient / size_of(gradient)
+        candidates = [vqvae.in_sequence([plain.quantizer(each).codes]) for each in (latents, further, shorter)]
+        costs = torch.stack([errors(plain, many[:5], codes) for codes in candidates])
+    one, two = (plain.encode(many[:5], search_steps=steps) for steps in (1, 2))
+    for row in range(5):
+        expected = candidates[1] if costs[1, row] < costs[0, row] else candidates[0]
+        assert one[row].equal(expected[row])
+        if costs[1, row] >= costs[0, row]:  # the second step begins anew, shorter
+            assert two[row].equal(candidates[2 if costs[2, row] < costs[0, row] else 0][row])
+
+
+def test_the_model_stays_as_it_is(model, many):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.zero_grad()
+    model.train()
+    model.encode(many, search_steps=3)
+    assert model.training and all(each.training for each in model.modules())
+    model.eval()
+    assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_picture_that_no_step_betters_keeps_its_codes(plain):
+    """A picture that its codes show exactly has no error to lower."""
+    codes = plain.encode(torch.rand(20, 3, 8, 8))
+    exact = plain.decode(codes)
+    fixed = plain.encode(exact)
+    kept = (errors(plain, exact, fixed) < 1e-9) & (exact > 0).flatten(1).all(dim=1) & (exact < 1).flatten(1).all(dim=1)
+    found = plain.encode(exact, search_steps=4)
+    assert kept.any() and found[kept].equal(fixed[kept])
+
+
+def test_data_sets_are_tokenized_by_the_steps_of_the_config(plain, many, tmp_path):
+    plain.config.search_steps = 4
+    plain.save_pretrained(str(tmp_path))
+    loaded = VQVAE.from_pretrained(tmp_path)
+    plain.config.search_steps = 0
+    assert loaded.encode_for_training(many).equal(plain.encode(many, search_steps=4))
+    assert plain.encode_for_training(many).equal(plain.encode(many))
+
+
+def test_it_searches_where_gradients_are_off(plain, many):
+    expected = plain.encode(many, search_steps=3)
+    with torch.inference_mode():
+        assert plain.encode(many, search_steps=3).equal(expected)
+    with torch.inference_mode():
+        inside = many.clone()
+    assert plain.encode(inside, search_steps=3).equal(expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain.encode(many, search_steps=3).equal(expected)
+    assert not expected.requires_grad
+
+
+def test_pictures_of_another_shape_are_searched_too(plain):
+    wide = torch.rand(3, 3, 8, 24)
+    before, after = plain.encode(wide), plain.encode(wide, search_steps=5)
+    shown = [plain.decode(codes, image_size=(8, 24)) for codes in (before, after)]
+    assert (shown[1] - wide).square().mean() < (shown[0] - wide).square().mean()
+
+
+def test_no_picture_has_no_codes(plain):
+    assert plain.encode(torch.rand(0, 3, 8, 8), search_steps=3).shape == (0, plain.num_codes)
+
+
+def test_pictures_are_searched_a_few_at_a_time(plain, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(plain.decoder, "forward", lambda x, old=plain.decoder.forward: sizes.append(len(x)) or old(x))
+    monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 3 * 8 * 8)
+    plain.encode(torch.rand(7, 3, 8, 8), search_steps=1)
+    assert sizes == [3, 3, 3, 3, 2, 2]  # two passes each, the last picture beside a copy
+
+
+def test_steps_below_none_are_refused(plain, many):
+    with pytest.raises(ValueError, match="search_steps must be at least 0, got -1"):
+        plain.encode(many, search_steps=-1)
+    with pytest.raises(ValueError, match="search_steps must be a whole number of at least 0"):
+        VQVAEConfig(search_steps=-1)

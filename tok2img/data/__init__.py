@@ -1,0 +1,1 @@
+"""Read captioned images."""

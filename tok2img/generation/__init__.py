@@ -1,0 +1,1 @@
+"""Generate image codes or captions with a prior."""

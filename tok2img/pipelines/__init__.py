@@ -1,0 +1,1 @@
+"""Pipelines from captions to images and from images to captions."""

@@ -1,0 +1,1 @@
+"""The prior: a causal language model over text and image tokens."""

@@ -1,0 +1,1 @@
+"""What is trained: recipes and the runs that carry them out."""

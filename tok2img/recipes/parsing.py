@@ -1,0 +1,119 @@
+"""Read recipes from YAML files and the command line."""
+
+import difflib
+import math
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import yaml
+
+from .config import Recipe, RunSettings
+
+COMMAND_LINE = "the command line"
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
+
+
+def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file (or none), with some keys given in place.
+
+    Args:
+        overrides: by key; `model.codebook_size` reaches into `model`.
+
+    Raises:
+        ValueError: naming the file and the key, for a key that does not exist or a value of the wrong kind.
+    """
+    types = get_type_hints(kind)
+    plain = {key: value for key, value in (overrides or {}).items() if "." not in key}
+    values: dict[str, Any] = {}
+    for origin, given in ((str(path), {} if path is None else read_yaml(path)), (COMMAND_LINE, plain)):
+        check_keys(kind, given, origin)
+        values |= {key: as_type(key, value, types[key], origin) for key, value in given.items()}
+    for key, value in (overrides or {}).items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            check_keys(kind, {outer: value}, COMMAND_LINE)
+            if get_origin(types[outer]) is not dict:
+                raise ValueError(f"{COMMAND_LINE}: no key {key!r}: {outer!r} has no settings of its own")
+            values[outer] = values.get(outer, {}) | {inner: value}
+    return kind(**values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError where there is none."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> None:
+    """ValueError for a key that a recipe of this kind does not have, with the nearest that it has."""
+    known = [each.name for each in fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            raise ValueError(f"{origin}: no key {key!r}; {hint}")
+
+
+def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
+    """The value if it is of the key's kind (whole numbers pass for floats, `1e-3` is one); ValueError else."""
+    is_truth = isinstance(value, bool)
+    if wanted is float and isinstance(value, int | str) and not is_truth:
+        with suppress(ValueError):
+            value = float(value)
+    if wanted is str and isinstance(value, int | float) and not is_truth:
+        return str(value)
+    plain = get_origin(wanted) or wanted
+    if not isinstance(value, plain) or is_truth != (plain is bool) or not is_finite(value):
+        raise ValueError(f"{origin}: key {key!r} must be {KIND_NAMES[plain]}, got {value!r}")
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is anything but a NaN or an infinity."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """`[RECIPE.yaml] --key value --other-key=value` -> the file, and the values as YAML reads them."""
+    path = None
+    if arguments and not arguments[0].startswith("--"):
+        path, arguments = arguments[0], arguments[1:]
+    overrides: dict[str, Any] = {}
+    while arguments:
+        word, *arguments = arguments
+        if not word.startswith("--"):
+            raise ValueError(f"expected --key value, got {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not arguments:
+                raise ValueError(f"--{key} needs a value")
+            value, *arguments = arguments
+        overrides[key.replace("-", "_")] = as_yaml(value)
+    return path, overrides
+
+
+def as_yaml(text: str) -> Any:
+    """A value of the command line as YAML reads it; what is no YAML is text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None or not isinstance(value, int | float | bool | dict | list) else value
+
+
+def describe_keys(kind: type[RunSettings]) -> str:
+    """All keys with their defaults, a line each, for help."""
+    lines = []
+    for each in fields(kind):
+        default = "" if each.default is MISSING else repr(each.default)
+        lines.append(f"--{each.name.replace('_', '-')} {default}".rstrip())
+    return "  ".join(lines)

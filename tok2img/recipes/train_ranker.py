@@ -1,0 +1,133 @@
+"""A small CLIP model of one's own, trained on the captioned pictures that the prior learned from (Radford et al. 2021)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+from tokenizers_vq import ModelWithLoss
+
+from ..pipelines.clip_ranker import ClipRanker
+from ..prior.loss import PriorOutput
+from ..tokenization.text_tokenizer import SubwordTokenizer
+from ..trainer.trainer import Trainer
+from .build_tokenizer import shape_of
+from .config import RankerRecipe, require
+from .run_folder import goes_on
+from .training_run import arguments, finish, open_data, split
+
+END = "<|endoftext|>"
+MAX_TEXT_LENGTH = 64
+CELLS = 8  # a picture is cut into 8 by 8 patches, or about so many
+HEAD_SIZE = 32
+
+
+class RankerWithLoss(ModelWithLoss):
+    """A CLIP model as the trainer sees it: captions and pictures in, contrastive loss out.
+
+    Equal captions of a batch are no opposites: all their pictures are right for each of them (as in UniCL, Yang et al. 2022).
+    """
+
+    kept = "clip"
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> PriorOutput:
+        """`b t`, `b t` and `b c h w` -> the loss, and the share of pictures whose caption is found among the batch's."""
+        output = self.clip(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+        same = (input_ids[:, None] == input_ids).all(dim=-1).float()
+        targets = same / same.sum(dim=1, keepdim=True)
+        logits = output.logits_per_image.float()
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        found = same.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
+        return PriorOutput(loss=loss, metrics={"accuracy": found.detach()})
+
+
+class CaptionedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows of a captioned data set as a CLIP model trains on them."""
+
+    def __init__(self, dataset: Any, ranker: ClipRanker):
+        self.dataset, self.ranker = dataset, ranker
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        example = self.dataset[row]
+        text = self.ranker.encode_text([example["caption"]])
+        pixel_values = self.ranker.pixel_values([example["image"]])[0]
+        return {
+            "input_ids": text["input_ids"][0],
+            "attention_mask": text["attention_mask"][0],
+            "pixel_values": pixel_values,
+        }
+
+
+def train_ranker(recipe: RankerRecipe) -> ClipRanker:
+    """Train a CLIP model on captioned pictures and save it to `recipe.out`."""
+    require(recipe, "data", "out")
+    goes_on(recipe)  # refuses another run's checkpoints, before long work
+    rows = open_data(recipe)
+    ranker = build_ranker(rows, vocab_size=recipe.vocab_size, depth=recipe.depth, seed=recipe.seed)
+    training_rows, held_out = (CaptionedRows(some, ranker) for some in split(rows, recipe))
+    trainer = Trainer(
+        RankerWithLoss(ranker.model),
+        arguments(recipe),
+        train_dataset=training_rows,
+        eval_dataset=held_out,
+        optimizer=recipe.optimizer,
+        adamw_scale=recipe.adamw_scale,
+    )
+    finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
+    ranker.model.eval()
+    return ranker
+
+
+def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -> ClipRanker:
+    """A CLIP model with random weights, of a size that fits the rows' pictures and captions."""
+    captions: Sequence[str] = rows["caption"][:]
+    text_tokenizer = end_marking_bpe(captions, vocab_size=vocab_size)
+    length = min(MAX_TEXT_LENGTH, max(len(ids) for ids in text_tokenizer(sorted(set(captions)))["input_ids"]))
+    shape = shape_of(rows)
+    side = shape["image_size"]
+    width = 64 * depth
+    layers = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // HEAD_SIZE,
+    }
+    end = text_tokenizer.eos_token_id
+    ids = {"vocab_size": len(text_tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = CLIPConfig(
+        text_config=layers | ids | {"max_position_embeddings": length},
+        vision_config=layers | shape | {"patch_size": patch_size(side)},
+        projection_dim=width,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+    channels = shape["num_channels"]
+    return ClipRanker(model, text_tokenizer, pixel_mean=[0.5] * channels, pixel_std=[0.5] * channels)
+
+
+def end_marking_bpe(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """BPE of the captions that ends each text with a mark, where CLIP reads what the text says."""
+    backend = SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size).tokenizer.backend_tokenizer
+    backend.add_special_tokens([END])
+    backend.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, backend.token_to_id(END))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=END, padding_side="right", split_special_tokens=True
+    )
+
+
+def patch_size(image_size: int) -> int:
+    """The smallest divisor of a picture's side that cuts it into `CELLS` columns or fewer."""
+    return next(size for size in range(1, image_size + 1) if image_size % size == 0 and image_size // size <= CELLS)

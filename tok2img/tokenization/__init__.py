@@ -1,0 +1,1 @@
+"""Turn captioned images into token sequences."""

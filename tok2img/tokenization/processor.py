@@ -1,0 +1,149 @@
+"""Captions and pictures -> what the prior reads; what it writes -> pictures."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from tokenizers_vq import DiscreteTokenizer
+from tokenizers_vq.auto import load_image_tokenizer
+from tokenizers_vq.images.processing import images_from_pixels
+
+from ..data.images import load_pixels
+from .layout import SequenceLayout
+from .span_text_tokenizer import load_text_tokenizer
+from .text_tokenizer import TextTokenizer
+
+IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+TEXT_TOKENIZER_FOLDER = "text_tokenizer"
+IGNORED_LABEL = -100
+# What a config says about where a model lies and who wrote it, not about what it computes.
+UNRELATED_TO_CODES = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
+# Settings that came later, with the values that change nothing: tokens made before keep their fingerprint.
+LATER_SETTINGS = {"encode_dtype": "float32", "search_steps": 0}
+
+
+class Tok2ImgProcessor:
+    """Both tokenizers and the layout that joins them.
+
+    Args:
+        image_tokenizer: pictures <-> codes.
+        text_tokenizer: captions <-> text ids.
+        layout: how both make one sequence; it must fit the two, but may keep more ids for text than the text tokenizer has, as language
+            models do, and may have ids of their own for codes of every position, see `PlaceEmbeddings`.
+    """
+
+    def __init__(self, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, layout: SequenceLayout):
+        text_vocab_size = max(layout.text_vocab_size, text_tokenizer.vocab_size)
+        fitting = SequenceLayout.for_tokenizers(
+            image_tokenizer, text_vocab_size=text_vocab_size, text_length=layout.text_length
+        )
+        if layout not in (fitting, fitting.with_own_ids()):
+            raise ValueError(f"these tokenizers need {fitting}, got {layout}")
+        self.image_tokenizer, self.text_tokenizer, self.layout = image_tokenizer.eval(), text_tokenizer, layout
+
+    @classmethod
+    def build(
+        cls,
+        image_tokenizer: DiscreteTokenizer,
+        text_tokenizer: TextTokenizer,
+        *,
+        text_length: int,
+        text_vocab_size: int = 0,
+    ) -> Self:
+        """A processor with the layout that follows from the two tokenizers.
+
+        Args:
+            text_vocab_size: ids kept for text; 0: as many as the text tokenizer has.
+        """
+        layout = SequenceLayout.for_tokenizers(
+            image_tokenizer, text_vocab_size=text_vocab_size or text_tokenizer.vocab_size, text_length=text_length
+        )
+        return cls(image_tokenizer, text_tokenizer, layout)
+
+    def with_layout(self, layout: SequenceLayout) -> Self:
+        """The same tokenizers under another layout that fits them."""
+        return type(self)(self.image_tokenizer, self.text_tokenizer, layout)
+
+    def decode_text(self, text_ids: Tensor) -> str:
+        """Return the caption that text ids `t` stand for; padding is left out."""
+        return self.text_tokenizer.decode([int(each) for each in text_ids if each != self.layout.pad_id])
+
+    def __call__(self, text: str | list[str] | None = None, images: Any = None) -> BatchFeature:
+        """Captions, with pictures or without.
+
+        Returns:
+            `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are pictures; then also `labels` `b s`, which
+            leave out [BOS], [SEP] and [PAD].
+        """
+        captions = [text] if isinstance(text, str) else list(text or [])
+        if images is None:
+            return BatchFeature({"input_ids": self.layout.prompt(self.encode_text(captions))})
+        pictures = images if isinstance(images, list | tuple) else [images]
+        captions = captions or [""] * len(pictures)
+        if len(captions) != len(pictures):
+            raise ValueError(f"got {len(captions)} captions for {len(pictures)} pictures")
+        input_ids = self.layout.sequence(self.encode_text(captions), self.encode_images(pictures))
+        unlearned = torch.tensor([self.layout.bos_id, self.layout.sep_id, self.layout.pad_id])
+        return BatchFeature(
+            {"input_ids": input_ids, "labels": input_ids.masked_fill(torch.isin(input_ids, unlearned), IGNORED_LABEL)}
+        )
+
+    def encode_text(self, captions: list[str], *, rows: Sequence[int] | None = None) -> Tensor:
+        """Captions -> text ids `b t`, cut or filled with [PAD] to the layout's text length. `rows` are their numbers in errors."""
+        ids = self.text_tokenizer.encode(captions, max_length=self.layout.text_length, rows=rows)
+        return torch.from_numpy(self.layout.pad_text(ids).astype(np.int64))
+
+    def num_cut(self, captions: list[str]) -> int:
+        """How many of the captions are longer than the layout has room for."""
+        lengths = self.text_tokenizer.lengths(captions, max_length=self.layout.text_length)
+        return sum(length > self.layout.text_length for length in lengths)
+
+    def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
+        """Pictures (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
+        return self.encode_pixels(load_pixels(images, self.image_tokenizer, rows=rows))
+
+    def encode_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Pixels `b c h w` of the tokenizer's size -> codes `b n`, on the CPU."""
+        return self.image_tokenizer.encode_for_training(pixel_values.to(self.image_tokenizer.device)).cpu()
+
+    def decode_images(self, codes: Tensor) -> list[Image.Image]:
+        """Codes `b n` -> pictures."""
+        return images_from_pixels(self.image_tokenizer.decode(codes.to(self.image_tokenizer.device)).cpu())
+
+    def fingerprint(self) -> str:
+        """sha256 of everything that the tokens depend on: weights, their type, configs, text tokenizer, layout."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.image_tokenizer.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        settings = {
+            key: value
+            for key, value in self.image_tokenizer.config.to_dict().items()
+            if key not in UNRELATED_TO_CODES and (key, value) not in LATER_SETTINGS.items()
+        }
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(self.text_tokenizer.state())
+        digest.update(repr(self.layout).encode())
+        return digest.hexdigest()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `layout.json`, `image_tokenizer/` and `text_tokenizer/` into a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.image_tokenizer.save_pretrained(str(Path(folder, IMAGE_TOKENIZER_FOLDER)))
+        self.text_tokenizer.save_pretrained(Path(folder, TEXT_TOKENIZER_FOLDER))
+        self.layout.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what `save_pretrained` wrote; ValueError for a folder that does not hold it."""
+        layout = SequenceLayout.from_pretrained(folder)
+        image_tokenizer = load_image_tokenizer(Path(folder, IMAGE_TOKENIZER_FOLDER))
+        return cls(image_tokenizer, load_text_tokenizer(Path(folder, TEXT_TOKENIZER_FOLDER)), layout)

@@ -1,0 +1,176 @@
+"""Tokenizes a data set shard by shard, so that a job that is killed goes on where it was.
+
+A shard is a fixed run of rows, written once and renamed, with a record beside it of what it holds and which rows were skipped. Nothing is
+redone but what was under way: at most a shard for each worker.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from tokenizers_vq.validation import check_choice
+
+from ..atomic_io import remove_folder, sha256_of, sweep, temporary_name, write_atomically
+from ..data.streaming import CaptionedRows
+from .map_function import ReadBatch, TokenizeBatch, tokens_of
+from .worker_pool import in_workers
+
+ON_ERROR = ("skip", "raise")
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a shard holds.
+
+    Attributes:
+        rows: that were tokenized; skipped: the others, each with its number and the reason.
+        sha256: of the file. captions_cut: captions that were longer than the layout has room for.
+    """
+
+    rows: int
+    sha256: str
+    captions_cut: int
+    skipped: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows, what tokenizes them, and where their shards go."""
+
+    data: CaptionedRows
+    work: TokenizeBatch
+    folder: Path
+    rows_per_shard: int
+    on_error: str
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, ON_ERROR)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all rows."""
+        return -(-len(self.data) // self.rows_per_shard)
+
+    def rows_of(self, number: int) -> range:
+        """The rows of a shard."""
+        first = number * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, len(self.data)))
+
+    def file(self, number: int) -> Path:
+        """Where the tokens of a shard lie."""
+        return self.folder / f"train-{number:05d}.parquet"
+
+    def record(self, number: int) -> Path:
+        """Where it is written what a shard holds."""
+        return self.file(number).with_suffix(".json")
+
+    def done(self, number: int) -> Shard | None:
+        """What a shard holds that is there and whole."""
+        try:
+            shard = Shard(**json.loads(self.record(number).read_bytes()))
+            return shard if sha256_of(self.file(number)) == shard.sha256 else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def shards(self) -> dict[str, Shard]:
+        """What those shards hold that are there and whole, by the names of their files."""
+        found = ((self.file(number).name, self.done(number)) for number in range(self.num_shards))
+        return {name: shard for name, shard in found if shard is not None}
+
+
+def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> None:
+    """Tokenize those of the shards that are not there yet.
+
+    Raises:
+        ValueError: for a row that cannot be read, where the job does not skip such.
+        RuntimeError: where workers are killed again and again.
+    """
+    missing = [number for number in numbers if job.done(number) is None]
+    total = sum(len(job.rows_of(number)) for number in numbers)
+    left = sum(len(job.rows_of(number)) for number in missing)
+    with tqdm(total=total, initial=total - left, desc="tokenize", unit=" pictures") as bar:
+        if num_proc > 1 and len(missing) > 1:
+            for num_rows in in_workers(partial(tokenize_shard, job), missing, num_proc=num_proc):
+                bar.update(num_rows)
+            return
+        for number in missing:
+            tokenize_shard(job, number, bar)
+
+
+def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
+    """Tokenize the rows of one shard and put it in its place; their number."""
+    rows = job.rows_of(number)
+    text_ids, codes, skipped, num_cut = [], [], [], 0
+    for batch in read_ahead(job, rows):
+        text_ids.append(batch.text_ids)
+        codes.append(job.work.image_codes(batch))
+        skipped += batch.skipped
+        num_cut += batch.num_cut
+        if bar is not None:
+            bar.update(len(batch.text_ids) + len(batch.skipped))
+    tokens = tokens_of(job.work.processor.layout, np.concatenate(text_ids), np.concatenate(codes))
+    temporary = temporary_name(job.file(number))
+    try:
+        tokens.to_parquet(str(temporary))
+        os.replace(temporary, job.file(number))
+    finally:
+        temporary.unlink(missing_ok=True)
+    shard = Shard(len(tokens), sha256_of(job.file(number)), num_cut, skipped)
+    write_atomically(job.record(number), json.dumps(asdict(shard)).encode())
+    return len(rows)
+
+
+def read_ahead(job: Job, rows: range) -> Iterator[ReadBatch]:
+    """The rows in batches, each decoded while the one before is encoded: in a process of its own, as decoding holds Python's lock."""
+    firsts, reader = rows[::BATCH_SIZE], Reader(job, rows)
+    is_worker = multiprocessing.current_process().daemon  # which may not have processes of its own
+    yield from map(reader, firsts) if is_worker or len(firsts) == 1 else in_workers(reader, firsts, num_proc=1)
+
+
+class Reader:
+    """Reads a job's rows batch by batch; those that follow the ones before come out of files that are open already."""
+
+    def __init__(self, job: Job, rows: range):
+        self.job, self.rows = job, rows
+        self.next_row, self.batches = -1, iter(())
+
+    def __call__(self, first: int) -> ReadBatch:
+        """The batch that begins with this row."""
+        if first != self.next_row:
+            self.batches = self.job.data.batches(range(first, self.rows.stop), BATCH_SIZE)
+        batch = next(self.batches)
+        self.next_row = first + len(batch["image"])
+        return self.job.work.read(batch, range(first, self.next_row), skip=self.job.on_error == "skip")
+
+
+def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """The manifest of a job whose shards are all there; ValueError where no row at all could be read."""
+    skipped = [row for shard in shards.values() for row in shard.skipped]
+    num_rows = sum(shard.rows for shard in shards.values())
+    if not num_rows:
+        remove_folder(job.folder)
+        raise ValueError(f"no row of the data can be read: row {skipped[0][0]}: {skipped[0][1]}")
+    return {
+        "rows": num_rows,
+        "captions_cut": sum(shard.captions_cut for shard in shards.values()),
+        "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
+        "shards": {name: shard.sha256 for name, shard in shards.items() if shard.rows},
+    }
+
+
+def clear_records(job: Job, kept: Collection[str]) -> None:
+    """Leave only tokens in the folder of a job that is done: of its shards those that are `kept`, for others hold no row."""
+    sweep(job.folder)
+    for number in range(job.num_shards):
+        job.record(number).unlink(missing_ok=True)
+        if job.file(number).name not in kept:
+            job.file(number).unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""A model of a text's spans as a text tokenizer like any other: captions -> ids, as many as the caption is long.
+
+id = stage (or level) x codebook_size + code, all stages of the first span, then all of the second, up to the span in which the text ends
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import load, save
+
+from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
+from tokenizers_vq.base import own_fields
+from tokenizers_vq.loading import CONFIG_FILE, read_json
+
+from .text_tokenizer import SubwordTokenizer, TextTokenizer, check_texts
+
+BATCH_SIZE = 64
+TEXT_MODELS = {"vqdraw_text": (VQDrawForText, VQDrawTextConfig), "vqvae_text": (VQVAEForText, VQVAETextConfig)}
+MODELS_BY_TYPE = {classes[1].model_type: classes for classes in TEXT_MODELS.values()}
+
+
+class SpanTextTokenizer:
+    """A `VQDrawForText` or `VQVAEForText` as a `TextTokenizer`."""
+
+    def __init__(self, model: TextSpanTokenizer):
+        self.model = model.eval()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number: a range for each stage."""
+        return self.model.code_shape[0] * self.model.codebook_size
+
+    def encode(
+        self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Ids of each caption, at most `max_length` where it is given; ValueError for a caption that is not text, with its number."""
+        check_texts(captions, rows)
+        different = list(dict.fromkeys(captions))
+        batches = (different[first : first + BATCH_SIZE] for first in range(0, len(different), BATCH_SIZE))
+        ids = dict(zip(different, chain.from_iterable(map(self._encode, batches)), strict=True))
+        return [ids[caption][:max_length] for caption in captions]
+
+    def _encode(self, captions: list[str]) -> Iterator[list[int]]:
+        """Ids of each caption of one batch."""
+        symbols = self.model.symbols(captions)
+        codes = self.model.encode(symbols).cpu() + self._offsets()
+        by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
+        lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
+        return (row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True))
+
+    @property
+    def max_ids(self) -> int:
+        """The most ids that `encode` gives for any caption."""
+        return self.model.num_codes
+
+    def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
+        """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""
+        del max_length
+        return [self.model.code_shape[0] * self.model.spans_of(caption) for caption in captions]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text that the ids stand for; ValueError for ids that are none, or not where they belong."""
+        num_stages, num_spans = self.model.code_shape
+        if len(ids) > self.model.num_codes:
+            raise ValueError(f"got {len(ids)} ids, expected {self.model.num_codes} at most")
+        filled = torch.tensor([*ids, *(0 for _ in range(self.model.num_codes - len(ids)))])
+        codes = rearrange(filled, "(s n) -> 1 (n s)", s=num_spans, n=num_stages) - self._offsets()
+        is_given = rearrange(torch.arange(self.model.num_codes) < len(ids), "(s n) -> 1 (n s)", s=num_spans)
+        return self.model.decode(codes.where(is_given, 0).to(self.model.device))[0]
+
+    def state(self) -> bytes:
+        """Everything that the ids depend on: settings and weights."""
+        config = self.model.config
+        settings = {name: getattr(config, name) for name in sorted(own_fields(type(config)))}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.model.state_dict().items())}
+        return json.dumps(settings).encode() + b"\0" + save(weights)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer into a folder."""
+        self.model.save_pretrained(str(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return text_tokenizer_of, (self.model.config.model_type, self.state())
+
+    def _offsets(self) -> torch.Tensor:
+        """Id of code 0 at each place of `b (n s)`."""
+        num_stages, num_spans = self.model.code_shape
+        return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
+
+
+def text_tokenizer_of(model_type: str, state: bytes) -> SpanTextTokenizer:
+    """Make a `SpanTextTokenizer` again from the type of its model and its `state`."""
+    model_class, config_class = MODELS_BY_TYPE[model_type]
+    settings, _, weights = state.partition(b"\0")
+    model = model_class(config_class(**json.loads(settings)))
+    model.load_state_dict(load(weights))
+    return SpanTextTokenizer(model)
+
+
+def load_text_tokenizer(name: str | Path) -> TextTokenizer:
+    """Load any saved text tokenizer from a folder or the hub; ValueError where there is none."""
+    if is_text_model(name):
+        return SpanTextTokenizer(load_text_model(name))
+    return SubwordTokenizer.from_pretrained(name)
+
+
+def is_text_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model of text."""
+    return model_type_of(folder) in MODELS_BY_TYPE
+
+
+def load_text_model(folder: str | Path) -> TextSpanTokenizer:
+    """Load a saved model of text, of whichever kind, in eval mode; ValueError for a folder that holds none."""
+    model_type = model_type_of(folder)
+    if model_type not in MODELS_BY_TYPE:
+        raise ValueError(
+            f"{folder} holds no model of text; `tok2img train-tokenizer --tokenizer vqdraw_text` makes one"
+        )
+    model_class, _ = MODELS_BY_TYPE[model_type]
+    return model_class.from_pretrained(folder).eval()
+
+
+def model_type_of(folder: str | Path) -> str:
+    """What kind of model a folder says it holds; nothing where it does not say."""
+    try:
+        return str(read_json(Path(folder, CONFIG_FILE)).get("model_type"))
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,1 @@
+"""How a model is trained: a fault-tolerant trainer, optimizers, checkpoints."""

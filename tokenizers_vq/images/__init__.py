@@ -1,0 +1,1 @@
+"""Load images and convert them to and from tensors."""

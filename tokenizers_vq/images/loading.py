@@ -1,0 +1,291 @@
+"""Any file, bytes or PIL picture -> upright RGB: one policy, in one place.
+
+Upright by EXIF, white behind transparency, 16-bit gray scaled rather than clipped, the first frame of an
+animation, at most 64 megapixels, six formats told by content alone, regular files only. Whatever cannot be shown
+faithfully is refused with an `ImageError`, never repaired. Pillow's global switches stay as they are.
+"""
+
+import io
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+ImageErrorCode = (
+    Literal["missing", "not_regular_file", "permission", "empty", "not_image"]
+    | Literal["unsupported_format", "unsupported_mode", "truncated", "corrupt", "too_large"]
+)
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | Mapping[str, Any]
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 64_000_000
+# Uncompressed 16-bit RGBA is the largest file that so many pixels need. Pillow reads whole chunks into memory.
+MAX_FILE_BYTES = 8 * MAX_PIXELS
+# Pillow inflates up to 1 MB from each such chunk of a PNG, 64 MB in all, four times that as Python text.
+MAX_PNG_TEXTS = 12
+_SUPPORTED_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*", re.DOTALL)
+_OTHER_START = re.compile(
+    rb"(?P<PDF>%PDF)|(?P<EPS>%!PS|\xc5\xd0\xd3\xc6)|(?P<PSD>8BPS)|(?P<ICO>\0\0\x01\0[^\0]\0)|(?P<ICNS>icns)"
+    rb"|(?P<AVIF_or_HEIC>....ftyp)|(?P<JPEG_2000>\xff\x4f\xff\x51|\0\0\0\x0cjP  )|(?P<JPEG_XL>\xff\x0a|\0\0\0\x0cJXL )"
+    rb"|(?P<PPM>P[1-7fF]\s)|(?P<DDS>DDS )|(?P<QOI>qoif)|(?P<SVG>(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<svg)",
+    re.DOTALL,
+)
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# First column, first row, column step, row step of the seven passes of an interlaced PNG.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# `warnings.catch_warnings` swaps one global list: two threads inside it at once could leave it muted for good.
+_warnings_lock = threading.Lock()
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read faithfully; `code` says why, the message also says which."""
+
+    def __init__(self, message: str, code: ImageErrorCode) -> None:
+        super().__init__(message)
+        self.code: ImageErrorCode = code
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, ImageErrorCode]]:
+        """Survives the way back from a worker process."""
+        return ImageError, (str(self), self.code)
+
+
+def load_image(source: ImageSource, *, least_side: int | None = None) -> Image.Image:
+    """Read a picture as upright RGB, or say why not.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image (left as it is), or an undecoded row of a `datasets` image
+            column: a mapping with "bytes" and "path", where bytes count when both are there.
+        least_side: where the picture is going to be made smaller. A JPEG of at least twice that is read at a half, quarter or eighth of
+            its size, none of its sides below this, which takes half of the time or less and comes to the same to a few levels.
+
+    Returns:
+        A PIL image of mode RGB that carries no metadata.
+
+    Raises:
+        ImageError: with a `code`; the message names the file.
+    """
+    if isinstance(source, Mapping):
+        return _load_row(source, least_side)
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, getattr(source, "filename", "") or "PIL image")
+    if isinstance(source, bytes):
+        return _load_bytes(source, "image bytes", least_side)
+    if isinstance(source, str | os.PathLike):
+        return _load_file(source, least_side)
+    expected = "a path, bytes, a PIL image, or a row with 'bytes' or 'path'"
+    raise ImageError(f"a picture must be {expected}, not {type(source).__name__}", "not_image")
+
+
+def _load_row(row: Mapping[str, Any], least_side: int | None) -> Image.Image:
+    data, path = row.get("bytes"), row.get("path")
+    if data is not None and not isinstance(data, bytes):
+        raise ImageError(f"'bytes' of a picture's row must be bytes, not {type(data).__name__}", "not_image")
+    if data is not None:
+        return _load_bytes(data, str(path or "image bytes"), least_side)
+    if path is None:
+        raise ImageError(f"a picture's row has neither 'bytes' nor 'path', only {sorted(map(str, row))}", "missing")
+    return load_image(path, least_side=least_side)
+
+
+def _load_bytes(data: bytes, name: str, least_side: int | None) -> Image.Image:
+    if not data:
+        raise ImageError(f"{_shown(name)}: zero bytes", "empty")
+    return _load_stream(io.BytesIO(data), name, least_side)
+
+
+def _load_file(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
+    name = os.fsdecode(path)
+    try:
+        _refuse_irregular(os.stat(path), name)
+        with open(path, "rb") as file:
+            return _load_stream(file, name, least_side)
+    except ImageError:
+        raise
+    except PermissionError as error:
+        raise ImageError(f"{_shown(name)}: no permission to read it", "permission") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{_shown(name)}: no such file ({reason})", "missing") from error
+
+
+def _refuse_irregular(status: os.stat_result, name: str) -> None:
+    """Opening a named pipe hangs and a device may never end, so this comes before any open."""
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{_shown(name)}: not a regular file", "not_regular_file")
+    if status.st_size == 0:
+        raise ImageError(f"{_shown(name)}: zero bytes", "empty")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"{_shown(name)}: {status.st_size} bytes, more than {MAX_FILE_BYTES}", "too_large")
+
+
+def _load_stream(file: BinaryIO, name: str, least_side: int | None) -> Image.Image:
+    try:
+        texts = sum(kind in (b"zTXt", b"iTXt") for kind, _ in _png_chunks(file))
+        if texts > MAX_PNG_TEXTS:
+            raise ImageError(f"{_shown(name)}: {texts} text chunks, more than {MAX_PNG_TEXTS}", "too_large")
+        with _pillow_warnings_muted():
+            image = Image.open(file, formats=FORMATS)
+        with image:
+            rgb = _upright_rgb(image, name, least_side)
+            if image.format == "PNG" and _png_lacks_rows(image, file):
+                raise ImageError(f"{_shown(name)}: truncated, rows are missing", "truncated")
+            return rgb
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{_shown(name)}: {error}", "too_large") from error
+    except Exception as error:  # Pillow lets many types escape on damaged input
+        raise _diagnosis(file, name, error) from error
+
+
+def _diagnosis(file: BinaryIO, name: str, error: Exception) -> ImageError:
+    file.seek(0)
+    start, size = file.read(1024), file.seek(0, os.SEEK_END)
+    if _declared_size(start) > size:
+        return ImageError(f"{_shown(name)}: truncated, it has only {size} bytes", "truncated")
+    if not isinstance(error, UnidentifiedImageError):
+        return _damage(name, error)
+    if _SUPPORTED_START.match(start):
+        return ImageError(f"{_shown(name)}: its header is damaged", "corrupt")
+    if other := _OTHER_START.match(start):
+        kind = (other.lastgroup or "").replace("_", " ")
+        return ImageError(f"{_shown(name)}: {kind} is not one of {', '.join(FORMATS)}", "unsupported_format")
+    return ImageError(f"{_shown(name)}: not a picture", "not_image")
+
+
+def _declared_size(start: bytes) -> int:
+    """Bytes that the header of a WebP or TIFF says there must be; 0 for other formats."""
+    if len(start) < 12:
+        return 0
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return 8 + int.from_bytes(start[4:8], "little")
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return int.from_bytes(start[4:8], "little" if start[:1] == b"I" else "big")
+    return 0
+
+
+def _upright_rgb(image: Image.Image, name: str, least_side: int | None = None) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{_shown(name)}: {image.width}x{image.height} exceeds {MAX_PIXELS} pixels", "too_large")
+    if least_side is not None:
+        image.draft(None, (least_side, least_side))
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{_shown(name)}: mode {image.mode} has no known range of values", "unsupported_mode")
+    try:
+        image.load()
+    except Exception as error:  # as in _load_stream
+        raise _damage(name, error) from error
+    try:
+        rgb = _on_white(image)
+    except ValueError as error:
+        raise ImageError(f"{_shown(name)}: mode {image.mode}: {error}", "unsupported_mode") from error
+    method = _UPRIGHT_BY.get(_orientation(image))
+    upright = rgb if method is None else rgb.transpose(method)
+    upright.info.clear()  # or whoever reads the orientation again turns the picture again
+    return upright
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _gray_from_16_bits(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(rgba, mask=rgba)
+    return canvas
+
+
+def _gray_from_16_bits(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion clips at 255, which turns nearly every such picture white."""
+    levels = np.array(image).astype(np.uint16)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        levels[levels == transparent] = 65535
+    return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        with _pillow_warnings_muted():
+            return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # unreadable metadata turns no picture
+        return 1
+
+
+@contextmanager
+def _pillow_warnings_muted() -> Iterator[None]:
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _png_lacks_rows(image: Image.Image, file: BinaryIO) -> bool:
+    """Pillow fills rows that a PNG lacks with zeros and says nothing; so count them where the last row is zeros."""
+    last_row = image.crop((0, image.height - 1, image.width, image.height))
+    file.seek(16)
+    width, height, depth, colour, interlaced = struct.unpack(">IIBBxxB", file.read(13))
+    if any(last_row.tobytes()) and not interlaced:
+        return False
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    bits = depth * _PNG_CHANNELS[colour]
+    needed = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    return _inflated_size(_png_pixel_data(file), needed) < needed
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of each chunk, the file standing at its data; none if this is no PNG."""
+    file.seek(0)
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        end = file.tell() + length + 4
+        yield kind, length
+        file.seek(end)
+
+
+def _png_pixel_data(file: BinaryIO) -> Iterator[bytes]:
+    for kind, length in _png_chunks(file):
+        if kind == b"IDAT":
+            for start in range(0, length, 1 << 16):
+                yield file.read(min(1 << 16, length - start))
+
+
+def _inflated_size(pieces: Iterator[bytes], enough: int) -> int:
+    inflater, size = zlib.decompressobj(), 0
+    for piece in pieces:
+        while piece and size < enough:
+            size += len(inflater.decompress(piece, 1 << 20))
+            piece = inflater.unconsumed_tail
+    return size
+
+
+def _damage(name: str, error: Exception) -> ImageError:
+    reason = str(error) or type(error).__name__
+    if "too large" in reason:  # a metadata chunk that inflates beyond Pillow's limit
+        return ImageError(f"{_shown(name)}: {reason}", "too_large")
+    cut_short = isinstance(error, EOFError) or "truncated" in reason.lower()
+    return ImageError(f"{_shown(name)}: {reason}", "truncated" if cut_short else "corrupt")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)

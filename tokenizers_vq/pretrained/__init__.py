@@ -1,0 +1,1 @@
+"""Image tokenizers of transformers and diffusers behind our interface."""

@@ -1,0 +1,1 @@
+"""Vector quantization: codebooks, residual quantization, FSQ."""

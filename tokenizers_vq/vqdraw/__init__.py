@@ -1,0 +1,1 @@
+"""VQ-DRAW for images and text."""

@@ -1,0 +1,55 @@
+"""Text VQ-DRAW beside a residual 1-D VQ-VAE of the same bits and the same cost: what share of held-out bytes comes back right.
+
+    python training/experiments/compare_text_tokenizers.py DATA SECONDS
+
+Both read spans of up to 8 bytes as 4 codes of 64, about one bit a byte each, and train for so many CPU seconds.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from cpu_time_budget import train_for
+
+from tok2img.data.loading import load_captioned_images
+from tok2img.evaluation.reports import open_unseen
+from tok2img.evaluation.text_metrics import evaluate_text_tokenizer
+from tok2img.recipes.build_tokenizer import build_text_model
+from tok2img.recipes.config import TokenizerRecipe
+
+SHARED: dict[str, Any] = {"span_length": 8, "span_unit": "words", "codebook_size": 64, "dilations": [1, 2, 4, 8, 16]}
+MODELS: dict[str, dict[str, Any]] = {
+    "vqdraw": {"num_stages": 4, "hidden_channels": 96, "aux_coeff": 0.001},
+    "vqvae": {"num_levels": 4, "hidden_channels": 192},
+}
+BATCH_SIZE = 16
+LEARNING_RATES = {"vqdraw": 4e-3, "vqvae": 2e-3}
+ROWS_TO_START_FROM = 4000
+
+
+def main(data: str, seconds: float, *, max_texts: int = 1000) -> dict[str, Any]:
+    """Train both, and print their curves."""
+    torch.manual_seed(0)
+    rows = load_captioned_images(data, with_images=False)
+    texts = open_unseen(data, with_images=False, max_rows=max_texts)["caption"][:]
+    curves: dict[str, Any] = {}
+    for name, settings in MODELS.items():
+        model = build_text_model(TokenizerRecipe(tokenizer=f"{name}_text", model=SHARED | settings), rows)
+        symbols = model.symbols(rows["caption"][:])
+        steps = train_for(
+            model,
+            symbols[torch.randperm(len(symbols))],
+            seconds=seconds,
+            learning_rate=LEARNING_RATES[name],
+            batch_size=BATCH_SIZE,
+            rows_to_start_from=ROWS_TO_START_FROM,
+        )
+        report = evaluate_text_tokenizer(model.eval(), texts)
+        curves |= {"bits_per_byte": report["bits_per_byte"], name: report["byte_accuracy"], f"{name}_steps": steps}
+    print(json.dumps(curves, indent=2))
+    return curves
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))
