@@ -27,7 +27,7 @@ Draw = Callable[[], object]
 
 
 def dalle_pytorch(layout: SequenceLayout) -> Any:
-    """lucidrains/DALLE-pytorch with its class's defaults, its pictures left as codes; None without its checkout."""
+    """lucidrains/DALLE-pytorch with its class's defaults, its images left as codes; None without its checkout."""
     peer: Any = import_peer("dalle_pytorch", unused=UNUSED_BY_DALLE)
     if peer is None:
         return None

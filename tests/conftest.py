@@ -74,16 +74,16 @@ def seeded():
     torch.manual_seed(0)
 
 
-def smooth_pictures(num: int = 6) -> Tensor:
-    """Smooth coloured pictures, `num 3 8 8` in [0, 1], all different."""
+def smooth_images(num: int = 6) -> Tensor:
+    """Smooth coloured images, `num 3 8 8` in [0, 1], all different."""
     corners = torch.rand(num, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.interpolate(corners, size=8, mode="bilinear", align_corners=True)
 
 
 @pytest.fixture
 def images() -> Tensor:
-    """Six smooth coloured pictures."""
-    return smooth_pictures()
+    """Six smooth coloured images."""
+    return smooth_images()
 
 
 def small_vqvae(**settings: Any) -> VQVAE:
@@ -91,7 +91,7 @@ def small_vqvae(**settings: Any) -> VQVAE:
     torch.manual_seed(0)
     sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
     model = VQVAE(VQVAEConfig(**sizes, **settings)).eval()
-    model.start_from_data(smooth_pictures(100))
+    model.init_from_data(smooth_images(100))
     return model
 
 
@@ -104,7 +104,7 @@ def tiny_vqvae() -> VQVAE:
 @pytest.fixture
 def tiny_residual() -> VQVAE:
     """Two levels of 2x2 codes that add up."""
-    return small_vqvae(quantizer="residual", num_levels=2)
+    return small_vqvae(quantizer="residual", num_quantizers=2)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def tiny_fsq() -> VQVAE:
 
 @pytest.fixture
 def tiny_vqvae2() -> VQVAE:
-    """One code for the whole picture, then 2x2."""
+    """One code for the whole image, then 2x2."""
     return small_vqvae(num_grids=2)
 
 
@@ -138,11 +138,11 @@ def tiny_vqdraw(images) -> VQDrawForImages:
 
 @cache
 def tiny_pretrained(family: str) -> PretrainedImageTokenizer:
-    """2x2 codes of 16 entries, which lie near what the pictures give and differ in length, in eval mode."""
+    """2x2 codes of 16 entries, which lie near what the images give and differ in length, in eval mode."""
     torch.manual_seed(0)
     tokenizer = PretrainedImageTokenizer.wrap(build(family, TINY_SETTINGS[family]), image_size=8)
     with torch.no_grad():
-        vectors = tokenizer.family.latents(tokenizer.model, tokenizer.normalize(smooth_pictures()))
+        vectors = tokenizer.family.latents(tokenizer.model, tokenizer.normalize(smooth_images()))
         entries = vectors.movedim(1, -1).flatten(0, 2)[:16] * torch.linspace(0.7, 1.4, 16)[:, None]
         weight: Tensor = tokenizer.get_parameter("model.quantize.embedding.weight")
         weight.copy_(entries)
@@ -184,7 +184,7 @@ def text_tokenizer() -> TextTokenizer:
 
 
 @pytest.fixture
-def pictures(images: Tensor) -> list[PILImage.Image]:
+def pil_images(images: Tensor) -> list[PILImage.Image]:
     return images_from_pixels(images)
 
 
@@ -199,16 +199,18 @@ def stage_processor(tiny_vqdraw, text_tokenizer) -> Tok2ImgProcessor:
 
 
 @pytest.fixture
-def rows(pictures, captions, tmp_path) -> Dataset:
-    """Six captioned pictures in a Parquet file, so that `map` has a cache."""
-    data = Dataset.from_dict({"image": pictures, "caption": captions}).cast_column("image", Image())
+def rows(pil_images, captions, tmp_path) -> Dataset:
+    """Six captioned images in a Parquet file, so that `map` has a cache."""
+    data = Dataset.from_dict({"image": pil_images, "caption": captions}).cast_column("image", Image())
     data.to_parquet(str(tmp_path / "rows.parquet"))
     return Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture(params=[(4,), (1, 1, 1, 1), (2, 2), (1, 3)], ids=["shared", "staged", "levels", "grids"])
 def layout(request) -> SequenceLayout:
-    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, code_groups=request.param)
+    return SequenceLayout(
+        text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, positions_per_codebook=request.param
+    )
 
 
 @pytest.fixture(params=["qwen3", "llama", "gpt2"])

@@ -1,4 +1,4 @@
-"""Train your own DALL-E: captioned pictures to discrete tokens, a plain Hugging Face GPT on them, and pictures from captions.
+"""Train your own DALL-E: captioned images to discrete tokens, a plain Hugging Face GPT on them, and images from captions.
 
 Names load when they are first used, so that `tok2img --help` needs neither torch nor transformers.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .tokenization.layout import SequenceLayout
     from .tokenization.map_function import TokenizeBatch, tokenize_dataset
     from .tokenization.processor import Tok2ImgProcessor
-    from .tokenization.span_text_tokenizer import SpanTextTokenizer, load_text_tokenizer
+    from .tokenization.span_text_tokenizer import DiscreteTextTokenizer, load_text_tokenizer
     from .tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
     from .trainer.trainer import Trainer
 
@@ -37,14 +37,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # `transformers.pipeline("text-to-image", model=folder)` finds a pipeline of ours.
 register_when_wanted()
 
-HOME = {
+_LAZY_IMPORTS = {
     "ClipRanker": "pipelines.clip_ranker",
     "ImageToTextPipeline": "pipelines.image_to_text",
     "LayoutLogitsProcessor": "generation.generate",
     "PriorWithLoss": "prior.loss",
     "Sampling": "generation.sampling",
     "SequenceLayout": "tokenization.layout",
-    "SpanTextTokenizer": "tokenization.span_text_tokenizer",
+    "DiscreteTextTokenizer": "tokenization.span_text_tokenizer",
     "SubwordTokenizer": "tokenization.text_tokenizer",
     "TextToImagePipeline": "pipelines.text_to_image",
     "TextTokenizer": "tokenization.text_tokenizer",
@@ -67,7 +67,7 @@ __all__ = [
     "PriorWithLoss",
     "Sampling",
     "SequenceLayout",
-    "SpanTextTokenizer",
+    "DiscreteTextTokenizer",
     "SubwordTokenizer",
     "TextToImagePipeline",
     "TextTokenizer",
@@ -85,10 +85,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOME:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'tok2img' has no attribute {name!r}")
-    return getattr(import_module(f".{HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_LAZY_IMPORTS[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *HOME])
+    return sorted([*globals(), *_LAZY_IMPORTS])

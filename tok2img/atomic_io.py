@@ -36,16 +36,16 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def put_in_place(building: Path, target: Path) -> None:
+def commit_folder(building: Path, target: Path) -> None:
     """Give a folder that is built the name it was built for, in place of the one before, when all of it is on the disk."""
-    settle(building)
+    fsync_tree(building)
     remove_folder(target)
     building.rename(target)
-    bring_to_disk(target.parent)
+    fsync_path(target.parent)
 
 
 @contextmanager
-def added_to(folder: str | Path) -> Iterator[Path]:
+def staged_update(folder: str | Path) -> Iterator[Path]:
     """A folder to build in, whose files take their places in `folder` one by one when the block ends well; other files there stay."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +53,12 @@ def added_to(folder: str | Path) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
-        settle(building)
+        fsync_tree(building)
         for file in files_in(building):
             place = folder / file.relative_to(building)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
-        bring_to_disk(folder)
+        fsync_path(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -69,7 +69,7 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
+def try_lock(folder: Path) -> Iterator[bool]:
     """Whether a folder is there and nobody else has claimed it; until the block ends, or this process, nobody else can.
 
     On Windows, which has no such locks, the claim is taken for granted.
@@ -105,25 +105,25 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def sweep(folder: str | Path, name: str = "*") -> None:
+def remove_stale_temporaries(folder: str | Path, name: str = "*") -> None:
     """Clear away what was left unfinished in a folder, of one name or of all, when it was killed."""
     for left in Path(folder).glob(f".{name}{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
         left.unlink(missing_ok=True)
 
 
-def settle(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Give files the mode of the umask, and bring them and their folders to the disk."""
     umask = os.umask(0)
     os.umask(umask)
     for file in files_in(folder):
         file.chmod(0o666 & ~umask)
-        bring_to_disk(file)
+        fsync_path(file)
     for each in {file.parent for file in files_in(folder)} | {folder}:
-        bring_to_disk(each)
+        fsync_path(each)
 
 
-def bring_to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file, or the list of a folder's files, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

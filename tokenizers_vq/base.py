@@ -14,15 +14,15 @@ from .loading import (
     CONFIG_FILE,
     OF_DOWNLOADS,
     build_config,
+    build_on_meta,
+    check_state_dict_matches,
     first_line,
     local_folder,
-    on_meta,
     read_config,
     read_tensors,
-    refuse_misfit,
     refuse_non_finite,
 )
-from .validation import check_number, check_range, refuse_unknown
+from .validation import check_known_fields, check_number, check_range
 
 # Keys that `save_pretrained` writes into config.json beside the fields of the class.
 WRITTEN_BY_TRANSFORMERS = {
@@ -44,14 +44,14 @@ class DiscreteTokenizerConfig(PreTrainedConfig):
     """
 
     base_config_key = "tokenizer_config"
-    may_be_zero: ClassVar[frozenset[str]] = frozenset()  # counts whose default is above zero
+    zero_allowed: ClassVar[frozenset[str]] = frozenset()  # counts whose default is above zero
 
     def __post_init__(self, **other: Any) -> None:
         known = {field.name for field in fields(type(self))}
         unknown = other.keys() - WRITTEN_BY_TRANSFORMERS
-        refuse_unknown(type(self).__name__, unknown, known, listed=own_fields(type(self)))
+        check_known_fields(type(self).__name__, unknown, known, listed=own_fields(type(self)))
         for name in own_fields(type(self)):
-            default = 0 if name in self.may_be_zero else getattr(type(self), name, None)
+            default = 0 if name in self.zero_allowed else getattr(type(self), name, None)
             check_number(type(self).__name__, name, getattr(self, name), default)
         super().__post_init__(**other)
 
@@ -68,7 +68,7 @@ class TokenizerOutput(ModelOutput):
 
     Attributes:
         loss: what training lowers, a scalar.
-        reconstruction: like the input, `b c h w` in [0, 1] for pictures.
+        reconstruction: like the input, `b c h w` in [0, 1] for images.
         codes: `b n` int64.
         metrics: detached scalars worth a line in the log.
     """
@@ -82,7 +82,7 @@ class TokenizerOutput(ModelOutput):
 class DiscreteTokenizer(PreTrainedModel):
     """A model that turns each example into `num_codes` integers below `codebook_size`, and back.
 
-    Pictures go in and come out as `pixel_values`, `b c h w` floats in [0, 1]; what normalisation a model wants is in its config
+    Images go in and come out as `pixel_values`, `b c h w` floats in [0, 1]; what normalisation a model wants is in its config
     and happens inside.
     """
 
@@ -104,7 +104,7 @@ class DiscreteTokenizer(PreTrainedModel):
         raise NotImplementedError
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """How many positions in a row read from one codebook: `(64,)` for a grid, `(1,) * 10` for stages, `(16, 64)` for two grids."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class DiscreteTokenizer(PreTrainedModel):
         return []
 
     @property
-    def prefixes_decode(self) -> bool:
+    def supports_prefix_decoding(self) -> bool:
         """Whether the first few codes of an example decode too, to what it is so far."""
         return False
 
@@ -121,7 +121,7 @@ class DiscreteTokenizer(PreTrainedModel):
         """`b c h w` floats in [0, 1] -> codes `b n` int64, in float32 and without gradient."""
         raise NotImplementedError
 
-    def encode_for_training(self, pixel_values: Tensor) -> Tensor:
+    def encode_with_search(self, pixel_values: Tensor) -> Tensor:
         """As `encode`, for a data set that is tokenized once: with the better search, where a tokenizer knows one."""
         return self.encode(pixel_values)
 
@@ -129,16 +129,16 @@ class DiscreteTokenizer(PreTrainedModel):
         """Codes `b n` -> `b c h w` floats in [0, 1]. ValueError for codes of another shape, type or range."""
         raise NotImplementedError
 
-    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
-        """The picture `b c h w` after each of the codes `b n` that changes it: here all at once, in one stage."""
+    def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
+        """The image `b c h w` after each of the codes `b n` that changes it: here all at once, in one stage."""
         yield self.decode(codes)
 
     @property
-    def rows_to_start_from(self) -> int:
-        """How many examples `start_from_data` is to be shown, at most; 0 where nothing is placed by data."""
+    def num_init_examples(self) -> int:
+        """How many examples `init_from_data` is to be shown, at most; 0 where nothing is placed by data."""
         return 0
 
-    def start_from_data(self, pixel_values: Tensor, /) -> None:
+    def init_from_data(self, pixel_values: Tensor, /) -> None:
         """Place what is placed by looking at data, from a batch of the training set, before the first step."""
 
     def check_codes(self, codes: Tensor, *, prefix: bool = False, num_codes: int = 0) -> None:
@@ -176,7 +176,7 @@ class DiscreteTokenizer(PreTrainedModel):
             folder = local_folder(name, **kwargs)
             saved = cls.saved_config(folder)
             config = config or saved
-            refuse_misfit(on_meta(lambda: cls(config), folder), folder)
+            check_state_dict_matches(build_on_meta(lambda: cls(config), folder), folder)
             settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *OF_DOWNLOADS)}
             # By its tensors, not by its folder: of a folder transformers opens whatever it knows, pickles too.
             settings |= {"config": config, "state_dict": read_tensors(folder), "dtype": torch.float32}

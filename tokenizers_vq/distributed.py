@@ -10,52 +10,52 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def among_ranks() -> bool:
+def is_distributed() -> bool:
     """Whether other processes train with this one."""
     return dist.is_available() and dist.is_initialized()
 
 
-def num_ranks() -> int:
+def get_world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if among_ranks() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def own_rank() -> int:
+def get_rank() -> int:
     """Which of them this one is."""
-    return dist.get_rank() if among_ranks() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
-def summed_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of what all processes have, in all of them; written into the tensor itself."""
-    if among_ranks():
+    if is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def each_summed_over_ranks(*parts: Tensor) -> tuple[Tensor, ...]:
     """The sums of several tensors of one type over all processes, in one call; of one process alone the tensors as they are."""
-    if not among_ranks():
+    if not is_distributed():
         return parts
-    flat = summed_over_ranks(torch.cat([part.flatten() for part in parts]))
+    flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
 
 
-def of_first_rank(drawn: Tensor) -> Tensor:
+def broadcast_from_rank0(drawn: Tensor) -> Tensor:
     """What the first process has, in all of them; written into the tensor itself."""
-    if among_ranks():
+    if is_distributed():
         dist.broadcast(drawn, src=0)
     return drawn
 
 
 def own_part_of_noise(like: Tensor) -> Tensor:
     """Exponential noise for values `n`: this process's part of one draw for all of them, as long as they draw alike."""
-    return like.new_empty(num_ranks(), len(like)).exponential_()[own_rank()]
+    return like.new_empty(get_world_size(), len(like)).exponential_()[get_rank()]
 
 
-def own_shares(of_all: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def local_slices(of_all: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Of one draw `n ...` for all rows of a step, what falls on each batch of this process; all processes have batches of these sizes."""
-    return list(of_all.split([size for size in sizes for _ in range(num_ranks())])[own_rank() :: num_ranks()])
+    return list(of_all.split([size for size in sizes for _ in range(get_world_size())])[get_rank() :: get_world_size()])
 
 
 def best_of_ranks(keys: Tensor, rows: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ def best_of_ranks(keys: Tensor, rows: Tensor) -> Tensor:
 
     Where there are fewer than `k`, they come again from the start.
     """
-    all_keys = keys.new_zeros(num_ranks(), len(keys))
-    all_keys[own_rank()] = keys
-    all_keys = summed_over_ranks(all_keys).flatten()
+    all_keys = keys.new_zeros(get_world_size(), len(keys))
+    all_keys[get_rank()] = keys
+    all_keys = all_reduce_sum(all_keys).flatten()
     num_there = (all_keys > -torch.inf).sum().clamp(1, len(keys))
     best = all_keys.argsort(descending=True)[torch.arange(len(keys), device=keys.device) % num_there]
-    is_own = best // len(keys) == own_rank()
-    return summed_over_ranks(torch.where(is_own[:, None], rows[best % len(keys)], 0))
+    is_own = best // len(keys) == get_rank()
+    return all_reduce_sum(torch.where(is_own[:, None], rows[best % len(keys)], 0))

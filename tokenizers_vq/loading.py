@@ -66,7 +66,7 @@ def refuse_non_model(folder: str | Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; ValueError for anything else, OSError where it cannot be read."""
-    refuse_irregular(path)
+    check_regular_file(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: more than {MAX_JSON_BYTES} bytes of settings")
     try:
@@ -128,7 +128,7 @@ def tensor_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in weight_files(Path(folder)):
-        refuse_irregular(file)
+        check_regular_file(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it has no other way
@@ -173,8 +173,8 @@ def load_by_tensors(
     Raises:
         ValueError: for a config that describes no model, or one that is larger than its weights, and tensors that are damaged.
     """
-    empty: Any = on_meta(lambda: build(config), folder)
-    refuse_larger(empty, folder)
+    empty: Any = build_on_meta(lambda: build(config), folder)
+    check_size(empty, folder)
     try:
         return type(empty).from_pretrained(
             None,
@@ -188,13 +188,13 @@ def load_by_tensors(
         raise ValueError(f"{folder}: {first_line(error)}") from error
 
 
-def refuse_irregular(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """ValueError for what is no file: a device may never end, and to open a pipe hangs."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is not a regular file")
 
 
-def on_meta(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+def build_on_meta(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     """A model without memory; ValueError where its settings describe none."""
     try:
         with torch.device("meta"):
@@ -203,7 +203,7 @@ def on_meta(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
         raise ValueError(f"{Path(folder, CONFIG_FILE)} describes no model: {first_line(error)}") from error
 
 
-def refuse_misfit(model: nn.Module, folder: str | Path) -> None:
+def check_state_dict_matches(model: nn.Module, folder: str | Path) -> None:
     """ValueError for a folder whose tensors are not those of a model: absent, unknown, of another shape or kind."""
     held, wanted = tensor_headers(folder), model.state_dict()
     unfit = sorted(name for name, tensor in wanted.items() if not holds(held.get(name), tensor))
@@ -218,7 +218,7 @@ def holds(header: tuple[str, tuple[int, ...]] | None, tensor: Tensor) -> bool:
     return header is not None and header[1] == tensor.shape and (header[0] in FLOATS) == tensor.is_floating_point()
 
 
-def refuse_larger(model: nn.Module, folder: str | Path) -> None:
+def check_size(model: nn.Module, folder: str | Path) -> None:
     """ValueError for a folder that says it holds a model of more than twice the numbers that its weights have, or of another kind.
 
     For models whose tensors may have other names in their files; twice, for a head may be tied to the embeddings.
@@ -235,7 +235,7 @@ def refuse_larger(model: nn.Module, folder: str | Path) -> None:
         )
 
 
-def unfilled_tensors(info: dict[str, Any]) -> list[str]:
+def missing_or_mismatched_keys(info: dict[str, Any]) -> list[str]:
     """Names of the tensors that loading did not fill, by the report of `from_pretrained`: those absent, then those of another shape."""
     return sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
 

@@ -15,7 +15,7 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig
 from .validation import check_choice, check_counts
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # the symbol at a position that does not matter, as in torch's cross entropy
+IGNORE_INDEX = -100  # the symbol at a position that does not matter, as in torch's cross entropy
 SPAN_UNITS = ("bytes", "words", "word")
 WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 UNKNOWN = ord("?")  # stands for every byte outside the alphabet
@@ -50,7 +50,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
     """Codes that each cover a span of a text's bytes, one or more of them a span.
 
     Codes are `b (n s)`: the first of all spans, then the second of all. A span past the end of its text has code 0 throughout. Models
-    define `encode_symbols` and `symbols_given`; the rest follows.
+    define `encode_symbols` and `decode_with_mask`; the rest follows.
     """
 
     config: Any  # a `TextSpanConfig`; what kind of one, each model says
@@ -66,7 +66,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         """Symbols `b t` -> codes `b (n s)`; ValueError for symbols of another shape, type or range."""
         raise NotImplementedError
 
-    def symbols_given(self, codes: Tensor, given: Tensor) -> Tensor:
+    def decode_with_mask(self, codes: Tensor, given: Tensor) -> Tensor:
         """What texts say, symbols `b t`, if no more is known of their codes `b (n s)` than the first few of each span.
 
         Args:
@@ -97,24 +97,26 @@ class TextSpanTokenizer(DiscreteTokenizer):
         """
         if isinstance(texts, str):
             raise ValueError(f"texts must be a list of texts, got one: {texts!r:.60}")
-        rows, num_cut = [], 0
+        rows, count_truncated = [], 0
         for number, text in enumerate(texts):
             try:
                 content = text.encode()
             except (AttributeError, UnicodeEncodeError) as error:
                 raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
-            pieces = self.first_pieces(content)
+            pieces = self.first_chunks(content)
             if len(pieces) > self.num_spans:
-                num_cut += 1
-                pieces = self.first_pieces(whole_characters(b"".join(pieces[: self.num_spans])))
+                count_truncated += 1
+                pieces = self.first_chunks(whole_characters(b"".join(pieces[: self.num_spans])))
             spans = ([self.symbol_of_byte[byte] for byte in piece] for piece in pieces)
             row = [symbol for span in spans for symbol in span + [self.end] * (self.span_length - len(span))]
             rows.append(row + [self.end] * (self.config.max_length - len(row)))
-        if num_cut:
-            logger.warning("%d of %d texts are longer than %d spans and were cut", num_cut, len(texts), self.num_spans)
+        if count_truncated:
+            logger.warning(
+                "%d of %d texts are longer than %d spans and were cut", count_truncated, len(texts), self.num_spans
+            )
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
 
-    def first_pieces(self, content: bytes) -> list[bytes]:
+    def first_chunks(self, content: bytes) -> list[bytes]:
         """Those of the pieces that there are spans for, and of a text that is cut one more: no work on the rest of a megabyte."""
         return list(islice(self.pieces(content), self.num_spans + 1))
 
@@ -129,7 +131,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
 
     def spans_of(self, text: str) -> int:
         """Spans that hold a text and its end; more than `num_spans` where it will be cut."""
-        pieces = self.first_pieces(text.encode())
+        pieces = self.first_chunks(text.encode())
         fits_exactly = len(pieces) == self.num_spans
         holds_end = self.config.span_unit == "bytes" and bool(pieces) and len(pieces[-1]) < self.span_length
         return len(pieces) + (not fits_exactly and not holds_end)
@@ -143,11 +145,11 @@ class TextSpanTokenizer(DiscreteTokenizer):
     def live(self, symbols: Tensor) -> Tensor:
         """Where symbols `b t` are a text or its end, and not merely what fills up; `b t` booleans."""
         if self.config.span_unit == "bytes":
-            return up_to_first(symbols == self.end)
+            return before_first(symbols == self.end)
         ends = rearrange(symbols == self.end, "b (s t) -> b s t", t=self.span_length)
-        return (up_to_first(ends) & up_to_first(ends[:, :, 0])[..., None]).flatten(1)
+        return (before_first(ends) & before_first(ends[:, :, 0])[..., None]).flatten(1)
 
-    def live_spans(self, symbols: Tensor) -> Tensor:
+    def valid_spans(self, symbols: Tensor) -> Tensor:
         """Which spans of symbols `b t` hold any of the text or its end, `b s`."""
         return rearrange(self.live(symbols), "b (s t) -> b s t", t=self.span_length).any(dim=2)
 
@@ -163,7 +165,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
     def target(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> what the spans shall hold, `(b s) t`: what merely fills up is free."""
         self.check_symbols(symbols)
-        return rearrange(symbols.where(self.live(symbols), IGNORED), "b (s t) -> (b s) t", s=self.num_spans)
+        return rearrange(symbols.where(self.live(symbols), IGNORE_INDEX), "b (s t) -> (b s) t", s=self.num_spans)
 
     @torch.no_grad()
     def encode(self, texts: Any) -> Tensor:
@@ -180,10 +182,10 @@ class TextSpanTokenizer(DiscreteTokenizer):
     @torch.no_grad()
     def decode_symbols(self, codes: Tensor) -> Tensor:
         """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
-        return self.symbols_given(*self.in_whole_stages(codes))
+        return self.decode_with_mask(*self.in_whole_stages(codes))
 
     @torch.no_grad()
-    def decode_stages(self, codes: Tensor) -> Iterator[Any]:
+    def decode_progressively(self, codes: Tensor) -> Iterator[Any]:
         """The texts after the first codes `b (n s)` of all spans, after the second and so on."""
         for symbols in self.symbols_after_stages(codes):
             yield self.texts(symbols)
@@ -193,7 +195,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
         whole, given = self.in_whole_stages(codes)
         for last in range(self.num_spans, whole.shape[1] + 1, self.num_spans):
-            yield self.symbols_given(whole[:, :last], given[:, :last])
+            yield self.decode_with_mask(whole[:, :last], given[:, :last])
 
     def in_whole_stages(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `b (n s)`, or the first few, filled up to a code for each span; and which of them were given, alike.
@@ -201,7 +203,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         Raises:
             ValueError: for codes of another number, type or range.
         """
-        self.check_codes(codes, prefix=self.prefixes_decode)
+        self.check_codes(codes, prefix=self.supports_prefix_decoding)
         whole = F.pad(codes.long(), (0, -codes.shape[1] % self.num_spans))
         given = torch.arange(whole.shape[1], device=codes.device) < codes.shape[1]
         return whole, given.expand(whole.shape)
@@ -233,6 +235,6 @@ def joined(words: Iterable[bytes], length: int) -> Iterator[bytes]:
         yield together
 
 
-def up_to_first(is_end: Tensor) -> Tensor:
+def before_first(is_end: Tensor) -> Tensor:
     """Booleans `... t` -> where none before is true."""
     return is_end.cumsum(dim=-1) - is_end.long() == 0

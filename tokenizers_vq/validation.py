@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 # The most that a setting may be; where something is built or counted one by one, less.
-MOST, MOST_PARTS = 2**24, 2**8
-DIVISORS = {"pixel_std"}  # numbers that must not be 0
+MAX_INT, MOST_PARTS = 2**24, 2**8
+MUST_BE_POSITIVE = {"pixel_std"}  # numbers that must not be 0
 CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
-MOST_OF = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
+MAX_BY_FIELD = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
     f"num_{parts}": MOST_PARTS
     for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
 }
 
 
-def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], *, listed: Iterable[str]) -> None:
+def check_known_fields(owner: str, names: Iterable[str], known: Iterable[str], *, listed: Iterable[str]) -> None:
     """Refuse the first of the names, none of which the owner knows, with the nearest that it does, or else those listed."""
     for name in sorted(names):
         near = difflib.get_close_matches(name, sorted(known), n=1)
@@ -35,13 +35,13 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
     elif isinstance(default, str):
         fits, wanted = isinstance(value, str), "a name"
     elif isinstance(default, int):
-        least, most = min(default, 1), MOST_OF.get(name, MOST)
+        least, most = min(default, 1), MAX_BY_FIELD.get(name, MAX_INT)
         fits, wanted = (
             is_whole(value) and least <= value <= most,
             f"a whole number of at least {least} and at most {most}",
         )
     elif isinstance(default, float):
-        divides = name in DIVISORS
+        divides = name in MUST_BE_POSITIVE
         fits = is_number(value) and (value > 0 if divides else value >= 0)
         wanted = "a number above 0" if divides else "a number of at least 0"
     else:
@@ -63,7 +63,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def check_counts(name: str, values: Any, *, least: int = 1) -> None:
     """Refuse what is no list of a few whole numbers."""
     fits = isinstance(values, list | tuple) and 0 < len(values) <= MOST_PARTS
-    if not fits or not all(is_whole(value) and least <= value <= MOST for value in values):
+    if not fits or not all(is_whole(value) and least <= value <= MAX_INT for value in values):
         raise ValueError(f"{name} must be whole numbers of at least {least}, got {str(values):.80}")
 
 
@@ -83,10 +83,10 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
 
 
 def check_range(codes: Tensor, codebook_size: int) -> None:
-    """Refuse codes that are no integers, or that name no entry, where that is `worth_checking`."""
+    """Refuse codes that are no integers, or that name no entry, where that is `should_validate`."""
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"codes must be integers, got {codes.dtype}")
-    if not worth_checking(codes):
+    if not should_validate(codes):
         return
     least, most = (int(extreme) for extreme in codes.aminmax())
     if least < 0 or most >= codebook_size:
@@ -112,8 +112,8 @@ def all_finite(values: Tensor) -> bool:
 
 
 @contextmanager
-def checked_before() -> Iterator[None]:
-    """Within it, nobody checks what codes and pictures hold (their shapes and types, yes): they were checked, or are of our own making."""
+def skip_validation() -> Iterator[None]:
+    """Within it, nobody checks what codes and images hold (their shapes and types, yes): they were checked, or are of our own making."""
     token = CHECKED.set(True)
     try:
         yield
@@ -121,11 +121,11 @@ def checked_before() -> Iterator[None]:
         CHECKED.reset(token)
 
 
-def worth_checking(values: Tensor) -> bool:
+def should_validate(values: Tensor) -> bool:
     """Whether there is anything to check about values, and nobody has, and it can be seen."""
     return values.numel() > 0 and not torch.compiler.is_compiling() and not CHECKED.get()
 
 
-def may_look_at(values: Tensor) -> bool:
+def can_read_without_sync(values: Tensor) -> bool:
     """Whether to ask what they are costs nothing: on a CPU, outside a compiled graph."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()

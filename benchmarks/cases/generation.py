@@ -32,7 +32,7 @@ GUIDANCE_SCALES = (1.0, 3.0)
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """All codes of a batch of pictures, drawn at temperature 1 among all options; other projects have no guidance that works."""
+    """All codes of a batch of images, drawn at temperature 1 among all options; other projects have no guidance that works."""
     for num_codes in (4,) if tiny else (64, 256):
         layout = prior_layout(num_codes=num_codes, codes_shared=True, tiny=tiny)
         prior = llama(layout, tiny=tiny).eval()
@@ -63,7 +63,7 @@ def our_generate(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tenso
 
 def stock_generate(prior: Any, layout: SequenceLayout, text_ids: Tensor, guidance_scale: float) -> Tensor:
     """Text `b t` -> codes `b n`; guidance, as transformers has it, runs the model twice a token."""
-    prompt, empty = layout.prompt(text_ids), layout.prompt(layout.without_caption(len(text_ids)))
+    prompt, empty = layout.prompt(text_ids), layout.prompt(layout.null_text_ids(len(text_ids)))
     output = prior.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -1,4 +1,4 @@
-"""Reading pictures: our loader beside plain Pillow, and all the way to a normalised batch beside transformers' Pillow processor."""
+"""Reading images: our loader beside plain Pillow, and all the way to a normalised batch beside transformers' Pillow processor."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ from tokenizers_vq.images.processing import pixels_from_images
 
 from ..harness import Case, Comparison
 
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 MEAN = STD = 0.5
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
     """JPEGs of 256 and 512 pixels and PNGs of 256, and batches of some sizes from the JPEGs of 256."""
-    num = 2 if tiny else NUM_PICTURES
+    num = 2 if tiny else NUM_IMAGES
     for image_format, side in (("JPEG", 256), ("JPEG", 512), ("PNG", 256)):
         files = encoded(num, 32 if tiny else side, image_format)
         cases = [Case("ours", partial(each, files, load_image)), Case("Pillow", partial(each, files, plain))]
@@ -38,7 +38,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def encoded(num: int, side: int, image_format: str) -> list[bytes]:
-    """Files of smooth pictures with some grain, about as large as those of photographs."""
+    """Files of smooth images with some grain, about as large as those of photographs."""
     generator = torch.Generator().manual_seed(0)
     smooth = F.interpolate(torch.rand(num, 3, 16, 16, generator=generator), size=side, mode="bicubic")
     pixels = smooth + 0.03 * torch.randn(num, 3, side, side, generator=generator)
@@ -47,7 +47,7 @@ def encoded(num: int, side: int, image_format: str) -> list[bytes]:
 
 
 def as_file(levels: np.ndarray, image_format: str) -> bytes:
-    """A picture `h w c` as the bytes of a file."""
+    """An image `h w c` as the bytes of a file."""
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, image_format)
     return buffer.getvalue()
@@ -60,14 +60,14 @@ def each(files: list[bytes], load: Callable[[bytes], Image.Image]) -> None:
 
 
 def plain(data: bytes) -> Image.Image:
-    """What most code does, which shows some pictures wrong and hangs on others."""
+    """What most code does, which shows some images wrong and hangs on others."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def our_batch(files: list[bytes], image_size: int) -> Tensor:
     """Files -> normalised `b c h w`."""
-    pictures = [load_image(data, least_side=2 * image_size) for data in files]
-    pixels = pixels_from_images(pictures, image_size=image_size, num_channels=3)
+    images = [load_image(data, min_side=2 * image_size) for data in files]
+    pixels = pixels_from_images(images, image_size=image_size, num_channels=3)
     return (pixels - MEAN) / STD
 
 

@@ -101,7 +101,7 @@ def llama(layout: SequenceLayout, *, tiny: bool) -> PreTrainedModel:
 
 def captions(layout: SequenceLayout, num: int) -> Tensor:
     """Random text `num t`, the second half of it padding."""
-    text_ids = layout.without_caption(num)
+    text_ids = layout.null_text_ids(num)
     written = text_ids[:, : (layout.text_length + 1) // 2]
     written.random_(layout.text_vocab_size, generator=torch.Generator().manual_seed(0))
     return text_ids

@@ -39,13 +39,13 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
             quantizers[PEER] = PeerQuantizer(peer, codebook)
         yield from both(size, quantizers, vectors, baseline="plain")
     if peer is not None:
-        codebook_size, num_levels = (8, 2) if tiny else (512, 4)
+        codebook_size, num_quantizers = (8, 2) if tiny else (512, 4)
         stacks = {
-            "ours": our_stack(vectors, codebook_size, num_levels),
-            PEER: PeerStack(peer, vectors, codebook_size, num_levels),
+            "ours": our_stack(vectors, codebook_size, num_quantizers),
+            PEER: PeerStack(peer, vectors, codebook_size, num_quantizers),
         }
         yield from both(
-            f"{num_vectors} x {code_dim}, {num_levels} of K={codebook_size}", stacks, vectors, baseline=PEER
+            f"{num_vectors} x {code_dim}, {num_quantizers} of K={codebook_size}", stacks, vectors, baseline=PEER
         )
 
 
@@ -127,8 +127,8 @@ class DiffusersQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> QuantizerOutput:
         """`n d` -> quantized `n d`, codes `n`, loss."""
-        picture = x[None, None].movedim(-1, 1)  # `1 d 1 n`, whose vectors lie as it wants them
-        quantized, loss, (_, _, codes) = self.inner(picture)
+        image = x[None, None].movedim(-1, 1)  # `1 d 1 n`, whose vectors lie as it wants them
+        quantized, loss, (_, _, codes) = self.inner(image)
         own_share = COMMITMENT / (1 + COMMITMENT)  # its loss holds the codebook's term too, which ours has no need of
         return QuantizerOutput(quantized.movedim(1, -1)[0, 0], codes, own_share * loss)
 
@@ -136,11 +136,11 @@ class DiffusersQuantizer(nn.Module):
 class PeerStack(nn.Module):
     """The peer's residual quantizer with our settings."""
 
-    def __init__(self, peer: Any, vectors: Tensor, codebook_size: int, num_levels: int):
+    def __init__(self, peer: Any, vectors: Tensor, codebook_size: int, num_quantizers: int):
         super().__init__()
         self.inner = peer.ResidualVQ(
             dim=vectors.shape[1],
-            num_quantizers=num_levels,
+            num_quantizers=num_quantizers,
             codebook_size=codebook_size,
             decay=DECAY,
             commitment_weight=COMMITMENT,
@@ -155,9 +155,11 @@ class PeerStack(nn.Module):
         return QuantizerOutput(quantized, codes, losses.mean())
 
 
-def our_stack(vectors: Tensor, codebook_size: int, num_levels: int) -> nn.Module:
+def our_stack(vectors: Tensor, codebook_size: int, num_quantizers: int) -> nn.Module:
     """Our residual quantizer, past its k-means."""
-    stack = ResidualQuantizer(codebook_size, vectors.shape[1], num_levels, commitment=COMMITMENT, decay=DECAY)
+    stack = ResidualQuantizer(
+        codebook_size, vectors.shape[1], num_quantizers, commitment_weight=COMMITMENT, decay=DECAY
+    )
     for level in stack.quantizers():
         place(level, vectors[:codebook_size] + 0.1)
     return stack
@@ -165,7 +167,7 @@ def our_stack(vectors: Tensor, codebook_size: int, num_levels: int) -> nn.Module
 
 def our_quantizer(codebook: Tensor) -> nn.Module:
     """Our quantizer, past its k-means."""
-    quantizer = VectorQuantizer(*codebook.shape, commitment=COMMITMENT, decay=DECAY)
+    quantizer = VectorQuantizer(*codebook.shape, commitment_weight=COMMITMENT, decay=DECAY)
     place(quantizer, codebook)
     return quantizer
 

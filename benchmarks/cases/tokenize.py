@@ -1,4 +1,4 @@
-"""Tokenizing captioned pictures, beside encoding alone of the same batches: what reading, decoding and writing cost on top."""
+"""Tokenizing captioned images, beside encoding alone of the same batches: what reading, decoding and writing cost on top."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from .image_loading import encoded
 from .vqdraw import perturbed
 
 IMAGE_SIZE, FILE_SIZE = 32, 64
-NUM_PICTURES, NUM_FILES = 10_000, 512
+NUM_IMAGES, NUM_FILES = 10_000, 512
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
@@ -32,7 +32,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         f"VQ-VAE of width {width}": VQVAE(VQVAEConfig(image_size=IMAGE_SIZE, hidden_channels=width)) for width in widths
     }
     for name, model in (models | {"VQ-DRAW": perturbed(VQDrawForImages(sizes))}).items():
-        num = 4 if tiny else NUM_PICTURES // 10 if name == "VQ-DRAW" else NUM_PICTURES
+        num = 4 if tiny else NUM_IMAGES // 10 if name == "VQ-DRAW" else NUM_IMAGES
         rows = captioned(num)
         text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"][:], vocab_size=300)
         processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
@@ -40,14 +40,14 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         read = work.read(rows[:], range(num), skip=False)
         batches = pixels_from_levels(torch.from_numpy(read.levels)).split(BATCH_SIZE)
         cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
-        yield Comparison(f"{num} pictures, {name}", cases, "encode")
+        yield Comparison(f"{num} images, {name}", cases, "encode")
 
 
 def captioned(num: int) -> Dataset:
     """So many rows, some files over and over."""
     files = encoded(min(num, NUM_FILES), FILE_SIZE, "JPEG")
     cells = [{"bytes": files[row % len(files)], "path": None} for row in range(num)]
-    rows = Dataset.from_dict({"image": cells, "caption": [f"a picture of number {row}" for row in range(num)]})
+    rows = Dataset.from_dict({"image": cells, "caption": [f"an image of number {row}" for row in range(num)]})
     return rows.cast_column("image", ImageFeature(decode=False))
 
 

@@ -1,4 +1,4 @@
-"""VQ-DRAW for pictures of MNIST's size: our options, which make no step they need not, and every step in memory."""
+"""VQ-DRAW for images of MNIST's size: our options, which make no step they need not, and every step in memory."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy

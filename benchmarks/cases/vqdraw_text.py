@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizers_vq.modules.dilated_conv import rectified, with_neighbours
 from tokenizers_vq.vqdraw.core import VQDraw
-from tokenizers_vq.vqdraw.losses import CrossEntropyError
+from tokenizers_vq.vqdraw.losses import CrossEntropyLoss
 from tokenizers_vq.vqdraw.options import EmbeddedOptions, Options
 
 from ..harness import Comparison, import_peer
@@ -111,18 +111,18 @@ def build_ours(num_stages: int, length: int, num_symbols: int, tensors: dict[str
     """Our model, with the peer's weights where they are given."""
     model = VQDraw(
         OriginalTextRefiner(num_stages, length, num_symbols),
-        CrossEntropyError(num_symbols),
+        CrossEntropyLoss(num_symbols),
         state_shape=(length, num_symbols),
         num_stages=num_stages,
         codebook_size=CODEBOOK_SIZE,
         aux_coeff=AUX_COEFF,
     )
     if tensors is not None:
-        model.load_state_dict(our_names(tensors))
+        model.load_state_dict(convert_state_dict(tensors))
     return model.eval()
 
 
-def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The peer's tensors under our names and in our order of channels."""
     found = {name.removeprefix("refiner."): tensor for name, tensor in tensors.items()}
     last = f"layers.{len(DILATIONS) + 4}"

@@ -16,14 +16,25 @@ from transformers import AutoModelForCausalLM
 
 from tok2img.recipes.training_run import share_of_batch
 from tok2img.tokenization import token_dataset as tokenized
-from tok2img.trainer.checkpointing import newest_whole
+from tok2img.trainer.checkpointing import latest_valid_checkpoint
 from tok2img.trainer.training_log import load_log
 from tokenizers_vq.images.processing import images_from_pixels
 
 ON_RANKS = Path(__file__).with_name("launch.py")
 RUN = runpy.run_path(str(ON_RANKS))["run"]
 CAPTIONS = ["a red square", "a blue disc", "two green cats", "a dog on a mat", "", "a dog"]
-TINY = ["--batch-size", "8", "--warmup-steps", "1", "--sample-every", "0", "--log-every", "1", "--eval-rows", "3"]
+TINY = [
+    "--batch-size",
+    "8",
+    "--warmup-steps",
+    "1",
+    "--sample-steps",
+    "0",
+    "--logging-steps",
+    "1",
+    "--max-eval-samples",
+    "3",
+]
 TINY_VQVAE = {"hidden_channels": 8, "num_decoder_blocks": 1, "codebook_size": 24, "code_dim": 4}
 
 
@@ -39,7 +50,7 @@ def run_on_two(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    """Thirty-five captioned pictures."""
+    """Thirty-five captioned images."""
     corners = torch.rand(35, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     pixels = torch.nn.functional.interpolate(corners, size=8, mode="bilinear", align_corners=True)
     rows = {"image": images_from_pixels(pixels), "caption": [CAPTIONS[row % 6] for row in range(35)]}
@@ -56,9 +67,9 @@ def folder(data, tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("runs")
     model = [word for key, value in TINY_VQVAE.items() for word in (f"--model.{key}", str(value))]
-    tokenizer = ["train-tokenizer", "--data", data, *TINY, *model, "--max-steps", "50", "--eval-every", "25"]
+    tokenizer = ["train-tokenizer", "--data", data, *TINY, *model, "--max-steps", "50", "--eval-steps", "25"]
     tokenizer += ["--flip", "true", "--crop", "0.7"]
-    prior = ["train-prior", "--data", data, *TINY, "--max-steps", "9", "--eval-every", "3", "--depth", "1"]
+    prior = ["train-prior", "--data", data, *TINY, "--max-steps", "9", "--eval-steps", "3", "--depth", "1"]
     prior += ["--image-tokenizer", str(folder / "tokenizer-alone"), "--dropout", "0", "--vocab-size", "270"]
     prior += ["--caption-dropout", "0.3"]
     parts = [*prior, "--fsdp", "true"]
@@ -132,7 +143,7 @@ def load_whole(folder: Path) -> Any:
 
 
 def test_a_checkpoint_of_two_processes_is_whole_and_has_one_manifest(folder):
-    checkpoint = newest_whole(folder / "killed" / "checkpoints")
+    checkpoint = latest_valid_checkpoint(folder / "killed" / "checkpoints")
     assert checkpoint is not None and checkpoint.name == "checkpoint-3"
     files = {file.name for file in checkpoint.iterdir()}
     assert {"model.safetensors", "optimizer.safetensors", "random-0.safetensors", "random-1.safetensors"} <= files

@@ -27,11 +27,11 @@ def join(rank: int, port: int) -> None:
     )
 
 
-def train(rank: int, port: int, num_levels: int, folder: str) -> None:
+def train(rank: int, port: int, num_quantizers: int, folder: str) -> None:
     """Twelve steps of process `rank`: unlike vectors, unequal numbers of them, and other random numbers."""
     join(rank, port)
     torch.manual_seed(rank)
-    module = ResidualQuantizer(8, 4, num_levels) if num_levels else VectorQuantizer(8, 4)
+    module = ResidualQuantizer(8, 4, num_quantizers) if num_quantizers else VectorQuantizer(8, 4)
     module.train()
     for step in range(12):
         x = torch.randn(40 - 8 * rank, 4) + 5 * rank
@@ -42,12 +42,12 @@ def train(rank: int, port: int, num_levels: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("num_levels", [0, 2])
-def test_codebooks_of_two_processes_are_the_same_to_the_last_bit(num_levels, tmp_path):
-    torch.multiprocessing.spawn(train, args=(free_port(), num_levels, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("num_quantizers", [0, 2])
+def test_codebooks_of_two_processes_are_the_same_to_the_last_bit(num_quantizers, tmp_path):
+    torch.multiprocessing.spawn(train, args=(free_port(), num_quantizers, str(tmp_path)), nprocs=2)
     first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    codebook = first["levels.0.codebook" if num_levels else "codebook"]
+    codebook = first["levels.0.codebook" if num_quantizers else "codebook"]
     assert (codebook.mean(dim=1) < 2).any() and (codebook.mean(dim=1) > 3).any(), "it serves the data of both"
     usages = [load_file(tmp_path / f"usage{rank}")["usage"] for rank in (0, 1)]
     assert torch.equal(*usages)
@@ -60,12 +60,12 @@ def train_by_halves(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def train_on(share, *, revive: bool = True) -> VectorQuantizer:
+def train_on(share, *, replace_dead_codes: bool = True) -> VectorQuantizer:
     """Eight steps on a share of batches that wander off, so that codes fall out of use; fewer vectors than codes in the last."""
     batches = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    module = VectorQuantizer(24, 4, revive=revive).train()
-    module.start_from_data(torch.randn(100, 4, generator=batches))
+    module = VectorQuantizer(24, 4, replace_dead_codes=replace_dead_codes).train()
+    module.init_from_data(torch.randn(100, 4, generator=batches))
     for step in range(8):
         module(share(torch.randn(20 if step == 7 else 80, 4, generator=batches) + step))
     return module
@@ -74,7 +74,7 @@ def train_on(share, *, revive: bool = True) -> VectorQuantizer:
 def test_two_processes_put_codes_back_where_one_would_that_sees_both_their_halves(tmp_path):
     torch.multiprocessing.spawn(train_by_halves, args=(free_port(), str(tmp_path)), nprocs=2)
     whole, half = train_on(lambda batch: batch).state_dict(), load_file(tmp_path / "1")
-    untouched = train_on(lambda batch: batch, revive=False).codebook
+    untouched = train_on(lambda batch: batch, replace_dead_codes=False).codebook
     assert (whole["codebook"] - untouched).abs().amax(dim=1).gt(0.1).sum() > 12, "half of the codes were put back"
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name], tensor, msg=name)

@@ -2,7 +2,7 @@
 
     python tests/robustness/codes_in_any_batch.py CODES [PARQUET]
 
-CODES of every tokenizer, of the pictures of a Parquet file (column "image") or of random smooth ones, and of random texts. Prints a line
+CODES of every tokenizer, of the images of a Parquet file (column "image") or of random smooth ones, and of random texts. Prints a line
 of JSON for each tokenizer, and ends with 1 if any code differs.
 """
 
@@ -44,7 +44,7 @@ TINY = {"image_size": SIZE, "hidden_channels": 16, "feature_channels": 8, "num_r
 SPANS = {"max_length": 24, "span_length": 6, "hidden_channels": 16}
 MODELS: dict[str, Callable[[], DiscreteTokenizer]] = {
     "vqvae": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, **SMALL)),
-    "vqvae, cosine": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, cosine=True, **SMALL)),
+    "vqvae, cosine": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, use_cosine_sim=True, **SMALL)),
     "vqvae of two grids": lambda: VQVAE(VQVAEConfig(codebook_size=256, code_dim=16, num_grids=2, **SMALL)),
     "residual": lambda: VQVAE(VQVAEConfig(codebook_size=64, code_dim=16, quantizer="residual", **SMALL)),
     "fsq": lambda: VQVAE(VQVAEConfig(quantizer="fsq", **SMALL)),
@@ -57,8 +57,8 @@ MODELS: dict[str, Callable[[], DiscreteTokenizer]] = {
 }
 
 
-def pictures(num: int, parquet: str) -> Tensor:
-    """So many pictures, `b c h w`: of a file, over and over with a little noise where it has too few, or smooth random ones."""
+def images(num: int, parquet: str) -> Tensor:
+    """So many images, `b c h w`: of a file, over and over with a little noise where it has too few, or smooth random ones."""
     generator = torch.Generator().manual_seed(0)
     if not parquet:
         corners = torch.rand(num, 3, 4, 4, generator=generator)
@@ -85,7 +85,7 @@ def ready(model: DiscreteTokenizer, examples: Tensor) -> DiscreteTokenizer:
         parameter.add_(0.02 * torch.randn_like(parameter))
         if name.endswith("quantizer.view.project_in.weight"):  # of an FSQ, whose numbers lie near 0 at first
             parameter.mul_(50)
-    model.start_from_data(examples[:NUM_TO_START])
+    model.init_from_data(examples[:NUM_TO_START])
     return model.eval()
 
 
@@ -111,7 +111,7 @@ def main(num_codes: int, parquet: str = "", kinds: list[str] | None = None) -> d
         model = MODELS[kind]()
         num = -(-num_codes // model.num_codes)
         is_text = model.main_input_name == "symbols"
-        examples = texts(model, max(num, NUM_TO_START)) if is_text else pictures(max(num, NUM_TO_START), parquet)
+        examples = texts(model, max(num, NUM_TO_START)) if is_text else images(max(num, NUM_TO_START), parquet)
         model, examples = ready(model, examples), examples[:num]
         flips[kind] = flips_of(kind, model, examples)
         print(json.dumps({"tokenizer": kind, "codes": num * model.num_codes, **flips[kind]}), flush=True)

@@ -35,11 +35,11 @@ def setup() -> tuple[Dataset, Tok2ImgProcessor]:
     torch.manual_seed(0)
     config = VQVAEConfig(image_size=8, num_channels=3, hidden_channels=8, code_dim=4, codebook_size=8)
     captions = [f"number {row}" for row in range(ROWS)]
-    pictures = [Image.new("RGB", (8, 8), (row * 4, 255 - row * 4, row)) for row in range(ROWS)]
+    images = [Image.new("RGB", (8, 8), (row * 4, 255 - row * 4, row)) for row in range(ROWS)]
     processor = Tok2ImgProcessor.build(
         VQVAE(config), SubwordTokenizer.train_bpe(captions, vocab_size=300), text_length=8
     )
-    return Dataset.from_dict({"image": pictures, "caption": captions}), processor
+    return Dataset.from_dict({"image": images, "caption": captions}), processor
 
 
 def start(data: Dataset, processor: Tok2ImgProcessor, out: Path, log: Path) -> int:

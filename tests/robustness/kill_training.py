@@ -29,7 +29,7 @@ from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe, RunSettings
 from tok2img.recipes.training_run import arguments
 from tok2img.tokenization.layout import SequenceLayout
-from tok2img.trainer.checkpointing import by_step
+from tok2img.trainer.checkpointing import list_checkpoints
 from tok2img.trainer.trainer import Trainer
 from tokenizers_vq import VQVAE, VQVAEConfig
 
@@ -55,10 +55,10 @@ def settings_of(kind, out: Path, **more):
         "max_steps": STEPS,
         "batch_size": 4,
         "warmup_steps": 1,
-        "sample_every": 0,
-        "log_every": 1,
+        "sample_steps": 0,
+        "logging_steps": 1,
     }
-    return kind(**(values | {"eval_every": 0, "save_every": SAVE_EVERY} | more))
+    return kind(**(values | {"eval_steps": 0, "save_steps": SAVE_EVERY} | more))
 
 
 def prior_trainer(out: Path) -> Trainer:
@@ -115,7 +115,7 @@ def kill_until_done(
             time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        for checkpoint in by_step(out / "checkpoints").values():
+        for checkpoint in list_checkpoints(out / "checkpoints").values():
             check_manifest(checkpoint)
     os.waitpid(in_a_child(make, out), 0)
     return kills

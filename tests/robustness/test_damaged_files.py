@@ -134,7 +134,7 @@ def test_settings_without_a_model_are_refused(tiny_vqvae, tmp_path, model_type):
 
 
 @given(st.data())
-def test_codes_of_any_kind_decode_to_pictures_or_are_refused(tiny_vqvae, tiny_vqdraw, data):
+def test_codes_of_any_kind_decode_to_images_or_are_refused(tiny_vqvae, tiny_vqdraw, data):
     model = data.draw(st.sampled_from([tiny_vqvae, tiny_vqdraw]))
     dtype = data.draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32, torch.bool]))
     num_codes = data.draw(st.sampled_from([model.num_codes] * 3 + [0, 1, model.num_codes + 1]))
@@ -142,9 +142,9 @@ def test_codes_of_any_kind_decode_to_pictures_or_are_refused(tiny_vqvae, tiny_vq
     codes = torch.tensor([values], dtype=torch.long).to(dtype).view(1, num_codes)
     integers = dtype not in (torch.float32, torch.bool)
     fit = integers and all(0 <= value < model.codebook_size for value in codes.flatten().tolist())
-    if fit and (num_codes == model.num_codes or (model.prefixes_decode and 0 < num_codes < model.num_codes)):
-        pictures = model.decode(codes)
-        assert pictures.shape == (1, 3, 8, 8) and pictures.min() >= 0 and pictures.max() <= 1
+    if fit and (num_codes == model.num_codes or (model.supports_prefix_decoding and 0 < num_codes < model.num_codes)):
+        images = model.decode(codes)
+        assert images.shape == (1, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
     else:
         with pytest.raises(ValueError, match="codes must"):
             model.decode(codes)

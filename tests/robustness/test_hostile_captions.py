@@ -28,7 +28,7 @@ NO_TEXTS = [text for _, text, outcome in ROWS if outcome == "error"] + ["a\ud800
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.new("RGB", (8, 8), "red")
 
 
@@ -60,8 +60,8 @@ def test_what_is_no_text_is_refused_by_the_pipeline(pipeline, text):
         pipeline([text])
 
 
-def test_captions_come_through_map_and_shards_alike_as_text(processor, picture, tmp_path):
-    rows = Dataset.from_dict({"caption": TEXTS, "image": [picture] * len(TEXTS)})
+def test_captions_come_through_map_and_shards_alike_as_text(processor, image, tmp_path):
+    rows = Dataset.from_dict({"caption": TEXTS, "image": [image] * len(TEXTS)})
     mapped = np.array(tokenize_dataset(rows, processor)["text_ids"])
     save_tokens(rows, processor, tmp_path / "tokens")
     saved = Dataset.from_parquet(str(tmp_path / "tokens" / "*.parquet"))["text_ids"][:]
@@ -69,13 +69,13 @@ def test_captions_come_through_map_and_shards_alike_as_text(processor, picture, 
     assert (mapped == expected).all() and (np.array(saved) == expected).all()
 
 
-def test_rows_that_are_no_text_are_listed_and_the_others_kept(processor, picture, tmp_path):
-    rows = Dataset.from_dict({"caption": ["a dog", None, "[SEP]"], "image": [picture] * 3})
+def test_rows_that_are_no_text_are_listed_and_the_others_kept(processor, image, tmp_path):
+    rows = Dataset.from_dict({"caption": ["a dog", None, "[SEP]"], "image": [image] * 3})
     manifest = save_tokens(rows, processor, tmp_path / "tokens", on_error="skip")
     assert manifest["rows"] == 2 and [each["row"] for each in manifest["skipped"]] == [1]
 
 
-def test_pictures_of_hostile_captions_are_drawn(pipeline):
+def test_images_of_hostile_captions_are_drawn(pipeline):
     assert len(pipeline(TEXTS, seed=0).images) == len(TEXTS)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that are awkward, hostile or damaged, in every form that they can be given in."""
+"""Images that are awkward, hostile or damaged, in every form that they can be given in."""
 
 import io
 import json
@@ -29,14 +29,14 @@ CODES = {code for literal in get_args(ImageError.__init__.__annotations__["code"
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     if not CORPUS_SCRIPT.exists():
-        pytest.skip(f"the corpus of hostile pictures is not here: {CORPUS_SCRIPT}")
+        pytest.skip(f"the corpus of hostile images is not here: {CORPUS_SCRIPT}")
     folder = tmp_path_factory.mktemp("bad_images")
     subprocess.run([sys.executable, CORPUS_SCRIPT, folder], check=True, capture_output=True)
     return folder, json.loads((folder / "manifest.json").read_text())
 
 
 def row_of(path: Path | None, data: bytes | None) -> dict:
-    """The row of a data set whose pictures are left undecoded."""
+    """The row of a data set whose images are left undecoded."""
     cells = {"image": [{"bytes": data, "path": None if path is None else str(path)}]}
     return Dataset.from_dict(cells).cast_column("image", ImageFeature(decode=False))[0]["image"]
 
@@ -105,7 +105,7 @@ def test_no_case_of_the_corpus_takes_much_memory_or_time(corpus: tuple[Path, lis
 
 
 def originals() -> dict[str, bytes]:
-    """A small picture of some detail in every format."""
+    """A small image of some detail in every format."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     files = {}
     for image_format in FORMATS:
@@ -142,7 +142,7 @@ def damaged(data: bytes, changes: list[tuple[str, float, Any]]) -> bytes:
 
 
 @given(st.sampled_from(FORMATS), edits)
-def test_a_damaged_picture_is_rgb_or_an_error_with_a_code(image_format: str, changes: list) -> None:
+def test_a_damaged_image_is_rgb_or_an_error_with_a_code(image_format: str, changes: list) -> None:
     try:
         image = load_image(damaged(ORIGINALS[image_format], changes))
     except ImageError as error:
@@ -152,7 +152,7 @@ def test_a_damaged_picture_is_rgb_or_an_error_with_a_code(image_format: str, cha
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_picture_are_an_error_with_a_code(data: bytes) -> None:
+def test_bytes_that_are_no_image_are_an_error_with_a_code(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         load_image(data)
     assert caught.value.code in CODES

@@ -59,13 +59,13 @@ LOADERS = {
 SIZES: dict[str, tuple[str, ...]] = {
     "vqvae": ("codebook_size", "code_dim", "image_size", "num_downsamples", "num_decoder_blocks", "hidden_channels"),
     "vqvae2": ("codebook_size", "code_dim", "image_size", "num_grids"),
-    "residual": ("codebook_size", "code_dim", "image_size", "num_levels"),
+    "residual": ("codebook_size", "code_dim", "image_size", "num_quantizers"),
     "fsq": ("code_dim", "image_size", "hidden_channels"),
     "vqdraw": ("codebook_size", "feature_channels", "image_size", "num_stages", "num_residual_blocks"),
     "student": ("codebook_size", "vector_dim", "image_size", "num_stages", "num_residual_blocks"),
     "janus": ("image_size",),
     "vqdraw_text": ("codebook_size", "hidden_channels", "max_length", "num_stages", "span_length"),
-    "vqvae_text": ("codebook_size", "code_dim", "max_length", "num_levels"),
+    "vqvae_text": ("codebook_size", "code_dim", "max_length", "num_quantizers"),
     "qwen3": ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size"),
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_positions"),
     "clip": ("projection_dim",),
@@ -283,7 +283,7 @@ def build(kind: str, request: pytest.FixtureRequest, folder: Path) -> None:
     if kind == "vqdraw_text":
         VQDrawForText(VQDrawTextConfig(num_stages=2, **spans)).save_pretrained(folder)
     elif kind == "vqvae_text":
-        VQVAEForText(VQVAETextConfig(num_levels=2, code_dim=4, **spans)).save_pretrained(folder)
+        VQVAEForText(VQVAETextConfig(num_quantizers=2, code_dim=4, **spans)).save_pretrained(folder)
     elif kind == "student":
         sizes = {"image_size": 8, "num_stages": 4, "codebook_size": 8, "hidden_channels": 16, "vector_dim": 16}
         VQDrawStudent(VQDrawStudentConfig(**sizes)).save_pretrained(folder)
@@ -362,7 +362,7 @@ def test_what_lies_in_the_folders_within_is_looked_at_alike(kind, saved, tmp_pat
     assert complaints(kind, image, ("error",), saved, tmp_path) == []
     layout: dict[str, Change] = {
         f"{name}={value!r:.20}": lambda folder, name=name, value=value: rewrite(folder / "layout.json", name, value)
-        for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size", "code_groups")
+        for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size", "positions_per_codebook")
         for value in (*WRONG, BIG)
     }
     assert complaints(kind, layout, ("error",), saved, tmp_path) == []

@@ -7,12 +7,12 @@ import pytest
 from tok2img import atomic_io as whole_files
 from tok2img.atomic_io import (
     MANIFEST,
-    added_to,
     check_manifest,
+    commit_folder,
     files_in,
-    put_in_place,
     remove_folder,
-    sweep,
+    remove_stale_temporaries,
+    staged_update,
     temporary_name,
     write_manifest,
 )
@@ -54,12 +54,12 @@ def test_a_folder_built_whole_replaces_the_one_before(folder):
     building.mkdir()
     (building / "new").write_text("1")
     assert (folder / "weights").is_file()
-    put_in_place(building, folder)
+    commit_folder(building, folder)
     assert [file.name for file in files_in(folder)] == ["new"] and len(list(folder.parent.iterdir())) == 1
 
 
 def test_a_folder_that_is_not_finished_leaves_no_trace(folder):
-    with pytest.raises(RuntimeError, match="no more"), added_to(folder) as building:
+    with pytest.raises(RuntimeError, match="no more"), staged_update(folder) as building:
         (building / "new").write_text("1")
         raise RuntimeError("no more")
     check_manifest(folder)
@@ -67,7 +67,7 @@ def test_a_folder_that_is_not_finished_leaves_no_trace(folder):
 
 
 def test_added_files_take_their_places_among_others(folder):
-    with added_to(folder) as building:
+    with staged_update(folder) as building:
         (building / "inner").mkdir()
         (building / "inner" / "config").write_text("[]")
         (building / "card").write_text("hello")
@@ -78,7 +78,7 @@ def test_added_files_take_their_places_among_others(folder):
 def test_files_get_the_mode_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        with added_to(tmp_path / "model") as building:
+        with staged_update(tmp_path / "model") as building:
             (building / "weights").write_text("1")
             (building / "weights").chmod(0o600)
     finally:
@@ -89,7 +89,7 @@ def test_files_get_the_mode_of_the_umask(tmp_path):
 def test_what_a_killed_run_left_is_swept_away(folder):
     temporary_name(folder / "weights").write_text("half")
     temporary_name(folder / "inner").mkdir()
-    sweep(folder)
+    remove_stale_temporaries(folder)
     assert {path.name for path in folder.iterdir()} == {"weights", "inner", MANIFEST}
 
 

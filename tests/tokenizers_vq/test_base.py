@@ -58,12 +58,12 @@ def test_codes_are_int64_of_the_promised_length_and_range(tokenizer, images):
     codes = tokenizer.encode(images)
     assert codes.dtype == torch.int64 and codes.shape == (len(images), tokenizer.num_codes)
     assert codes.min() >= 0 and codes.max() < tokenizer.codebook_size
-    assert len(codes.unique(dim=0)) > 1, "the fixture's pictures should code differently"
+    assert len(codes.unique(dim=0)) > 1, "the fixture's images should code differently"
 
 
-def test_decoded_pictures_lie_between_0_and_1(tokenizer, images):
-    pictures = tokenizer.decode(tokenizer.encode(images))
-    assert pictures.shape == images.shape and pictures.min() >= 0 and pictures.max() <= 1
+def test_decoded_images_lie_between_0_and_1(tokenizer, images):
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    assert decoded.shape == images.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
 def test_one_example_codes_as_it_does_in_a_batch(tokenizer, images):
@@ -71,18 +71,18 @@ def test_one_example_codes_as_it_does_in_a_batch(tokenizer, images):
     assert torch.equal(alone, tokenizer.encode(images))
 
 
-def test_no_pictures_give_no_codes_and_back(tokenizer, images):
+def test_no_images_give_no_codes_and_back(tokenizer, images):
     codes = tokenizer.encode(images[:0])
     assert codes.shape == (0, tokenizer.num_codes)
     assert tokenizer.decode(codes).shape == images[:0].shape
 
 
-def test_bfloat16_autocast_does_not_change_codes_or_pictures(tokenizer, images):
+def test_bfloat16_autocast_does_not_change_codes_or_images(tokenizer, images):
     codes = tokenizer.encode(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer.encode(images), codes)
-        pictures = tokenizer.decode(codes)
-    assert torch.equal(pictures, tokenizer.decode(codes))
+        decoded = tokenizer.decode(codes)
+    assert torch.equal(decoded, tokenizer.decode(codes))
 
 
 def test_every_parameter_gets_a_gradient(tokenizer, images):
@@ -148,7 +148,7 @@ def test_codes_out_of_range_are_refused(tokenizer, wrong):
 
 @pytest.mark.parametrize("method", ["encode", "forward"])
 @pytest.mark.parametrize("shape", [(2, 3, 10, 10), (2, 1, 8, 8), (3, 8, 8)])
-def test_pictures_of_another_size_or_channel_count_are_refused_naming_both(tokenizer, method, shape):
+def test_images_of_another_size_or_channel_count_are_refused_naming_both(tokenizer, method, shape):
     got = " x ".join(map(str, shape[2:])) if shape[1] == 3 else ", ".join(map(str, shape))
     fits = "multiples of [48], got" if shape[1] == 3 else r"`b 3 .*`, got \("
     if not isinstance(tokenizer, VQVAE):

@@ -28,11 +28,11 @@ def vqdraw(**settings) -> VQDrawForText:
 
 def vqvae(**settings) -> VQVAEForText:
     torch.manual_seed(0)
-    model = VQVAEForText(VQVAETextConfig(**SPANS | {"num_levels": 3, "code_dim": 8} | settings)).eval()
+    model = VQVAEForText(VQVAETextConfig(**SPANS | {"num_quantizers": 3, "code_dim": 8} | settings)).eval()
     if model.config.quantizer == "fsq":
         with torch.no_grad():
             model.quantizer.view.project_in.weight.mul_(50)
-    model.start_from_data(model.symbols(TEXTS))
+    model.init_from_data(model.symbols(TEXTS))
     return model
 
 
@@ -41,7 +41,7 @@ MODELS = {
     "vqdraw of words": lambda: vqdraw(span_unit="words"),
     "residual": vqvae,
     "residual of words": lambda: vqvae(span_unit="words"),
-    "vector": lambda: vqvae(quantizer="vector", projected_dim=4),
+    "vector": lambda: vqvae(quantizer="vector", codebook_dim=4),
     "fsq": lambda: vqvae(quantizer="fsq", fsq_levels=[4, 3, 2]),
 }
 
@@ -72,11 +72,11 @@ def test_codes_are_int64_of_the_promised_length_and_range(model):
     assert codes.dtype == torch.int64 and codes.shape == (len(TEXTS), model.num_codes)
     assert codes.min() >= 0 and codes.max() < model.codebook_size
     assert len(codes.unique(dim=0)) > 2, "the texts should code differently"
-    assert sum(model.code_groups) == model.num_codes == torch.Size(model.code_shape).numel()
+    assert sum(model.positions_per_codebook) == model.num_codes == torch.Size(model.code_shape).numel()
 
 
 def test_codes_past_the_end_of_a_text_are_zero(model):
-    live = model.live_spans(model.symbols(TEXTS)).repeat(1, model.code_shape[0])
+    live = model.valid_spans(model.symbols(TEXTS)).repeat(1, model.code_shape[0])
     codes = model.encode(TEXTS)
     assert not codes[~live].any() and codes[live].any()
 
@@ -127,9 +127,9 @@ def test_encoding_and_decoding_change_nothing_in_the_model(model, training):
 
 def test_stages_end_in_the_whole_and_prefixes_decode_to_them(model):
     codes = model.encode(TEXTS)
-    stages = list(model.decode_stages(codes))
+    stages = list(model.decode_progressively(codes))
     assert len(stages) == model.code_shape[0] and stages[-1] == model.decode(codes)
-    if model.prefixes_decode:
+    if model.supports_prefix_decoding:
         assert [model.decode(codes[:, : 3 * count]) for count in (1, 2, 3)] == stages
         assert all(len(model.decode(codes[:, :count])) == len(TEXTS) for count in range(1, 9))
     else:
@@ -159,7 +159,7 @@ def test_codes_that_are_none_are_refused(model, change, message):
         model.decode(change(model.encode(TEXTS)))
 
 
-@pytest.mark.parametrize("method", ["encode", "forward", "start_from_data"])
+@pytest.mark.parametrize("method", ["encode", "forward", "init_from_data"])
 @pytest.mark.parametrize(
     "symbols", [torch.zeros(2, 17, dtype=torch.long), torch.full((2, 18), 300), torch.zeros(2, 18), torch.zeros(18)]
 )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import quiet
+from .output import silence_transformers
 from .train import commands as training_commands
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -18,7 +18,7 @@ Data = Annotated[
     typer.Argument(help="Parquet file or folder, image folder with captions, webdataset tars, hub name, or shapes."),
 ]
 Split = Annotated[str, typer.Option(help="Split of the data.")]
-ImageColumn = Annotated[str, typer.Option(help="Column with the pictures, where it is not plain which.")]
+ImageColumn = Annotated[str, typer.Option(help="Column with the images, where it is not plain which.")]
 CaptionColumn = Annotated[str, typer.Option(help="Column with the captions, where it is not plain which.")]
 MaxRows = Annotated[int, typer.Option(help="Use so many rows at most; 0: all.")]
 OnError = Annotated[
@@ -39,7 +39,7 @@ def demo(
         bool, typer.Option(help="A few steps of everything: shows that it runs, not what it can do.")
     ] = False,
 ) -> None:
-    """The whole job on the built-in captioned shapes, in minutes: both tokenizers, a prior, pictures, figures."""
+    """The whole job on the built-in captioned shapes, in minutes: both tokenizers, a prior, images, figures."""
     from .demo import run_demo
 
     run_demo(Path(out), quick=quick)
@@ -54,7 +54,7 @@ def tokenize(
         str,
         typer.Option(help="Folder or hub name of a text tokenizer; without it, that of the base, or BPE is learned."),
     ] = "",
-    base: Annotated[
+    base_model: Annotated[
         str, typer.Option(help="Folder or hub name of a pretrained language model that is to be the prior.")
     ] = "",
     vocab_size: Annotated[int, typer.Option(help="Of that BPE.")] = 4096,
@@ -64,7 +64,7 @@ def tokenize(
     split: Split = "train",
     image_column: ImageColumn = "",
     caption_column: CaptionColumn = "",
-    max_rows: MaxRows = 0,
+    max_samples: MaxRows = 0,
     beam_size: Annotated[
         int, typer.Option(help="Search so wide for VQ-DRAW codes; 0: as the tokenizer's config says.")
     ] = 0,
@@ -75,56 +75,56 @@ def tokenize(
     on_error: OnError = "skip",
     shard: Shard = "",
 ) -> None:
-    """Turn captioned pictures into tokens, once, for any number of training runs."""
-    quiet()
+    """Turn captioned images into tokens, once, for any number of training runs."""
+    silence_transformers()
     from tokenizers_vq.auto import load_image_tokenizer
 
     from ..data.streaming import stream_captioned_images
-    from ..recipes.build_processor import build_processor, set_search
-    from ..tokenization.token_dataset import part_of, part_of_process, save_tokens
+    from ..recipes.build_processor import build_processor, set_encode_search
+    from ..tokenization.token_dataset import part_of, save_tokens, shard_from_env
 
     image_tokenizer = load_image_tokenizer(tokenizer)
-    set_search(image_tokenizer, beam_size=beam_size, search_steps=search_steps)
+    set_encode_search(image_tokenizer, beam_size=beam_size, search_steps=search_steps)
     rows = stream_captioned_images(
-        data, split=split, image_column=image_column, caption_column=caption_column, max_rows=max_rows
+        data, split=split, image_column=image_column, caption_column=caption_column, max_samples=max_samples
     )
     processor = build_processor(
         rows.captions,
         image_tokenizer,
         text_tokenizer=text_tokenizer,
-        base=base,
+        base=base_model,
         vocab_size=vocab_size,
         text_length=text_length,
     )
-    part = part_of(shard) if shard else part_of_process()
+    part = part_of(shard) if shard else shard_from_env()
     manifest = save_tokens(rows, processor, out, num_proc=num_proc, on_error=on_error, part=part)
     if manifest is None:
         print(f"part {part[0]}/{part[1]} is done; {out} appears with the last part")
         return
     layout = processor.layout
     print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} codes: {out}")
-    say_what_is_lost(manifest, out, text_length=layout.text_length)
+    report_skipped(manifest, out, text_length=layout.text_length)
 
 
-def say_what_is_lost(manifest: dict[str, Any], out: str, *, text_length: int) -> None:
+def report_skipped(manifest: dict[str, Any], out: str, *, text_length: int) -> None:
     """Name rows that were skipped, and count captions that were cut."""
     for skipped in manifest["skipped"][:MOST_NAMED]:
         print(f"skipped row {skipped['row']}: {skipped['reason']}")
     if len(manifest["skipped"]) > MOST_NAMED:
         print(f"... {len(manifest['skipped'])} rows in all, see {out}/manifest.json")
-    if manifest["captions_cut"]:
-        print(f"{manifest['captions_cut']} captions were longer than {text_length} text tokens and were cut")
+    if manifest["num_truncated_captions"]:
+        print(f"{manifest['num_truncated_captions']} captions were longer than {text_length} text tokens and were cut")
 
 
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Folder of a trained model.")],
-    out: Annotated[str, typer.Option(help="Picture file to write: a sheet when there are several pictures.")],
+    out: Annotated[str, typer.Option(help="Image file to write: a sheet when there are several images.")],
     captions: Annotated[list[str] | None, typer.Argument(help="One caption or more.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
-    stages: Annotated[bool, typer.Option(help="Show each picture after its first codes, and after more.")] = False,
+    num_images: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
+    stages: Annotated[bool, typer.Option(help="Show each image after its first codes, and after more.")] = False,
     random_codes: Annotated[bool, typer.Option(help="Decode codes drawn at random: no prior, no caption.")] = False,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same images.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="How strongly to follow the caption; the model's own by default.")
     ] = None,
@@ -133,14 +133,14 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest codes with this probability together.")
     ] = None,
-    best_of: Annotated[int, typer.Option(help="Draw so many for each picture and keep the best.")] = 1,
+    best_of: Annotated[int, typer.Option(help="Draw so many for each image and keep the best.")] = 1,
     ranker: Annotated[
         str,
         typer.Option(help="Folder or hub name of the CLIP model that says which is best; else the model's own odds."),
     ] = "",
 ) -> None:
-    """Draw pictures of captions."""
-    quiet()
+    """Draw images of captions."""
+    silence_transformers()
     from ..visualization.image_sheets import check_suffix
 
     check_suffix(out)
@@ -163,14 +163,14 @@ def draw_captions(model: str, out: str, prompts: list[str], *, stages: bool, ran
     from ..pipelines.clip_ranker import ClipRanker
     from ..pipelines.text_to_image import TextToImagePipeline
     from ..visualization.image_sheets import captioned_sheet, save_image
-    from ..visualization.tokenizer_sheets import draw_stages
+    from ..visualization.tokenizer_sheets import stages_sheet
 
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
     judge = ClipRanker.from_pretrained(ranker) if ranker else None
     output = pipeline(prompts, ranker=judge, progress=True, **choices)
     images: Any = output.images
     if stages:
-        sheet = draw_stages(pipeline.processor.image_tokenizer, output.codes)
+        sheet = stages_sheet(pipeline.processor.image_tokenizer, output.codes)
     elif len(images) == 1:
         sheet = images[0]
     else:
@@ -180,19 +180,19 @@ def draw_captions(model: str, out: str, prompts: list[str], *, stages: bool, ran
 
 
 def draw_random_codes(model: str, out: str, *, num_images: int, stages: bool, seed: int | None) -> None:
-    """A sheet of pictures of random codes, by the image tokenizer of a trained model or one of its own folder."""
+    """A sheet of images of random codes, by the image tokenizer of a trained model or one of its own folder."""
     from tokenizers_vq.auto import load_image_tokenizer
     from tokenizers_vq.images.processing import images_from_pixels
 
     from ..tokenization.processor import IMAGE_TOKENIZER_FOLDER
     from ..visualization.image_sheets import image_grid, save_image
-    from ..visualization.tokenizer_sheets import draw_stages, random_codes
+    from ..visualization.tokenizer_sheets import random_codes, stages_sheet
 
     inner = Path(model, IMAGE_TOKENIZER_FOLDER)
     image_tokenizer = load_image_tokenizer(inner if inner.is_dir() else model)
     codes = random_codes(image_tokenizer, num_images, seed=seed)
     if stages:
-        sheet = draw_stages(image_tokenizer, codes)
+        sheet = stages_sheet(image_tokenizer, codes)
     else:
         sheet = image_grid(images_from_pixels(image_tokenizer.decode(codes)), min(8, num_images))
     save_image(sheet, out)
@@ -205,8 +205,8 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 7860,
     share: Annotated[bool, typer.Option(help="Make a public address too, through gradio's own servers.")] = False,
 ) -> None:
-    """Serve a web page that draws pictures of captions, completes pictures and shows their codes."""
-    quiet()
+    """Serve a web page that draws images of captions, completes images and shows their codes."""
+    silence_transformers()
     try:
         from ..serving.web_page import build_page, serve_page
     except ImportError as error:
@@ -221,8 +221,8 @@ def serve(
 
 @app.command()
 def caption(
-    images: Annotated[list[str], typer.Argument(help="Picture files.")],
-    model: Annotated[str, typer.Option(help="Folder of a model trained with --caption-share.")],
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    model: Annotated[str, typer.Option(help="Folder of a model trained with --image-to-text-fraction.")],
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest words.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest text tokens; 0: all.")] = 0,
     top_p: Annotated[
@@ -230,8 +230,8 @@ def caption(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same captions.")] = None,
 ) -> None:
-    """Say what pictures show: a caption a line."""
-    quiet()
+    """Say what images show: a caption a line."""
+    silence_transformers()
     from ..device import to_device
     from ..pipelines.image_to_text import ImageToTextPipeline
 
@@ -242,28 +242,28 @@ def caption(
 
 @app.command()
 def reconstruct(
-    sources: Annotated[list[str], typer.Argument(help="A data set, or picture files; texts for a model of text.")],
+    sources: Annotated[list[str], typer.Argument(help="A data set, or image files; texts for a model of text.")],
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a model of text.")],
-    out: Annotated[str, typer.Option(help="Picture file to write; a .txt file for texts.")],
-    num_images: Annotated[int, typer.Option(help="Pictures, or texts, of a data set.")] = 16,
+    out: Annotated[str, typer.Option(help="Image file to write; a .txt file for texts.")],
+    num_images: Annotated[int, typer.Option(help="Images, or texts, of a data set.")] = 16,
     stages: Annotated[
-        bool, typer.Option(help="Show each picture after its first codes, and after more of them.")
+        bool, typer.Option(help="Show each image after its first codes, and after more of them.")
     ] = False,
     split: Split = "train",
 ) -> None:
-    """Show pictures above what is left of them after encoding and decoding; texts stage by stage, and texts of random codes."""
+    """Show images above what is left of them after encoding and decoding; texts stage by stage, and texts of random codes."""
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
-    quiet()
+    silence_transformers()
     from tokenizers_vq.auto import load_image_tokenizer
 
     from ..data.images import load_pixels
-    from ..data.loading import pictures_of
+    from ..data.loading import load_images_or_paths
     from ..device import to_device
     from ..tokenization.span_text_tokenizer import is_text_model
     from ..visualization.image_sheets import check_suffix, save_image
     from ..visualization.text_sheets import write_text_sheet
-    from ..visualization.tokenizer_sheets import draw_reconstructions, draw_stages
+    from ..visualization.tokenizer_sheets import reconstructions_sheet, stages_sheet
 
     if is_text_model(tokenizer):
         write_text_sheet(tokenizer, sources, out, split=split, num_texts=num_images)
@@ -271,12 +271,12 @@ def reconstruct(
         return
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
     check_suffix(out)
-    pictures = pictures_of(sources, split=split, num_images=num_images)
+    images = load_images_or_paths(sources, split=split, num_images=num_images)
     if stages:
-        codes = image_tokenizer.encode(load_pixels(pictures, image_tokenizer).to(image_tokenizer.device))
-        save_image(draw_stages(image_tokenizer, codes), out)
+        codes = image_tokenizer.encode(load_pixels(images, image_tokenizer).to(image_tokenizer.device))
+        save_image(stages_sheet(image_tokenizer, codes), out)
     else:
-        save_image(draw_reconstructions(image_tokenizer, pictures), out)
+        save_image(reconstructions_sheet(image_tokenizer, images), out)
     print(out)
 
 
@@ -284,51 +284,51 @@ def reconstruct(
 def evaluate(
     data: Annotated[str, typer.Option(help="Data set to measure on.")],
     out: Annotated[str, typer.Option(help="JSON file to write.")],
-    pictures: Annotated[
-        str, typer.Option(help="Folder for pictures and curves; by default metrics_pictures beside a metrics.json.")
+    figures: Annotated[
+        str, typer.Option(help="Folder for figures; by default metrics_figures next to a metrics.json.")
     ] = "",
     model: Annotated[str, typer.Option(help="Folder of a trained model.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or of a model of text.")] = "",
     tokens: Annotated[
-        str, typer.Option(help="Folder of the training tokens: counts pictures that repeat one of them.")
+        str, typer.Option(help="Folder of the training tokens: counts images that repeat one of them.")
     ] = "",
-    judge: Annotated[
+    verifier: Annotated[
         str, typer.Option(help="Folder of a classifier of captions; trained on the data, and saved there, when new.")
     ] = "",
-    num_images: Annotated[int, typer.Option(help="Pictures to draw for caption accuracy and Fréchet distance.")] = 1000,
+    num_images: Annotated[int, typer.Option(help="Images to draw for caption accuracy and Fréchet distance.")] = 1000,
     split: Annotated[str, typer.Option(help="Split of the data; its test or validation split by default.")] = "",
     image_column: ImageColumn = "",
     caption_column: CaptionColumn = "",
-    max_rows: MaxRows = 2000,
-    seed: Annotated[int, typer.Option(help="Of the pictures drawn.")] = 0,
+    max_samples: MaxRows = 2000,
+    seed: Annotated[int, typer.Option(help="Of the images drawn.")] = 0,
 ) -> None:
     """Measure a tokenizer, or a model, and draw it: losses, accuracy both ways, Fréchet distance, repeats; sheets, code usage, curves."""
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")
     if num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {num_images}")
-    quiet()
-    from ..evaluation.reports import open_unseen, report_on_model, report_on_tokenizer, save_report
+    silence_transformers()
+    from ..evaluation.reports import load_eval_split, report_on_model, report_on_tokenizer, save_report
     from ..tokenization.span_text_tokenizer import is_text_model
 
     of_text = bool(tokenizer) and is_text_model(tokenizer)
     columns = {"image_column": image_column or None, "caption_column": caption_column or None}
-    rows = open_unseen(
+    rows = load_eval_split(
         data,
         split=split,
         with_captions=bool(model) or of_text,
         with_images=not of_text,
-        max_rows=max_rows or None,
+        max_samples=max_samples or None,
         **columns,
     )
     if tokenizer:
         report, draw = report_on_tokenizer(tokenizer, rows)
     else:
         report, draw = report_on_model(
-            model, rows, data=data, tokens=tokens, judge_folder=judge, num_images=num_images, seed=seed, **columns
+            model, rows, data=data, tokens=tokens, verifier_folder=verifier, num_images=num_images, seed=seed, **columns
         )
     save_report(report, out)  # before drawing: figures that took an hour are not lost to a chart
-    report["pictures"] = draw(Path(pictures or f"{Path(out).with_suffix('')}_pictures"))
+    report["figures"] = draw(Path(figures or f"{Path(out).with_suffix('')}_figures"))
     print(save_report(report, out))
 
 

@@ -1,4 +1,4 @@
-"""The whole job on the built-in captioned shapes: both tokenizers, a prior, pictures, and figures that say how good they are.
+"""The whole job on the built-in captioned shapes: both tokenizers, a prior, images, and figures that say how good they are.
 
 Each step leaves a folder that appears when the step is done, so a second run does only what is missing.
 """
@@ -18,7 +18,7 @@ from ..atomic_io import write_atomically
 from ..data.images import load_pixels
 from ..data.shapes import shapes_dataset
 from ..device import to_device
-from ..evaluation.metrics import caption_accuracy, evaluate_tokenizer, repeated_share
+from ..evaluation.metrics import caption_accuracy, evaluate_tokenizer, memorization_rate
 from ..evaluation.reports import codes_of, report_on_losses
 from ..evaluation.shapes_verifier import judge
 from ..pipelines.text_to_image import TextToImagePipeline
@@ -26,11 +26,11 @@ from ..recipes.config import PriorRecipe, RunSettings, TokenizerRecipe
 from ..recipes.train_prior import train_prior
 from ..recipes.train_tokenizer import train_tokenizer
 from ..visualization.image_sheets import captioned_sheet, save_image
-from ..visualization.tokenizer_sheets import draw_reconstructions, draw_stages
-from .output import quiet
+from ..visualization.tokenizer_sheets import reconstructions_sheet, stages_sheet
+from .output import silence_transformers
 
 SPLITS = {"seen": "train", "held_out": "held_out", "unseen_pairs": "unseen_pairs"}
-SHAPES: dict[str, Any] = {"data": "shapes", "max_rows": 20_000, "sample_every": 0}
+SHAPES: dict[str, Any] = {"data": "shapes", "max_train_samples": 20_000, "sample_steps": 0}
 # Sizes that two CPU cores train in minutes.
 VQVAE_RECIPE = TokenizerRecipe(
     tokenizer="vqvae",
@@ -38,7 +38,7 @@ VQVAE_RECIPE = TokenizerRecipe(
     batch_size=16,
     optimizer="muon",
     learning_rate=3e-3,
-    eval_every=0,
+    eval_steps=0,
     model={"codebook_size": 256, "hidden_channels": 64, "decay": 0.95},
     **SHAPES,
 )
@@ -48,11 +48,11 @@ VQDRAW_RECIPE = TokenizerRecipe(
     max_steps=60,
     batch_size=32,
     learning_rate=4e-3,
-    eval_every=0,
+    eval_steps=0,
     model={"num_stages": 20, "hidden_channels": 32, "feature_channels": 32, "num_residual_blocks": 1},
     **SHAPES,
 )
-# Guidance does harm here: a model that knows a picture's first codes knows the rest, with a caption or without. What is left open
+# Guidance does harm here: a model that knows an image's first codes knows the rest, with a caption or without. What is left open
 # is where in its cell an object lies, so a low temperature costs little variety.
 PRIOR_RECIPE = PriorRecipe(
     max_steps=1200,
@@ -60,14 +60,14 @@ PRIOR_RECIPE = PriorRecipe(
     learning_rate=2e-3,
     depth=3,
     dropout=0.0,
-    eval_every=400,
-    eval_rows=500,
+    eval_steps=400,
+    max_eval_samples=500,
     guidance_scale=1.0,
     temperature=0.3,
     **SHAPES,
 )
 # So little that it only shows that everything runs.
-QUICK: dict[str, Any] = {"max_rows": 64, "max_steps": 2, "batch_size": 8, "log_every": 1}
+QUICK: dict[str, Any] = {"max_train_samples": 64, "max_steps": 2, "batch_size": 8, "logging_steps": 1}
 QUICK_MODELS = {
     "vqvae": {"codebook_size": 16, "hidden_channels": 32},
     "vqdraw": VQDRAW_RECIPE.model | {"codebook_size": 8},
@@ -80,7 +80,7 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     Returns:
         What `metrics.json` holds.
     """
-    quiet()
+    silence_transformers()
     started = time.time()
     num_judged = 8 if quick else 500
     for recipe in (VQVAE_RECIPE, VQDRAW_RECIPE):
@@ -89,8 +89,8 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     reports = {name: report_on(out / name, num_judged) for name in ("vqvae", "vqdraw")}
     best = max(reports, key=lambda name: reports[name]["accepted"])
     shares = ", ".join(f"{name} {report['accepted']:.1%}" for name, report in reports.items())
-    print(f"reconstructions that the judge accepts: {shares}; the pictures come from {best}")
-    small = QUICK | {"depth": 1, "eval_every": 0} if quick else {}
+    print(f"reconstructions that the judge accepts: {shares}; the images come from {best}")
+    small = QUICK | {"depth": 1, "eval_steps": 0} if quick else {}
     train_unless_there(
         train_prior, replace(PRIOR_RECIPE, out=str(out / "model"), image_tokenizer=str(out / best), **small)
     )
@@ -114,7 +114,7 @@ def train_unless_there(train: Callable[[Any], Any], recipe: RunSettings) -> None
 
 
 def report_on(folder: Path, num_judged: int) -> dict[str, Any]:
-    """A tokenizer's errors and code usage on pictures it has not seen, and the share of reconstructions that the judge accepts."""
+    """A tokenizer's errors and code usage on images it has not seen, and the share of reconstructions that the judge accepts."""
     image_tokenizer = load_image_tokenizer(folder)
     rows = shapes_dataset("validation", num_judged)
     pixel_values = load_pixels(rows["image"], image_tokenizer)
@@ -129,13 +129,13 @@ def report_on_model(pipeline: TextToImagePipeline, out: Path, num_judged: int) -
     training_codes = codes_of(out / "model" / "tokens")
     for name, split in SPLITS.items():
         captions = shapes_dataset(split, num_judged)["caption"][:]
-        print(f"drawing {len(captions)} pictures of captions: {name}")
+        print(f"drawing {len(captions)} images of captions: {name}")
         output = pipeline(captions, seed=0, progress=True)
         images: Any = output.images
         accuracy[name] = caption_accuracy(images, captions, judge)
-        repeats[name] = repeated_share(output.codes, training_codes)
+        repeats[name] = memorization_rate(output.codes, training_codes)
     losses = report_on_losses(pipeline, shapes_dataset("validation", num_judged))
-    return {"caption_accuracy": accuracy, "repeated_share": repeats, "losses": losses}
+    return {"caption_accuracy": accuracy, "memorization_rate": repeats, "losses": losses}
 
 
 def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokenizer) -> None:
@@ -143,9 +143,9 @@ def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokeni
     captions = [caption for split in SPLITS.values() for caption in shapes_dataset(split, 16, seed=1)["caption"]]
     images: Any = pipeline(captions, seed=1).images
     save_image(captioned_sheet(images, captions), out / "samples.png")
-    pictures = shapes_dataset("validation", 16)["image"][:]
-    save_image(draw_reconstructions(pipeline.processor.image_tokenizer, pictures), out / "reconstructions.png")
-    save_image(draw_stages(vqdraw, vqdraw.encode(load_pixels(pictures[:8], vqdraw))), out / "stages.png")
+    originals = shapes_dataset("validation", 16)["image"][:]
+    save_image(reconstructions_sheet(pipeline.processor.image_tokenizer, originals), out / "reconstructions.png")
+    save_image(stages_sheet(vqdraw, vqdraw.encode(load_pixels(originals[:8], vqdraw))), out / "stages.png")
 
 
 def print_summary(out: Path, metrics: dict[str, Any], seconds: float) -> None:
@@ -156,5 +156,5 @@ def print_summary(out: Path, metrics: dict[str, Any], seconds: float) -> None:
         print(f"  {out / name}")
     print(
         f"{seconds / 60:.1f} minutes. Try: tok2img generate 'a large red ring above a small blue square' "
-        f"--model {out / 'model'} --out picture.png"
+        f"--model {out / 'model'} --out image.png"
     )

@@ -9,7 +9,7 @@ def say(text: str) -> None:
         print(text)
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Our own progress bars say what goes on; those of transformers for loading a small file do not."""
     from transformers.utils import logging
 

@@ -6,7 +6,7 @@ import typer
 
 from ..recipes.config import PriorRecipe, RankerRecipe, Recipe, TokenizerRecipe
 from ..recipes.parsing import describe_keys, parse_arguments, read_recipe
-from .output import quiet, say
+from .output import say, silence_transformers
 
 commands = typer.Typer()
 RECIPE = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -45,7 +45,7 @@ def train_prior(context: typer.Context, dry_run: DryRun = False) -> None:
 
 @commands.command(context_settings=RECIPE, epilog="Keys: " + describe_keys(RankerRecipe))
 def train_ranker(context: typer.Context) -> None:
-    """Train a small CLIP model, which ranks pictures for generate: [RECIPE.yaml] [--key value ...]."""
+    """Train a small CLIP model, which ranks images for generate: [RECIPE.yaml] [--key value ...]."""
     recipe = recipe_of(context, RankerRecipe)
     from ..recipes.train_ranker import train_ranker
 
@@ -57,5 +57,5 @@ def recipe_of(context: typer.Context, kind: type[Recipe]) -> Recipe:
     """The recipe that the arguments of a command name and change."""
     path, overrides = parse_arguments(context.args)
     recipe = read_recipe(kind, path, overrides)
-    quiet()
+    silence_transformers()
     return recipe

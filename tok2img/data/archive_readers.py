@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 
-from .archives import UNREADABLE, root_line
+from .archives import UNREADABLE, root_cause
 from .columns import CAPTION_NAMES
-from .loading import PICTURE_SUFFIXES
+from .loading import IMAGE_SUFFIXES
 
 BUFFER_BYTES = 2**20
 ROWS_AT_ONCE = 64
-PICTURE_FIELDS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 TEXT_FIELDS = ("txt", *CAPTION_NAMES)
 # As webdataset has it: what comes before the first dot of a name says which row a file belongs to, what comes after is its column.
 KEY_AND_FIELD = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
@@ -58,7 +58,7 @@ def open_packed(file: Path) -> Packed:
     try:
         return ParquetRows(file) if file.suffix == ".parquet" else TarRows(file)
     except UNREADABLE as error:
-        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_line(error)}") from error
+        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_cause(error)}") from error
 
 
 class ParquetRows:
@@ -100,18 +100,18 @@ class TarRows:
 
     def places(self) -> list[dict[str, Place]]:
         """Where the files of each row lie."""
-        return places_in(self.path, self.changed)
+        return index_tar(self.path, self.changed)
 
     @property
     def features(self) -> Features:
         """What the files of the first row hold."""
         places = self.places()[0]
         with self.path.open("rb") as file:
-            record = record_at(file, places["json"]) if "json" in places else {}
+            record = read_json_member(file, places["json"]) if "json" in places else {}
         texts = [name for name, value in record.items() if isinstance(value, str)]
         texts += [name for name in places if name in TEXT_FIELDS]
-        pictures = {name: ImageFeature(decode=False) for name in places if name in PICTURE_FIELDS}
-        return Features({name: Value("string") for name in texts} | pictures)
+        images = {name: ImageFeature(decode=False) for name in places if name in IMAGE_FIELDS}
+        return Features({name: Value("string") for name in texts} | images)
 
     def read(self, rows: range, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         """The cells of some columns, row by row; None for what a row does not have."""
@@ -121,7 +121,7 @@ class TarRows:
 
 
 @lru_cache(maxsize=1)
-def places_in(tar: Path, changed: int) -> list[dict[str, Place]]:
+def index_tar(tar: Path, changed: int) -> list[dict[str, Place]]:
     """Where the files of each row of a tar lie, by what their names end in; `changed` tells it from what was there before."""
     del changed
     rows, key_before = [], None
@@ -140,27 +140,27 @@ def places_in(tar: Path, changed: int) -> list[dict[str, Place]]:
 
 
 def cell(file: BinaryIO, places: dict[str, Place], name: str) -> Any:
-    """A column of a row: a picture's bytes, a text, or what the row's JSON has under that name; None where there is none."""
-    if name in places and name in PICTURE_FIELDS:
-        return content_at(file, places[name])
+    """A column of a row: an image's bytes, a text, or what the row's JSON has under that name; None where there is none."""
+    if name in places and name in IMAGE_FIELDS:
+        return read_member(file, places[name])
     if name not in places:
-        return record_at(file, places["json"]).get(name) if "json" in places else None
+        return read_json_member(file, places["json"]).get(name) if "json" in places else None
     try:
-        return content_at(file, places[name]).decode()
+        return read_member(file, places[name]).decode()
     except UnicodeDecodeError:
         return None
 
 
-def record_at(file: BinaryIO, place: Place) -> dict[str, Any]:
+def read_json_member(file: BinaryIO, place: Place) -> dict[str, Any]:
     """The JSON object at a place; an empty one where there is none."""
     try:
-        record = json.loads(content_at(file, place))
+        record = json.loads(read_member(file, place))
     except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
 
-def content_at(file: BinaryIO, place: Place) -> bytes:
+def read_member(file: BinaryIO, place: Place) -> bytes:
     """The bytes at a place."""
     file.seek(place.offset)
     return file.read(place.size)

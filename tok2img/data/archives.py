@@ -31,7 +31,7 @@ def packed_files(path: Path, split: str) -> list[Path]:
         if path.suffix not in (".parquet", ".tar"):
             raise ValueError(f"{path}: expected a folder, a .parquet or a .tar file")
         named = _SPLIT_NAME.match(path.name)
-        return of_split({"train": [path]} | ({named[0]: [path]} if named else {}), split, path)
+        return files_of_split({"train": [path]} | ({named[0]: [path]} if named else {}), split, path)
     found = sorted(file for file in path.rglob("*.parquet") if file.name != "metadata.parquet")
     found = found or sorted(path.rglob("*.tar"))
     by_split: dict[str, list[Path]] = {}
@@ -39,7 +39,7 @@ def packed_files(path: Path, split: str) -> list[Path]:
         by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
     if not by_split.keys() & set(SPLITS):
         by_split = {"train": found}
-    return of_split(by_split, split, path) if found else []
+    return files_of_split(by_split, split, path) if found else []
 
 
 def _split_of(file: Path) -> str:
@@ -48,7 +48,7 @@ def _split_of(file: Path) -> str:
     return next((match[0] for match in known if match), file.stem.split("-")[0])
 
 
-def of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
+def files_of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
     """The files of a split; MissingSplitError with the splits there are for another."""
     if split not in by_split:
         raise MissingSplitError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
@@ -67,7 +67,7 @@ def from_packed_files(files: Sequence[Path]) -> Dataset:
             rows = datasets.load_dataset(kind, data_files={"train": patterns}, split="train")
     except Exception as error:  # as above
         culprit = next((file for file in filled if is_parquet and not _is_whole_parquet(file)), filled[0])
-        raise ValueError(f"{culprit}: cannot be read: {root_line(error)}") from error
+        raise ValueError(f"{culprit}: cannot be read: {root_cause(error)}") from error
     return rows if is_parquet else _without_json_prefix(rows)
 
 
@@ -78,7 +78,7 @@ def _num_entries(file: Path) -> int:
         with tarfile.open(file) as tar:
             return sum(member.isfile() for member in tar)
     except UNREADABLE as error:
-        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_line(error)}") from error
+        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_cause(error)}") from error
 
 
 def _is_whole_parquet(file: Path) -> bool:
@@ -111,7 +111,7 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def root_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first line of what caused an error."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold pictures and captions: those that are named, else those of the usual names, else the only ones."""
+"""Which columns of a data set hold images and captions: those that are named, else those of the usual names, else the only ones."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ CAPTION_NAMES = ("caption", "text")
 TEXT = (Value("string"), Value("large_string"))
 
 
-def column_of_pictures(features: Features, wanted: str | None, source: str) -> str:
-    """The column of the pictures; ValueError where there is none, or it holds something else."""
-    pictures = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    pictures = pictures or [name for name, feature in features.items() if _may_hold_pictures(feature)]
-    name = _one_column(features, wanted, ("image",), pictures, source)
-    if not _may_hold_pictures(features[name]) and features[name] != Value("string"):
-        raise ValueError(f"{source}: column {name!r} holds {features[name]}, not pictures")
+def column_of_images(features: Features, wanted: str | None, source: str) -> str:
+    """The column of the images; ValueError where there is none, or it holds something else."""
+    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    images = images or [name for name, feature in features.items() if _may_hold_images(feature)]
+    name = _one_column(features, wanted, ("image",), images, source)
+    if not _may_hold_images(features[name]) and features[name] != Value("string"):
+        raise ValueError(f"{source}: column {name!r} holds {features[name]}, not images")
     return name
 
 
@@ -34,7 +34,7 @@ def no_column(name: str, there: Iterable[str]) -> str:
     return f"no column {name!r}, only {', '.join(map(repr, there))}{hint}"
 
 
-def _may_hold_pictures(feature: Any) -> bool:
+def _may_hold_images(feature: Any) -> bool:
     is_bytes = feature in (Value("binary"), Value("large_binary"))
     return is_bytes or isinstance(feature, ImageFeature) or (isinstance(feature, dict) and "bytes" in feature)
 

@@ -1,6 +1,6 @@
-"""DATA as the command line takes it -> rows of an undecoded picture and its caption.
+"""DATA as the command line takes it -> rows of an undecoded image and its caption.
 
-A Parquet file or folder, webdataset tars, a folder of pictures with captions, the built-in shapes, or a hub name. Pictures stay
+A Parquet file or folder, webdataset tars, a folder of images with captions, the built-in shapes, or a hub name. Images stay
 undecoded, so that `load_image` alone decides what a file shows and a broken one is named where it is used; all else is refused here.
 """
 
@@ -19,14 +19,22 @@ import pyarrow.compute as pc
 from datasets import Dataset, Value
 from datasets import Image as ImageFeature
 
-from .archives import SPLITS, MissingSplitError, from_packed_files, of_split, packed_files, quiet_datasets, root_line
-from .columns import CAPTION_NAMES, column_of_captions, column_of_pictures, no_column
+from .archives import (
+    SPLITS,
+    MissingSplitError,
+    files_of_split,
+    from_packed_files,
+    packed_files,
+    quiet_datasets,
+    root_cause,
+)
+from .columns import CAPTION_NAMES, column_of_captions, column_of_images, no_column
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILT_IN_ROWS = 20_000
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _UNDECODED = ImageFeature(decode=False)
-_FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".parquet", ".csv", ".json", ".jsonl", ".tar", ".txt")
+_FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".parquet", ".csv", ".json", ".jsonl", ".tar", ".txt")
 
 
 def load_captioned_images(
@@ -37,17 +45,17 @@ def load_captioned_images(
     caption_column: str | None = None,
     with_captions: bool = True,
     with_images: bool = True,
-    max_rows: int | None = None,
+    max_samples: int | None = None,
 ) -> Dataset:
-    """Open captioned pictures of any kind, or text alone.
+    """Open captioned images of any kind, or text alone.
 
     Args:
         source: "shapes" (the built-in set, whatever lies here), else a path if it exists, else a hub name
         split: which split; a single file is "train" and what its name begins with
-        image_column: by default "image" or the only one with pictures; in a folder's metadata "file_name"
+        image_column: by default "image" or the only one with images; in a folder's metadata "file_name"
         caption_column: by default "caption", "text" or the only one with strings
-        with_captions, with_images: whether there must be captions, and pictures
-        max_rows: at most so many rows, the first
+        with_captions, with_images: whether there must be captions, and images
+        max_samples: at most so many rows, the first
 
     Returns:
         Columns `image` (undecoded: "bytes" and "path"; with images), `caption` (string; with captions), and `label` if there is one.
@@ -55,22 +63,22 @@ def load_captioned_images(
     Raises:
         ValueError: one line that names the file, column or row; `MissingSplitError` where there is no such split
     """
-    check_max_rows(max_rows)
-    rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_rows=max_rows)
+    check_max_rows(max_samples)
+    rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_samples=max_samples)
     if len(rows) == 0:
         raise ValueError(f"{source}: no rows in split {split!r}")
-    rows = rows.select(range(min(len(rows), max_rows or len(rows))))
-    columns = {column_of_pictures(rows.features, image_column, source): "image"} if with_images else {}
+    rows = rows.select(range(min(len(rows), max_samples or len(rows))))
+    columns = {column_of_images(rows.features, image_column, source): "image"} if with_images else {}
     if with_captions:
         columns[column_of_captions(rows.features, caption_column, source)] = "caption"
     rows = _renamed(rows, columns)
     return _with_text_checked(rows, source) if with_captions else rows
 
 
-def check_max_rows(max_rows: int | None) -> None:
+def check_max_rows(max_samples: int | None) -> None:
     """ValueError for a number of rows that is none."""
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
 
 
 def packed_files_of(source: str, split: str) -> list[Path]:
@@ -79,40 +87,40 @@ def packed_files_of(source: str, split: str) -> list[Path]:
     return packed_files(Path(os.path.abspath(source)), split) if is_path else []
 
 
-def held_out_split(dataset: Dataset, *, share: float, max_rows: int, seed: int) -> tuple[Dataset, Dataset]:
+def held_out_split(dataset: Dataset, *, share: float, max_samples: int, seed: int) -> tuple[Dataset, Dataset]:
     """Part data that has one split into training and held-out rows, each in their order, the same for the same seed.
 
     Args:
         dataset: at least two rows
         share: of the rows to hold out, between 0 and 1; at least one row is held out and at least one is not
-        max_rows: hold out no more than so many
+        max_samples: hold out no more than so many
         seed: chooses the rows
 
     Raises:
         ValueError: for fewer than two rows, or a share or count out of range
     """
-    if len(dataset) < 2 or not 0 < share < 1 or max_rows < 1:
-        raise ValueError(f"cannot hold out a share of {share}, at most {max_rows}, of {len(dataset)} rows")
-    num_held_out = min(max(1, round(share * len(dataset))), max_rows, len(dataset) - 1)
+    if len(dataset) < 2 or not 0 < share < 1 or max_samples < 1:
+        raise ValueError(f"cannot hold out a share of {share}, at most {max_samples}, of {len(dataset)} rows")
+    num_held_out = min(max(1, round(share * len(dataset))), max_samples, len(dataset) - 1)
     held_out = np.zeros(len(dataset), dtype=bool)
     held_out[np.random.default_rng(seed).choice(len(dataset), num_held_out, replace=False)] = True
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 
 def _open(
-    source: str, split: str, image: str | None, caption: str | None, *, with_captions: bool, max_rows: int | None
+    source: str, split: str, image: str | None, caption: str | None, *, with_captions: bool, max_samples: int | None
 ) -> Dataset:
     if packed := packed_files_of(source, split):
         return from_packed_files(packed)
     if source == "shapes":
         from .shapes import shapes_dataset
 
-        return shapes_dataset(split, num_rows=max_rows or BUILT_IN_ROWS)
+        return shapes_dataset(split, num_rows=max_samples or BUILT_IN_ROWS)
     if not os.path.exists(source):
         return _from_hub(source, split)
     path = Path(os.path.abspath(source))
     captions = () if not with_captions else (caption,) if caption else CAPTION_NAMES
-    return _from_picture_folder(path, split, file_key=image or "file_name", captions=captions)
+    return _from_image_folder(path, split, file_key=image or "file_name", captions=captions)
 
 
 def _from_hub(name: str, split: str) -> Dataset:
@@ -122,60 +130,60 @@ def _from_hub(name: str, split: str) -> Dataset:
         with quiet_datasets():
             return datasets.load_dataset(name, split=split)
     except Exception as error:  # network, permission, format, split: each has its own type
-        reason = root_line(error)
+        reason = root_cause(error)
         if reason.startswith("Unknown split"):
             raise MissingSplitError(f"{name}: {reason}") from error
         raise ValueError(f"{name}: no such file or folder, and not from the hub: {reason}") from error
 
 
-def _from_picture_folder(folder: Path, split: str, *, file_key: str, captions: Sequence[str]) -> Dataset:
+def _from_image_folder(folder: Path, split: str, *, file_key: str, captions: Sequence[str]) -> Dataset:
     splits = {name: [folder / name] for name in SPLITS if (folder / name).is_dir()} or {"train": [folder]}
-    root = of_split(splits, split, folder)[0]
-    pictures = _pictures_below(root)
-    if not pictures:
-        raise ValueError(f"{root}: no pictures ({', '.join(PICTURE_SUFFIXES)}), Parquet files or tars in it")
+    root = files_of_split(splits, split, folder)[0]
+    images = _images_below(root)
+    if not images:
+        raise ValueError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)}), Parquet files or tars in it")
     places = [place / name for place in (root, folder) for name in ("metadata.csv", "metadata.jsonl")]
     metadata = next((place for place in places if place.is_file()), None)
     if metadata is None:
-        texts = {"caption": [_caption_beside(picture) for picture in pictures]} if captions else {}
-        return _dataset_of_paths("image", {"image": pictures, **texts})
+        texts = {"caption": [_caption_beside(image) for image in images]} if captions else {}
+        return _dataset_of_paths("image", {"image": images, **texts})
     columns = _metadata_columns(metadata, root, file_key, captions)
-    unlisted = sorted(set(pictures) - set(columns[file_key]))
+    unlisted = sorted(set(images) - set(columns[file_key]))
     if captions and unlisted:
         raise ValueError(f"{unlisted[0]}: no caption, {metadata} has no row for it")
     return _dataset_of_paths(file_key, columns)
 
 
-def _pictures_below(root: Path) -> list[str]:
+def _images_below(root: Path) -> list[str]:
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        shown = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
+        shown = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         found += [os.path.join(folder, name) for name in shown]
     return sorted(found)
 
 
-def _caption_beside(picture: str) -> str:
+def _caption_beside(image: str) -> str:
     try:
-        return Path(picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
+        return Path(image).with_suffix(".txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
-        raise ValueError(f"{picture}: no caption, neither a .txt beside it nor a metadata.csv or .jsonl") from error
+        raise ValueError(f"{image}: no caption, neither a .txt beside it nor a metadata.csv or .jsonl") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{picture}: the .txt beside it cannot be read: {error}") from error
+        raise ValueError(f"{image}: the .txt beside it cannot be read: {error}") from error
 
 
 def _metadata_columns(metadata: Path, root: Path, file_key: str, captions: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the pictures below `root`, checked cell by cell, since these files have no types."""
+    """Columns of the images below `root`, checked cell by cell, since these files have no types."""
     caption_key, columns = None, {file_key: [], "label": []}
     for where, row in _metadata_rows(metadata):
         if not isinstance(row.get(file_key), str):
             raise ValueError(f"{where}: {no_column(file_key, row)}")
-        picture = os.path.normpath(metadata.parent / row[file_key])
-        if metadata.parent != root and root not in Path(picture).parents:
+        image = os.path.normpath(metadata.parent / row[file_key])
+        if metadata.parent != root and root not in Path(image).parents:
             continue  # of another split
-        if not os.path.exists(picture):
-            raise ValueError(f"{where}: no such file: {picture}")
-        columns[file_key].append(picture)
+        if not os.path.exists(image):
+            raise ValueError(f"{where}: no such file: {image}")
+        columns[file_key].append(image)
         if captions:
             caption_key = caption_key or next((name for name in captions if name in row), captions[0])
             columns.setdefault(caption_key, []).append(_text_cell(row, caption_key, where))
@@ -225,15 +233,15 @@ def _with_text_checked(rows: Dataset, source: str) -> Dataset:
         raise ValueError(f"{source}: row {row}: its caption is {str(cells[row].as_py())[:60]}, not text")
     if rows.features["caption"] == Value("string"):
         return rows
-    texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write all pictures to disk once more
+    texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write all images to disk once more
     return rows.remove_columns("caption").add_column("caption", texts, feature=Value("string"))
 
 
-def pictures_of(sources: list[str], *, split: str, num_images: int) -> list[Any]:
-    """The first pictures of a data set, or the picture files that are named."""
+def load_images_or_paths(sources: list[str], *, split: str, num_images: int) -> list[Any]:
+    """The first images of a data set, or the image files that are named."""
     files = [Path(source) for source in sources]
-    if all(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
+    if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return files
     if len(sources) > 1:
-        raise ValueError(f"give one data set or several picture files, got {', '.join(sources)}")
-    return load_captioned_images(sources[0], split=split, with_captions=False, max_rows=num_images)["image"][:]
+        raise ValueError(f"give one data set or several image files, got {', '.join(sources)}")
+    return load_captioned_images(sources[0], split=split, with_captions=False, max_samples=num_images)["image"][:]

@@ -1,9 +1,9 @@
-"""Captioned pictures that we draw ourselves: one or two coloured shapes on white, 32 by 32 pixels.
+"""Captioned images that we draw ourselves: one or two coloured shapes on white, 32 by 32 pixels.
 
-A `Scene` is what a caption says. `draw` turns it into one of its pictures: every object lands in a cell of a
-3 x 3 grid, jittered. Scenes, not pictures, are divided into splits, so that a prior can be asked for compositions
+A `Scene` is what a caption says. `draw` turns it into one of its images: every object lands in a cell of a
+3 x 3 grid, jittered. Scenes, not images, are divided into splits, so that a prior can be asked for compositions
 (`held_out`) and for colours of shapes (`unseen_pairs`) that it never saw. `tok2img/evaluation/shapes_verifier.py` reads a
-scene back from its picture.
+scene back from its image.
 """
 
 import hashlib
@@ -171,7 +171,7 @@ def _jitter(scene: Scene, rng: Random) -> list[tuple[int, int]]:
 
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
-    """One of the pictures of a scene; `rng` chooses which."""
+    """One of the images of a scene; `rng` chooses which."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
     for item, (top, left) in zip(scene.objects, _jitter(scene, rng), strict=True):
         side = SIZES[item.size]

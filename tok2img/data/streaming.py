@@ -1,4 +1,4 @@
-"""Captioned pictures of any number of files, in order and in batches, none of them kept.
+"""Captioned images of any number of files, in order and in batches, none of them kept.
 
 `datasets` writes all rows of Parquet files and tars to its cache before the first is to be had; here they stay where they lie.
 """
@@ -17,26 +17,26 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from .archive_readers import Packed, open_packed
-from .archives import UNREADABLE, root_line
-from .columns import TEXT, column_of_captions, column_of_pictures
+from .archives import UNREADABLE, root_cause
+from .columns import TEXT, column_of_captions, column_of_images
 from .loading import check_max_rows, load_captioned_images, packed_files_of
 
 
 def stream_captioned_images(
-    source: str, *, split: str = "train", image_column: str = "", caption_column: str = "", max_rows: int = 0
+    source: str, *, split: str = "train", image_column: str = "", caption_column: str = "", max_samples: int = 0
 ) -> "CaptionedRows":
-    """Open captioned pictures, of Parquet files and tars without a copy; all else as `load_captioned_images` does.
+    """Open captioned images, of Parquet files and tars without a copy; all else as `load_captioned_images` does.
 
     Raises:
         ValueError: one line that names the file, column or split.
     """
-    check_max_rows(max_rows or None)
+    check_max_rows(max_samples or None)
     files = packed_files_of(source, split)
     if not files:
-        num_rows = max_rows or None
+        num_rows = max_samples or None
         return DatasetRows(
             load_captioned_images(
-                source, split=split, image_column=image_column, caption_column=caption_column, max_rows=num_rows
+                source, split=split, image_column=image_column, caption_column=caption_column, max_samples=num_rows
             )
         )
     opened = [rows for rows in map(open_packed, files) if len(rows)]
@@ -44,17 +44,17 @@ def stream_captioned_images(
         raise ValueError(f"{files[0]}: no rows")
     for rows in opened:  # all have the columns of the first
         image_column, caption_column = columns_of(rows, image_column, caption_column)
-    return StreamedRows(opened, image_column=image_column, caption_column=caption_column, max_rows=max_rows)
+    return StreamedRows(opened, image_column=image_column, caption_column=caption_column, max_samples=max_samples)
 
 
 def columns_of(rows: Packed, image_column: str, caption_column: str) -> tuple[str, str]:
-    """The columns of pictures and captions in a file, those named or else found; ValueError where it has none."""
+    """The columns of images and captions in a file, those named or else found; ValueError where it has none."""
     features, source = rows.features, str(rows.path)
-    picture = column_of_pictures(features, image_column, source)
+    image = column_of_images(features, image_column, source)
     caption = column_of_captions(features, caption_column, source)
     if features[caption] not in TEXT:
         raise ValueError(f"{source}: column {caption!r} holds {features[caption]}, not text")
-    return picture, caption
+    return image, caption
 
 
 class DatasetRows:
@@ -68,8 +68,8 @@ class DatasetRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Says whether rows are the same as those of another time, by the sizes and times of pictures in files of their own."""
-        files = picture_files(self.dataset)
+        """Says whether rows are the same as those of another time, by the sizes and times of images in files of their own."""
+        files = image_files(self.dataset)
         if not files:
             return str(self.dataset._fingerprint)
         digest = hashlib.sha256(self.dataset._fingerprint.encode())
@@ -87,8 +87,8 @@ class DatasetRows:
         return (self.dataset[first : min(first + size, rows.stop)] for first in rows[::size])
 
 
-def picture_files(dataset: Dataset) -> list[str]:
-    """The files of pictures that the rows name and do not hold."""
+def image_files(dataset: Dataset) -> list[str]:
+    """The files of images that the rows name and do not hold."""
     if not isinstance(dataset.features["image"], ImageFeature):
         return []
     contents, paths = dataset.data.column("image").flatten()
@@ -105,18 +105,18 @@ def size_and_time(file: str) -> list[int]:
 
 
 class StreamedRows:
-    """Captioned pictures of several files; `len` and the captions cost no picture.
+    """Captioned images of several files; `len` and the captions cost no image.
 
     Args:
         files: of one kind, one after another.
         image_column, caption_column: where they are, as `columns` finds them.
-        max_rows: the first so many only; 0: all.
+        max_samples: the first so many only; 0: all.
     """
 
-    def __init__(self, files: Sequence[Packed], *, image_column: str, caption_column: str, max_rows: int = 0):
+    def __init__(self, files: Sequence[Packed], *, image_column: str, caption_column: str, max_samples: int = 0):
         self.files, self.image_column, self.caption_column = list(files), image_column, caption_column
         self.starts = np.cumsum([0, *map(len, files)]).tolist()
-        self.num_rows = min(max_rows or self.starts[-1], self.starts[-1])
+        self.num_rows = min(max_samples or self.starts[-1], self.starts[-1])
 
     def __len__(self) -> int:
         return self.num_rows
@@ -151,7 +151,7 @@ class StreamedRows:
             try:
                 yield from file.read(own, columns) if own else ()
             except UNREADABLE as error:
-                raise ValueError(f"{file.path}: cannot be read: {root_line(error)}") from error
+                raise ValueError(f"{file.path}: cannot be read: {root_cause(error)}") from error
 
 
 CaptionedRows = DatasetRows | StreamedRows

@@ -1,7 +1,7 @@
-"""A small convolutional net that judges pictures of data sets with few distinct captions, such as digits.
+"""A small convolutional net that judges images of data sets with few distinct captions, such as digits.
 
-Its classes are the captions. It says whether a drawn picture shows its caption, and its features, trained on the
-same kind of pictures, carry the Fréchet distance.
+Its classes are the captions. It says whether a drawn image shows its caption, and its features, trained on the
+same kind of images, carry the Fréchet distance.
 """
 
 import json
@@ -22,13 +22,13 @@ from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.loading import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    on_meta,
+    build_on_meta,
+    check_state_dict_matches,
     read_json,
     read_tensors,
-    refuse_misfit,
     refuse_non_finite,
 )
-from tokenizers_vq.validation import check_number, refuse_unknown
+from tokenizers_vq.validation import check_known_fields, check_number
 
 from ..atomic_io import write_atomically
 
@@ -37,11 +37,11 @@ MAX_LR = 3e-3
 
 
 class CaptionClassifier(nn.Module):
-    """Tells which of the known captions a picture has.
+    """Tells which of the known captions an image has.
 
     Args:
-        num_channels: 1 for gray pictures, 3 for RGB
-        image_size: side of the square pictures, in pixels
+        num_channels: 1 for gray images, 3 for RGB
+        image_size: side of the square images, in pixels
         captions: the classes, each caption once
     """
 
@@ -75,11 +75,11 @@ class CaptionClassifier(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixel_values: Tensor) -> list[str]:
-        """The most likely caption of each picture of `b c h w` in [0, 1]."""
+        """The most likely caption of each image of `b c h w` in [0, 1]."""
         return [self.captions[index] for index in self(pixel_values).argmax(dim=1).tolist()]
 
     def judge(self, image: ImageSource, caption: str) -> bool:
-        """Say whether a picture of any size, or what `load_image` makes one of, shows what its caption says."""
+        """Say whether an image of any size, or what `load_image` makes one of, shows what its caption says."""
         if caption not in self.captions:
             raise ValueError(f"got the caption {caption!r}, which is none of the {len(self.captions)} trained on")
         pixel_values = pixels_from_images(
@@ -102,11 +102,11 @@ class CaptionClassifier(nn.Module):
         names = ("num_channels", "image_size", "captions")
         if set(names) - config.keys() or not isinstance(config["captions"], list):
             raise ValueError(f"{folder} holds no classifier of captions: {CONFIG_FILE} must hold {', '.join(names)}")
-        refuse_unknown(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
+        check_known_fields(cls.__name__, config.keys() - {*names, "auto_map"}, names, listed=names)
         for name in names[:2]:
             check_number(cls.__name__, name, config[name], 1)
         sizes: dict[str, Any] = {name: config[name] for name in names}
-        refuse_misfit(on_meta(lambda: cls(**sizes), folder), folder)
+        check_state_dict_matches(build_on_meta(lambda: cls(**sizes), folder), folder)
         classifier = cls(**sizes)
         classifier.load_state_dict(read_tensors(folder))
         refuse_non_finite(classifier, folder)
@@ -114,7 +114,7 @@ class CaptionClassifier(nn.Module):
 
 
 class FeatureMaps(nn.Module):
-    """What a classifier sees in pictures, for `tokenizers_vq.PerceptualLoss`; any size of picture will do."""
+    """What a classifier sees in images, for `tokenizers_vq.PerceptualLoss`; any size of image will do."""
 
     def __init__(self, classifier: CaptionClassifier):
         super().__init__()
@@ -143,10 +143,10 @@ def train_classifier(
     Args:
         dataset: rows with an `image` (whatever `load_image` reads) and a `caption`;
             held in memory, a byte for each value of a pixel
-        image_size: side in pixels that the pictures are brought to
+        image_size: side in pixels that the images are brought to
         num_channels: 1 for gray, 3 for RGB
         epochs: passes over the data
-        batch_size: pictures per step
+        batch_size: images per step
         seed: of the weights, the order and the shifts; the global random state stays as it was
 
     Returns:
@@ -165,7 +165,7 @@ def train_classifier(
 def _fit(
     classifier: CaptionClassifier, pixels: Tensor, *, labels: Tensor, epochs: int, batch_size: int, seed: int
 ) -> None:
-    """Train on pictures `b c h w` (uint8) and their labels `b`; an epoch leaves out the last, smaller batch."""
+    """Train on images `b c h w` (uint8) and their labels `b`; an epoch leaves out the last, smaller batch."""
     device, max_shift = classifier.head.weight.device, classifier.image_size // 14
     generator = torch.Generator().manual_seed(seed)
     num_batches = max(1, len(pixels) // batch_size)
@@ -192,13 +192,13 @@ def _halving(num_inputs: int, num_outputs: int, *, kernel_size: int) -> list[nn.
 def _load(
     dataset: Iterable[Mapping[str, Any]], *, image_size: int, num_channels: Literal[1, 3]
 ) -> tuple[Tensor, list[str], Tensor]:
-    """Rows -> pictures `b c h w` as uint8, the distinct captions in order, and their indices `b`."""
-    pictures: list[Tensor] = []
+    """Rows -> images `b c h w` as uint8, the distinct captions in order, and their indices `b`."""
+    images: list[Tensor] = []
     texts: list[str] = []
-    for row in tqdm(dataset, desc="reading pictures", unit="picture"):
+    for row in tqdm(dataset, desc="reading images", unit="image"):
         image = load_image(row["image"])
         pixel_values = pixels_from_images([image], image_size=image_size, num_channels=num_channels)
-        pictures.append((pixel_values * 255).round().to(torch.uint8))
+        images.append((pixel_values * 255).round().to(torch.uint8))
         texts.append(row["caption"])
     captions = sorted(set(texts))
     if not 2 <= len(captions) <= MAX_CAPTIONS:
@@ -207,11 +207,11 @@ def _load(
             f"a caption classifier needs 2 to {MAX_CAPTIONS:,}"
         )
     index = {caption: position for position, caption in enumerate(captions)}
-    return torch.cat(pictures), captions, torch.tensor([index[text] for text in texts])
+    return torch.cat(images), captions, torch.tensor([index[text] for text in texts])
 
 
 def _shift(pixel_values: Tensor, *, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Move each picture of `b c h w` by up to `max_shift` pixels either way, repeating its border."""
+    """Move each image of `b c h w` by up to `max_shift` pixels either way, repeating its border."""
     num_images, _, height, width = pixel_values.shape
     padded = F.pad(pixel_values, (max_shift,) * 4, mode="replicate")
     offsets = torch.randint(2 * max_shift + 1, (2, num_images, 1), generator=generator)

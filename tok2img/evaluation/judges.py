@@ -24,17 +24,17 @@ BATCH_SIZE = 250
 
 @dataclass(frozen=True)
 class Judge:
-    """Says whether a picture shows its caption; `features` maps pictures to `n d` for the Fréchet distance, where there are any."""
+    """Says whether an image shows its caption; `features` maps images to `n d` for the Fréchet distance, where there are any."""
 
     shows: Callable[[Image.Image, str], bool]
     features: Callable[[Sequence[Any]], Tensor] | None = None
     accuracy_on_real: float | None = None
 
 
-def find_judge(
+def find_verifier(
     rows: Dataset, image_tokenizer: DiscreteTokenizer, *, data: str, folder: str = "", **columns: Any
 ) -> Judge | None:
-    """Who judges pictures of these captions.
+    """Who judges images of these captions.
 
     The exact judge for the built-in shapes; else a classifier of captions, loaded from `folder`, or trained on the data's training split
     and saved there. None where captions are too many, or too few, to tell apart by a classifier.
@@ -57,8 +57,8 @@ def classifier_judge(classifier: CaptionClassifier, rows: Dataset) -> Judge:
     """A judge out of a classifier, and how many of the real rows it gets right."""
 
     def load(images: Sequence[Any]) -> Tensor:
-        pictures = [load_image(image) for image in images]
-        return pixels_from_images(pictures, image_size=classifier.image_size, num_channels=classifier.num_channels)
+        pil_images = [load_image(image) for image in images]
+        return pixels_from_images(pil_images, image_size=classifier.image_size, num_channels=classifier.num_channels)
 
     def features(images: Sequence[Any]) -> Tensor:
         with torch.inference_mode():

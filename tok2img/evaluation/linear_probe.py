@@ -1,4 +1,4 @@
-"""What codes say about the class of a picture: the accuracy of a linear classifier that sees nothing else."""
+"""What codes say about the class of an image: the accuracy of a linear classifier that sees nothing else."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Numbers about image tokenizers, and about the pictures that a prior draws and the captions that it writes.
+"""Numbers about image tokenizers, and about the images that a prior draws and the captions that it writes.
 
 Sums stay on the device until the last batch is through, so measuring never waits for a single step.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_vq.images.normalization import check_values
-from tokenizers_vq.validation import checked_before
+from tokenizers_vq.validation import skip_validation
 
 from ..tokenization.layout import range_starts
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def evaluate_tokenizer(
     image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
 ) -> dict[str, float | list[float]]:
-    """Measure how well pictures survive their codes, and how well the codes are used.
+    """Measure how well images survive their codes, and how well the codes are used.
 
     Args:
         image_tokenizer: in eval mode
@@ -36,12 +36,12 @@ def evaluate_tokenizer(
         mse: mean squared error of a pixel, in units of the full range [0, 1]
         psnr: dB, from that mean; infinite when the mse is 0
         ssim: structural similarity (Wang et al. 2004); only with torchmetrics, of the extra `[eval]`
-        bits_per_picture: `num_codes * log2(codebook_size)`
+        bits_per_image: `num_codes * log2(codebook_size)`
         code_usage: share of the codes used at least once
         perplexity: exp of the entropy of the codes; like the usage a mean over groups of positions with codes of their own
         entropy_per_position: nats; used_per_position: codes used at least once; only when each position has codes of its own
         entropy_per_group, used_per_group: the same where groups of several positions do
-        mse_per_stage, psnr_per_stage: after each code; only where a picture sharpens code by code
+        mse_per_stage, psnr_per_stage: after each code; only where an image sharpens code by code
     """
     return measure_tokenizer(image_tokenizer, batches)[0]
 
@@ -53,24 +53,24 @@ def measure_tokenizer(
     """What `evaluate_tokenizer` returns, and the counts behind it: how often each code was used, as `code_histogram` has them."""
     if image_tokenizer.training:
         raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
-    groups, device = image_tokenizer.code_groups, image_tokenizer.device
+    groups, device = image_tokenizer.positions_per_codebook, image_tokenizer.device
     histogram = torch.zeros(len(groups), image_tokenizer.codebook_size, dtype=torch.int64, device=device)
     starts = range_starts(groups, image_tokenizer.codebook_size, device)
     fidelities, sizes = [], []
     for pixel_values in batches:
         check_values(pixel_values)  # here, where those that wait on the CPU can be looked at for nothing
-        with checked_before():
+        with skip_validation():
             fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
         sizes.append(len(pixel_values))
     if not sizes:
-        raise ValueError("got no batch of pictures to evaluate")
+        raise ValueError("got no batch of images to evaluate")
     means = {name: _weighted_mean([fidelity[name] for fidelity in fidelities], sizes) for name in fidelities[0]}
     errors = means.pop("mse_per_stage")
     psnrs = [-10 * math.log10(error) if error > 0 else math.inf for error in errors]
     bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
     report = {"mse": errors[-1], **{name: mean[0] for name, mean in means.items()}, "psnr": psnrs[-1]}
     stages = {"mse_per_stage": errors, "psnr_per_stage": psnrs} if len(errors) > 1 else {}
-    return {**report, "bits_per_picture": bits, **_usage(histogram, groups), **stages}, histogram
+    return {**report, "bits_per_image": bits, **_usage(histogram, groups), **stages}, histogram
 
 
 def code_histogram(codes: Tensor, *, codebook_size: int, groups: tuple[int, ...]) -> Tensor:
@@ -108,7 +108,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return distance.item()
 
 
-def repeated_share(codes: Tensor, training_codes: Tensor) -> float:
+def memorization_rate(codes: Tensor, training_codes: Tensor) -> float:
     """Share of the rows of `codes` (`b n`) that occur exactly in `training_codes` (`m n`)."""
     if codes.shape[1:] != training_codes.shape[1:] or len(codes) == 0:
         shapes = f"codes {tuple(codes.shape)} and training codes {tuple(training_codes.shape)}"
@@ -121,9 +121,9 @@ def repeated_share(codes: Tensor, training_codes: Tensor) -> float:
 def caption_accuracy(
     images: Sequence[Image.Image], captions: Sequence[str], judge: Callable[[Image.Image, str], bool]
 ) -> float:
-    """Share of the pictures that `judge` finds to show what their caption says."""
+    """Share of the images that `judge` finds to show what their caption says."""
     if len(images) != len(captions) or not images:
-        raise ValueError(f"got {len(images)} pictures and {len(captions)} captions, expected equally many, at least 1")
+        raise ValueError(f"got {len(images)} images and {len(captions)} captions, expected equally many, at least 1")
     return sum(judge(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
 
 
@@ -175,7 +175,7 @@ def _fidelity(
     """Measure one batch `b c h w` and add its codes to `histogram`, see `_count`."""
     codes = image_tokenizer.encode(pixel_values)
     reconstruction, errors = pixel_values, []
-    for stage in image_tokenizer.decode_stages(codes):
+    for stage in image_tokenizer.decode_progressively(codes):
         reconstruction = stage.clamp(0, 1)
         errors.append(F.mse_loss(reconstruction, pixel_values))
     _count(histogram, codes, starts)

@@ -26,14 +26,14 @@ from ..tokenization.processor import Tok2ImgProcessor
 from ..tokenization.span_text_tokenizer import is_text_model, load_text_model
 from ..tokenization.token_dataset import load_tokens
 from ..trainer.training_log import finite, load_log
-from ..visualization.report_figures import picture_image_tokenizer, picture_model, picture_text_tokenizer
-from .judges import Judge, batches, find_judge
+from ..visualization.report_figures import save_model_figures, save_text_tokenizer_figures, save_tokenizer_figures
+from .judges import Judge, batches, find_verifier
 from .metrics import (
     caption_accuracy,
     caption_agreement,
     frechet_distance,
     measure_tokenizer,
-    repeated_share,
+    memorization_rate,
     unigram_entropy,
 )
 from .text_metrics import measure_text_tokenizer
@@ -42,7 +42,7 @@ Report = dict[str, Any]
 Draw = Callable[[Path], list[str]]  # draws into a folder and names the files
 
 
-def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
+def load_eval_split(data: str, *, split: str = "", **columns: Any) -> Dataset:
     """The rows of a split; of the test split, or else the validation split, where none is named. Errors as in `load_captioned_images`."""
     if split:
         return load_captioned_images(data, split=split, **columns)
@@ -53,21 +53,21 @@ def open_unseen(data: str, *, split: str = "", **columns: Any) -> Dataset:
 
 
 def report_on_tokenizer(folder: str | Path, rows: Dataset) -> tuple[Report, Draw]:
-    """Errors and code usage of a saved tokenizer on the pictures, or the captions, of some rows; and what draws it.
+    """Errors and code usage of a saved tokenizer on the images, or the captions, of some rows; and what draws it.
 
-    See `evaluate_tokenizer` and `evaluate_text_tokenizer`, and `picture_image_tokenizer`.
+    See `evaluate_tokenizer` and `evaluate_text_tokenizer`, and `save_tokenizer_figures`.
     """
     log = load_log(folder)
     if is_text_model(folder):
         model = to_device(load_text_model(folder))
         report, histogram = measure_text_tokenizer(model, rows["caption"][:])
-        return report, lambda into: picture_text_tokenizer(model, rows["caption"], histogram, log=log, folder=into)
+        return report, lambda into: save_text_tokenizer_figures(model, rows["caption"], histogram, log=log, folder=into)
     image_tokenizer = to_device(load_image_tokenizer(folder))
     pixel_batches = (
         load_pixels(images, image_tokenizer).to(image_tokenizer.device) for images in batches(rows["image"])
     )
     figures, histogram = measure_tokenizer(image_tokenizer, pixel_batches)
-    return dict(figures), lambda into: picture_image_tokenizer(
+    return dict(figures), lambda into: save_tokenizer_figures(
         image_tokenizer, rows["image"], histogram, log=log, folder=into
     )
 
@@ -78,34 +78,34 @@ def report_on_model(
     *,
     data: str,
     tokens: str = "",
-    judge_folder: str = "",
+    verifier_folder: str = "",
     num_images: int = 1000,
     seed: int = 0,
     **columns: Any,
 ) -> tuple[Report, Draw]:
-    """Losses of a saved model on rows it has not seen, what its pictures of their captions are worth, and its captions where it writes any.
+    """Losses of a saved model on rows it has not seen, what its images of their captions are worth, and its captions where it writes any.
 
-    Beside these what draws them, see `picture_model`. `columns` name those of the data that a judge learns from.
+    Beside these what draws them, see `save_model_figures`. `columns` name those of the data that a judge learns from.
     """
     log, training_codes = load_log(folder), codes_of(tokens) if tokens else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
     if can_caption(pipeline.prior):
         report |= report_on_captions(pipeline, rows)
-    judge = find_judge(rows, pipeline.processor.image_tokenizer, data=data, folder=judge_folder, **columns)
+    judge = find_verifier(rows, pipeline.processor.image_tokenizer, data=data, folder=verifier_folder, **columns)
     captions = spread(rows["caption"], num_images, seed=seed)
     output = pipeline(captions, seed=seed, progress=True)
     images: Any = output.images
-    report |= report_on_pictures(images, captions, judge=judge, real_images=rows["image"][:])
+    report |= report_on_images(images, captions, judge=judge, real_images=rows["image"][:])
     if training_codes is not None:
-        report["repeated_share"] = repeated_share(output.codes, training_codes)
-    return report, lambda into: picture_model(images, captions, log=log, folder=into)
+        report["memorization_rate"] = memorization_rate(output.codes, training_codes)
+    return report, lambda into: save_model_figures(images, captions, log=log, folder=into)
 
 
 def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     """Nats a token on held-out rows, beside what knowing nothing costs (ln K) and what knowing code frequencies costs.
 
-    `caption_nats` is what the caption takes off a picture's loss; where there are C equally frequent captions it is ln C at best.
+    `caption_information_nats` is what the caption takes off an image's loss; where there are C equally frequent captions it is ln C at best.
     """
     processor, layout = pipeline.processor, pipeline.processor.layout
     model = PriorWithLoss(pipeline.prior, layout).eval()
@@ -115,7 +115,7 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
         text_ids, image_codes = encode(processor, captions, images)
         with torch.no_grad():
             informed = model(text_ids.to(pipeline.prior.device), image_codes.to(pipeline.prior.device)).metrics
-            blind_text = layout.without_caption(len(text_ids), pipeline.prior.device)
+            blind_text = layout.null_text_ids(len(text_ids), pipeline.prior.device)
             blind = model(blind_text, image_codes.to(pipeline.prior.device)).metrics
         sums["text_loss"] += informed["text_loss"].item() * len(text_ids)
         sums["image_loss"] += informed["image_loss"].item() * len(text_ids)
@@ -126,13 +126,13 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     return losses | {
         "uniform_loss": math.log(layout.codebook_size),
         "unigram_entropy": entropy,
-        "nats_gained_per_picture": layout.num_codes * (math.log(layout.codebook_size) - losses["image_loss"]),
-        "caption_nats": layout.num_codes * (losses["image_loss_without_caption"] - losses["image_loss"]),
+        "information_gain_nats": layout.num_codes * (math.log(layout.codebook_size) - losses["image_loss"]),
+        "caption_information_nats": layout.num_codes * (losses["image_loss_without_caption"] - losses["image_loss"]),
     }
 
 
 def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
-    """How often the likeliest caption of a held-out picture is the row's own; see `caption_agreement`."""
+    """How often the likeliest caption of a held-out image is the row's own; see `caption_agreement`."""
     processor, layout = pipeline.processor, pipeline.processor.layout
     texts, written = [], []
     for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
@@ -142,21 +142,21 @@ def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     return dict(caption_agreement(torch.cat(texts), torch.cat(written), pad_id=layout.pad_id))
 
 
-def report_on_pictures(
+def report_on_images(
     images: Sequence[Image.Image], captions: list[str], *, judge: Judge | None, real_images: Sequence[Any]
 ) -> Report:
-    """How many pictures of captions are right, and how far all are from real ones."""
+    """How many images of captions are right, and how far all are from real ones."""
     report: Report = {"num_images": len(captions)}
     if judge is not None:
         report["caption_accuracy"] = caption_accuracy(images, captions, judge.shows)
-        report["judge_accuracy_on_real"] = judge.accuracy_on_real
+        report["verifier_accuracy_on_real"] = judge.accuracy_on_real
     if judge is not None and judge.features is not None:
         report["frechet_distance"] = frechet_distance(judge.features(images), judge.features(real_images))
     return report
 
 
 def codes_of(folder: str | Path) -> Tensor:
-    """The picture codes of a folder of tokens, `n s`."""
+    """The image codes of a folder of tokens, `n s`."""
     tokens, _ = load_tokens(folder)
     return torch.from_numpy(np.stack(tokens.with_format("numpy")["image_codes"][:]).astype(np.int64))
 
@@ -178,5 +178,5 @@ def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
 
 
 def encode(processor: Tok2ImgProcessor, captions: list[str], images: list[Any]) -> tuple[Tensor, Tensor]:
-    """Captions and pictures -> text ids `b t` and codes `b n`."""
+    """Captions and images -> text ids `b t` and codes `b n`."""
     return processor.encode_text(captions), processor.encode_images(images)

@@ -1,6 +1,6 @@
-"""An exact judge of pictures of shapes: reads the scene from the pixels and compares it with a caption.
+"""An exact judge of images of shapes: reads the scene from the pixels and compares it with a caption.
 
-Blobs of ink are matched with the masks that `tok2img/data/shapes.py` draws with. A picture that is not plainly one scene
+Blobs of ink are matched with the masks that `tok2img/data/shapes.py` draws with. An image that is not plainly one scene
 (a blob like no mask or like two, two colours in a blob, ink that belongs to no object) reads as None. Blur and noise
 of an autoencoder are forgiven; the thresholds below stand between those and what must be refused.
 """
@@ -135,9 +135,9 @@ def _read_relation(*, first: np.ndarray, second: np.ndarray) -> str | None:
 
 
 def read_scene(image: Image.Image) -> Scene | None:
-    """The scene that a 32 x 32 picture plainly shows, in canonical form, or None."""
+    """The scene that a 32 x 32 image plainly shows, in canonical form, or None."""
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"got a picture of size {image.size}, expected {(IMAGE_SIZE, IMAGE_SIZE)}")
+        raise ValueError(f"got an image of size {image.size}, expected {(IMAGE_SIZE, IMAGE_SIZE)}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     ink = 1 - pixels.min(axis=2) / 255
     blobs = list(_blobs(ink > MIN_INK))
@@ -153,5 +153,5 @@ def read_scene(image: Image.Image) -> Scene | None:
 
 
 def judge(image: Image.Image, caption: str) -> bool:
-    """Whether a picture shows exactly what its caption says; a caption not of the grammar is a ValueError."""
+    """Whether an image shows exactly what its caption says; a caption not of the grammar is a ValueError."""
     return read_scene(image) == parse_caption(caption).canonical()

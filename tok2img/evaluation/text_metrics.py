@@ -33,15 +33,15 @@ def measure_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> tu
     """What `evaluate_text_tokenizer` returns, and how often each option of each stage was used, `n k`."""
     if not texts:
         raise ValueError("got no texts to evaluate")
-    by_stage, by_rate = Tally(model.code_shape[0]), Tally(len(BITS_PER_BYTE))
+    by_stage, by_rate = AccuracyCounter(model.code_shape[0]), AccuracyCounter(len(BITS_PER_BYTE))
     histogram = torch.zeros(model.code_shape[0], model.codebook_size, dtype=torch.long)
     num_live = 0
     for first in range(0, len(texts), BATCH_SIZE):
         symbols = model.symbols(texts[first : first + BATCH_SIZE])
-        codes, live = model.encode(symbols), model.live_spans(symbols)
+        codes, live = model.encode(symbols), model.valid_spans(symbols)
         by_stage.add(model, symbols, model.symbols_after_stages(codes))
-        budgets = (first_codes(model, symbols, bits) for bits in BITS_PER_BYTE)
-        by_rate.add(model, symbols, (model.symbols_given(codes, given) for given in budgets))
+        budgets = (prefix_mask(model, symbols, bits) for bits in BITS_PER_BYTE)
+        by_rate.add(model, symbols, (model.decode_with_mask(codes, given) for given in budgets))
         live_codes = rearrange(codes, "b (n s) -> n b s", s=model.num_spans)[:, live].cpu()
         histogram.scatter_add_(1, live_codes, torch.ones_like(live_codes))
         num_live += int(live.sum())
@@ -60,7 +60,7 @@ def measure_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> tu
     return report, histogram
 
 
-class Tally:
+class AccuracyCounter:
     """Bytes that are right where they stand, and texts that are right as a whole, in each of several readings."""
 
     def __init__(self, num_readings: int):
@@ -88,8 +88,8 @@ class Tally:
         return [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
 
 
-def first_codes(model: TextSpanTokenizer, symbols: Tensor, bits_per_byte: float) -> Tensor:
+def prefix_mask(model: TextSpanTokenizer, symbols: Tensor, bits_per_byte: float) -> Tensor:
     """As many of the first codes of each text `b t` as so many bits for each of its bytes pay for: booleans `b (n s)`."""
     budget = (symbols != model.end).sum(dim=1) * bits_per_byte / math.log2(model.codebook_size)
-    live = model.live_spans(symbols).repeat(1, model.code_shape[0])
+    live = model.valid_spans(symbols).repeat(1, model.code_shape[0])
     return live & (live.cumsum(dim=1) <= budget[:, None])

@@ -1,6 +1,6 @@
-"""Picture codes in, text ids out: captions from a prior that has learned to read pictures. Knows no text and no pixels.
+"""Image codes in, text ids out: captions from a prior that has learned to read images. Knows no text and no pixels.
 
-As in `generation`, only the head rows that may follow are computed, and a caption depends on its picture, `seed` and index alone.
+As in `generation`, only the head rows that may follow are computed, and a caption depends on its image, `seed` and index alone.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..prior.model import caption_logits
 from ..tokenization.layout import SequenceLayout
-from .generate import next_state
-from .kv_cache import empty_cache
-from .sampling import Sampling, draw_codes, streams_of_rows
+from .generate import next_hidden_state
+from .kv_cache import make_cache
+from .sampling import Sampling, sample_codes, streams_of_rows
 
 CAPTION_KEY = "captions_images"  # the name under which generation_config.json says that a prior has learned to caption
 
@@ -34,7 +34,7 @@ def caption(
     indices: Sequence[int] | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Write a caption for every picture, codes `b n` -> text `b t` int64, filled with [PAD]; it stops when all have ended.
+    """Write a caption for every image, codes `b n` -> text `b t` int64, filled with [PAD]; it stops when all have ended.
 
     Args:
         sampling: the likeliest id each time when left out.
@@ -42,21 +42,21 @@ def caption(
         use_cache: False computes every step from the start, which gives the same ids slower.
 
     Raises:
-        ValueError: for guidance, which would need training without pictures, and codes that are not the layout's.
+        ValueError: for guidance, which would need training without images, and codes that are not the layout's.
     """
     sampling = sampling or Sampling(temperature=0)
     if sampling.guidance_scale != 1:
         raise ValueError(f"captions are written without guidance, got guidance_scale {sampling.guidance_scale}")
     if indices is not None and len(indices) != len(codes):
-        raise ValueError(f"got {len(indices)} indices for {len(codes)} pictures")
+        raise ValueError(f"got {len(indices)} indices for {len(codes)} images")
     sequence = step_ids = layout.caption_prompt(codes.to(prior.device))
     uniforms = streams_of_rows(len(codes), layout.text_length, seed=seed, indices=indices)
-    cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache)
-    text_ids = layout.without_caption(len(codes), prior.device)
+    cache = make_cache(prior, layout.sequence_length, use_cache=use_cache)
+    text_ids = layout.null_text_ids(len(codes), prior.device)
     ended = torch.zeros(len(codes), dtype=torch.bool, device=prior.device)
     for position in range(layout.text_length):
-        logits = caption_logits(prior, next_state(prior, step_ids, cache), layout).float()
-        new_ids = draw_codes(logits, uniforms[:, position], sampling).masked_fill(ended, layout.pad_id)
+        logits = caption_logits(prior, next_hidden_state(prior, step_ids, cache), layout).float()
+        new_ids = sample_codes(logits, uniforms[:, position], sampling).masked_fill(ended, layout.pad_id)
         text_ids[:, position] = new_ids
         ended |= new_ids == layout.pad_id
         if ended.all():

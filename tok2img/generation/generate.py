@@ -1,6 +1,6 @@
-"""Ids in, picture codes out: sampling from a prior. Knows no text and no pixels.
+"""Ids in, image codes out: sampling from a prior. Knows no text and no pixels.
 
-The prior's own code runs the layers with a key-value cache; only the head rows of each position's codes are computed. A picture depends
+The prior's own code runs the layers with a key-value cache; only the head rows of each position's codes are computed. An image depends
 on its prompt, `seed` and index alone, never on the batch it is drawn in.
 """
 
@@ -14,11 +14,11 @@ from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from ..prior.model import segment_logits
 from ..tokenization.layout import SequenceLayout
-from .kv_cache import empty_cache
-from .sampling import Sampling, draw_codes, guided, streams_of_rows
+from .kv_cache import make_cache
+from .sampling import Sampling, apply_guidance, sample_codes, streams_of_rows
 
 CACHE_BYTES = 2**30
-# A prior of two layers on one core takes 18.1, 6.2, 4.6 and 3.1 ms for each of 16, 64, 128 and 256 pictures of 49 codes.
+# A prior of two layers on one core takes 18.1, 6.2, 4.6 and 3.1 ms for each of 16, 64, 128 and 256 images of 49 codes.
 MAX_BATCH = 256
 
 
@@ -39,14 +39,14 @@ def generate(
     compile: bool = False,
     on_code: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw a picture's codes for every prompt, `b t` -> `b n` int64.
+    """Draw an image's codes for every prompt, `b t` -> `b n` int64.
 
     Args:
         text_ids: text `b t` as the processor makes it; left as it is.
-        indices: the number of each picture in its stream of `seed`, `0..b-1` when left out.
+        indices: the number of each image in its stream of `seed`, `0..b-1` when left out.
         uniforms: streams of numbers from 0 to below 1, `b n`, in place of those of `seed` and `indices`.
         negative_text_ids: what guidance leads away from, `b t`; the empty caption when left out.
-        given_codes: codes `b n` of pictures to complete or to vary, and `keep` `n`: true where they stay. The others are drawn anew, each
+        given_codes: codes `b n` of images to complete or to vary, and `keep` `n`: true where they stay. The others are drawn anew, each
             from the codes before it alone; kept codes in a row cost one pass, however many.
         use_cache: False computes every step from the start, which gives the same codes slower.
         compile: run the layers through `torch.compile`, which takes long at first and for each new size of batch; for GPUs.
@@ -56,7 +56,7 @@ def generate(
         ValueError: for inputs whose sizes do not fit each other or the layout, and given codes that are out of range.
     """
     sampling = sampling or Sampling()
-    cache = empty_cache(prior, layout.sequence_length, use_cache=use_cache, compiled=compile)
+    cache = make_cache(prior, layout.sequence_length, use_cache=use_cache, compiled=compile)
     check_rows(len(text_ids), indices=indices, uniforms=uniforms, negative_text_ids=negative_text_ids)
     kept, codes = start_codes(layout, len(text_ids), given_codes, keep)
     codes = codes.to(prior.device)
@@ -64,14 +64,14 @@ def generate(
     is_guided = any(scale != 1 for scale in scales)
     if uniforms is None:
         uniforms = streams_of_rows(len(text_ids), layout.num_codes, seed=seed, indices=indices)
-    unread = with_blind(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
+    unread = with_unconditional(layout, text_ids, negative_text_ids) if is_guided else layout.prompt(text_ids)
     unread = unread.to(prior.device)
     for position, first in enumerate(layout.image.position_offsets().tolist()):
         if not kept[position]:
-            hidden = next_state(prior, unread, cache, compiled=compile)
+            hidden = next_hidden_state(prior, unread, cache, compiled=compile)
             logits = segment_logits(prior, hidden, first, first + layout.codebook_size).float()
-            logits = guided(logits, scales[position]) if is_guided else logits
-            codes[:, position] = draw_codes(logits, uniforms[:, position], sampling)
+            logits = apply_guidance(logits, scales[position]) if is_guided else logits
+            codes[:, position] = sample_codes(logits, uniforms[:, position], sampling)
             if on_code is not None:
                 on_code(position, codes)
         new_ids = (codes[:, position] + first).repeat(1 + is_guided)[:, None]
@@ -80,16 +80,16 @@ def generate(
     return codes
 
 
-def with_blind(layout: SequenceLayout, text_ids: Tensor, negative_text_ids: Tensor | None) -> Tensor:
+def with_unconditional(layout: SequenceLayout, text_ids: Tensor, negative_text_ids: Tensor | None) -> Tensor:
     """Prompts of texts `b t`, and under them those that guidance leads away from, `2b s`."""
-    empty = layout.without_caption(len(text_ids)) if negative_text_ids is None else negative_text_ids
+    empty = layout.null_text_ids(len(text_ids)) if negative_text_ids is None else negative_text_ids
     return torch.cat([layout.prompt(each.to(text_ids.device)) for each in (text_ids, empty)])
 
 
 def check_rows(num: int, **inputs: Any) -> None:
     """ValueError for no prompts, and for an input that has another number of rows than there are."""
     if not num:
-        raise ValueError("got no prompts to draw pictures of")
+        raise ValueError("got no prompts to draw images of")
     for name, given in inputs.items():
         if given is not None and len(given) != num:
             raise ValueError(f"got {len(given)} {name} for {num} prompts")
@@ -114,20 +114,22 @@ def start_codes(
     return keep.tolist(), given_codes.long().clone()
 
 
-def next_state(prior: PreTrainedModel, input_ids: Tensor, cache: Cache | None, *, compiled: bool = False) -> Tensor:
+def next_hidden_state(
+    prior: PreTrainedModel, input_ids: Tensor, cache: Cache | None, *, compiled: bool = False
+) -> Tensor:
     """The state `b d` under the head after these ids `b s` (and those in the cache); `compiled` where it is a step of one id."""
     layers = compiled_trunk(prior.base_model) if compiled and input_ids.shape[1] == 1 else prior.base_model
     return layers(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state[:, -1]
 
 
-def fitting_batch(prior: PreTrainedModel, layout: SequenceLayout, *, guidance: bool) -> int:
-    """How many pictures to draw at once: their keys and values take a gigabyte at most."""
+def max_batch_size(prior: PreTrainedModel, layout: SequenceLayout, *, guidance: bool) -> int:
+    """How many images to draw at once: their keys and values take a gigabyte at most."""
     config: Any = prior.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     numbers = 2 * config.num_hidden_layers * heads * head_size * layout.sequence_length
-    bytes_per_picture = numbers * prior.dtype.itemsize * (2 if guidance else 1)
-    return max(1, min(MAX_BATCH, CACHE_BYTES // bytes_per_picture))
+    bytes_per_image = numbers * prior.dtype.itemsize * (2 if guidance else 1)
+    return max(1, min(MAX_BATCH, CACHE_BYTES // bytes_per_image))
 
 
 class LayoutLogitsProcessor(LogitsProcessor):

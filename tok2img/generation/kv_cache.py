@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, views of memory that has room for `num_positions`."""
 
     def __init__(self, num_positions: int):
@@ -40,7 +40,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def empty_cache(
+def make_cache(
     prior: PreTrainedModel, num_positions: int, *, use_cache: bool = True, compiled: bool = False
 ) -> Cache | None:
     """A cache of `num_positions` for a prior; layers that look back in another way than at all positions keep their own kind.
@@ -57,5 +57,7 @@ def empty_cache(
     if compiled:
         return StaticCache(config=prior.config, max_cache_len=num_positions)
     cache = DynamicCache(config=prior.config)
-    cache.layers = [RoomyLayer(num_positions) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        PreallocatedLayer(num_positions) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

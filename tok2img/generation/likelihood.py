@@ -12,14 +12,16 @@ BATCH_SIZE = 64
 
 
 @torch.inference_mode()
-def likelihood_gain(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> Tensor:
+def pointwise_mutual_information(
+    prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor
+) -> Tensor:
     """log p(codes | caption) - log p(codes | no caption): text `b t` and codes `b n` -> `b` float64, in nats.
 
-    What the caption says about the picture, by the prior alone; how likely the picture is anyway cancels out.
+    What the caption says about the image, by the prior alone; how likely the image is anyway cancels out.
     """
     scores = []
     for text, some in zip(text_ids.split(BATCH_SIZE), codes.split(BATCH_SIZE), strict=True):
-        blind = layout.without_caption(len(text), text.device)
+        blind = layout.null_text_ids(len(text), text.device)
         informed, uninformed = log_likelihood(
             prior, layout, torch.cat([text.long(), blind]), torch.cat([some, some])
         ).chunk(2)
@@ -35,7 +37,7 @@ def log_likelihood(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Ten
     return log_probabilities.gather(-1, codes.long().to(prior.device)[..., None]).sum(dim=(1, 2)).cpu()
 
 
-def best_of_each(scores: Tensor, num: int) -> Tensor:
+def argmax_per_group(scores: Tensor, num: int) -> Tensor:
     """Row of the best of every `num` scores in turn, `(b num)` -> `b`; the first of equals."""
     if not scores.isfinite().all():
         raise ValueError("a ranker gave a score that is not finite")

@@ -1,6 +1,6 @@
 """How one code is drawn: the settings, the random numbers, and logits -> codes.
 
-Every picture has a stream of its own, one uniform number a code, turned into a code by the inverse of the cumulative distribution.
+Every image has a stream of its own, one uniform number a code, turned into a code by the inverse of the cumulative distribution.
 """
 
 import math
@@ -25,7 +25,7 @@ class Sampling:
     Attributes:
         guidance_scale: 1 follows the caption as trained; above, logits move on by that much from those without a caption
             (Ho & Salimans 2022, as in Gafni et al. 2022 for tokens). Several numbers are a schedule: `(1, 4)` rises in a line from the
-            first code to the last, and as many as there are codes give each its own. So is a function of how far the picture is, 0 to 1;
+            first code to the last, and as many as there are codes give each its own. So is a function of how far the image is, 0 to 1;
             it cannot be saved.
         temperature: 0 takes the likeliest code.
         top_k: draw among so many of the likeliest codes; 0: all.
@@ -45,7 +45,7 @@ class Sampling:
             object.__setattr__(self, "guidance_scale", tuple(self.guidance_scale))
             if not self.guidance_scale:
                 raise ValueError("guidance_scale must be a number, or several for a schedule, got none")
-        for scale in self._knots():
+        for scale in self._schedule_points():
             check_number("guidance_scale", scale)
         for name in ("temperature", "top_k", "top_p"):
             check_number(name, getattr(self, name))
@@ -55,19 +55,19 @@ class Sampling:
             raise ValueError(f"top_k must be a whole number of codes, got {self.top_k}")
 
     def guidance_schedule(self, num_codes: int) -> list[float]:
-        """The guidance scale of each code of a picture."""
+        """The guidance scale of each code of an image."""
         shares = np.linspace(0, 1, num_codes).tolist()
         if callable(self.guidance_scale):
             scales = [self.guidance_scale(share) for share in shares]
             for scale in scales:
                 check_number("guidance_scale", scale)
             return scales
-        knots = self._knots()
+        knots = self._schedule_points()
         if len(knots) > num_codes:
             raise ValueError(f"guidance_scale has {len(knots)} numbers for {num_codes} codes")
         return np.interp(shares, np.linspace(0, 1, len(knots)), knots).tolist()
 
-    def _knots(self) -> list[Any]:
+    def _schedule_points(self) -> list[Any]:
         """The numbers given as guidance; none of a function."""
         if callable(self.guidance_scale):
             return []
@@ -80,12 +80,12 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
 
 
-def new_seed() -> int:
+def random_seed() -> int:
     """A seed that nobody has chosen."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
-def uniform_streams(seed: int, indices: Sequence[int], length: int) -> Tensor:
+def uniform_noise(seed: int, indices: Sequence[int], length: int) -> Tensor:
     """One stream of uniform numbers for each (seed, index), `b n` float64: Philox, a counter-based generator, keyed by both."""
     keys = [np.array([seed % 2**64, index], dtype=np.uint64) for index in indices]
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=key)).random(length) for key in keys]))
@@ -93,10 +93,10 @@ def uniform_streams(seed: int, indices: Sequence[int], length: int) -> Tensor:
 
 def streams_of_rows(num_rows: int, length: int, *, seed: int, indices: Sequence[int] | None = None) -> Tensor:
     """The streams of rows `b` in a batch, `b n`: those of their indices, `0..b-1` when left out."""
-    return uniform_streams(seed, range(num_rows) if indices is None else indices, length)
+    return uniform_noise(seed, range(num_rows) if indices is None else indices, length)
 
 
-def streams_between(first: Tensor, last: Tensor, num_steps: int) -> Tensor:
+def slerp_noise(first: Tensor, last: Tensor, num_steps: int) -> Tensor:
     """Streams that lead from one to another in even steps, `n` and `n` -> `b n`; the ends are the given streams to the last bit.
 
     Through the normal quantile: normal numbers turned into one another by an angle stay normal (slerp, White 2016), so every step in
@@ -112,24 +112,24 @@ def streams_between(first: Tensor, last: Tensor, num_steps: int) -> Tensor:
     return path
 
 
-def guided(logits: Tensor, scale: float) -> Tensor:
+def apply_guidance(logits: Tensor, scale: float) -> Tensor:
     """Rows with caption above rows without, `2b k` -> `b k`: without + scale x (with - without)."""
     conditional, unconditional = logits.chunk(2)
     return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
 
 
-def draw_codes(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+def sample_codes(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Logits `b k` and uniforms `b` -> codes `b`, by the inverse of the cumulative distribution."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = keep_likeliest((logits.double() / sampling.temperature).softmax(dim=-1), sampling)
+    probabilities = top_k_top_p_filter((logits.double() / sampling.temperature).softmax(dim=-1), sampling)
     cumulative = probabilities.cumsum(dim=-1)
     targets = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
     # A code of probability zero is never the first whose cumulative share exceeds the target.
     return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
-def keep_likeliest(probabilities: Tensor, sampling: Sampling) -> Tensor:
+def top_k_top_p_filter(probabilities: Tensor, sampling: Sampling) -> Tensor:
     """Zero for codes outside top-k and top-p (Holtzman et al. 2020), `b k` -> `b k`; the likeliest always stays."""
     if not sampling.top_k and sampling.top_p == 1:
         return probabilities

@@ -1,6 +1,6 @@
-"""Which of several pictures shows its caption best: by the prior's own likelihoods, or by a CLIP model (Radford et al. 2021).
+"""Which of several images shows its caption best: by the prior's own likelihoods, or by a CLIP model (Radford et al. 2021).
 
-A ranker is anything that gives captions and pictures a score each, the higher the better.
+A ranker is anything that gives captions and images a score each, the higher the better.
 """
 
 import json
@@ -22,10 +22,10 @@ from tokenizers_vq.loading import (
     first_line,
     load_by_tensors,
     local_folder,
+    missing_or_mismatched_keys,
     read_config,
     read_json,
     refuse_non_finite,
-    unfilled_tensors,
 )
 from tokenizers_vq.validation import is_number
 
@@ -45,7 +45,7 @@ def load_clip(folder: Path) -> CLIPModel:
     model, info = load_by_tensors(CLIPModel, folder, config)
     # Files of older versions hold the positions 0, 1, 2 ... too.
     unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
-    if wrong := unfilled_tensors(info) + unknown:
+    if wrong := missing_or_mismatched_keys(info) + unknown:
         raise ValueError(f"missing, misshapen or unknown tensors {wrong[:3]}")
     refuse_non_finite(model, folder)
     return model
@@ -57,12 +57,12 @@ def are_numbers(values: Any) -> TypeGuard[list[float]]:
 
 
 class ClipRanker:
-    """Scores pictures by the cosine between a CLIP model's views of them and of their captions.
+    """Scores images by the cosine between a CLIP model's views of them and of their captions.
 
     Args:
         model: any CLIP model of transformers, pretrained or of `tok2img train-ranker`.
         text_tokenizer: its tokenizer, as transformers loads it.
-        pixel_mean, pixel_std: what its pictures are normalised by, a number for each channel.
+        pixel_mean, pixel_std: what its images are normalised by, a number for each channel.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ClipRanker:
 
     @torch.inference_mode()
     def __call__(self, captions: list[str], images: list[Image.Image]) -> Tensor:
-        """A score from -1 to 1 for each caption and picture, `b` on the CPU."""
+        """A score from -1 to 1 for each caption and image, `b` on the CPU."""
         scores = []
         for first in range(0, len(captions), BATCH_SIZE):
             text = self.encode_text(captions[first : first + BATCH_SIZE])
@@ -127,9 +127,9 @@ class ClipRanker:
         )
 
     def pixel_values(self, images: Sequence[Any]) -> Tensor:
-        """Pictures in any form -> normalised `b c h w` of the model's size."""
+        """Images in any form -> normalised `b c h w` of the model's size."""
         config: Any = self.model.config.vision_config
-        pictures = [load_image(image) for image in images]
-        pixels = pixels_from_images(pictures, image_size=config.image_size, num_channels=config.num_channels)
+        pil_images = [load_image(image) for image in images]
+        pixels = pixels_from_images(pil_images, image_size=config.image_size, num_channels=config.num_channels)
         mean, std = (rearrange(torch.tensor(each), "c -> c 1 1") for each in (self.pixel_mean, self.pixel_std))
         return (pixels - mean) / std

@@ -1,4 +1,4 @@
-"""What stays of a picture that is completed or varied: its codes, and which positions keep them."""
+"""What stays of an image that is completed or varied: its codes, and which positions keep them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from ..tokenization.processor import Tok2ImgProcessor
 Keep = int | str | Sequence[bool] | np.ndarray | Tensor
 
 
-def kept_positions(keep: Keep, image_tokenizer: DiscreteTokenizer) -> Tensor:
+def keep_mask(keep: Keep, image_tokenizer: DiscreteTokenizer) -> Tensor:
     """Which codes stay, `n` booleans.
 
     Raises:
@@ -47,26 +47,26 @@ def upper_half(keep: str, image_tokenizer: DiscreteTokenizer) -> Tensor:
     return (torch.arange(shape[-2])[:, None] < shape[-2] // 2).expand(shape).flatten()
 
 
-def codes_to_keep(images: Any, processor: Tok2ImgProcessor, num_prompts: int) -> Tensor:
-    """Codes `b n` of one picture, or of one for each prompt; codes, `n` or `b n`, pass as they are.
+def encode_init_images(images: Any, processor: Tok2ImgProcessor, num_prompts: int) -> Tensor:
+    """Codes `b n` of one image, or of one for each prompt; codes, `n` or `b n`, pass as they are.
 
     Raises:
-        ValueError: for another number of pictures, and for a picture of another size than the model's: what to cut off, or to make up, is
+        ValueError: for another number of images, and for an image of another size than the model's: what to cut off, or to make up, is
             not ours to choose.
     """
     if isinstance(images, Tensor):
         codes = images.cpu() if images.ndim == 2 else images.cpu()[None]
     else:
-        pictures = load_images(images if isinstance(images, list | tuple) else [images])
+        pil_images = load_images(images if isinstance(images, list | tuple) else [images])
         config: Any = processor.image_tokenizer.config
-        for picture in pictures:
-            if picture.size != (config.image_size, config.image_size):
-                width, height = picture.size
+        for image in pil_images:
+            if image.size != (config.image_size, config.image_size):
+                width, height = image.size
                 raise ValueError(
-                    f"the picture to keep codes of is {width}x{height}, the model draws {config.image_size}x{config.image_size}:"
+                    f"the image to keep codes of is {width}x{height}, the model draws {config.image_size}x{config.image_size}:"
                     " crop or resize it first"
                 )
-        codes = processor.encode_images(pictures)
+        codes = processor.encode_images(pil_images)
     if len(codes) not in (1, num_prompts):
-        raise ValueError(f"got {len(codes)} pictures to keep codes of for {num_prompts} prompts")
+        raise ValueError(f"got {len(codes)} images to keep codes of for {num_prompts} prompts")
     return codes.expand(num_prompts, -1)

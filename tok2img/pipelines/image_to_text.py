@@ -1,4 +1,4 @@
-"""From pictures to captions, from the folder that also draws."""
+"""From images to captions, from the folder that also draws."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.captioning import can_caption, caption
-from ..generation.sampling import Sampling, new_seed
+from ..generation.sampling import Sampling, random_seed
 from ..tokenization.processor import Tok2ImgProcessor
-from .loading import batches, load_parts, move
+from .loading import batches, load_components, move
 
 
 class ImageToTextPipeline:
-    """A prior that has learned to caption, with its tokenizers: `ImageToTextPipeline.from_pretrained(folder)(["picture.png"])`.
+    """A prior that has learned to caption, with its tokenizers: `ImageToTextPipeline.from_pretrained(folder)(["image.png"])`.
 
     Raises:
         ValueError: for a prior that has not.
@@ -23,14 +23,14 @@ class ImageToTextPipeline:
     def __init__(self, prior: PreTrainedModel, processor: Tok2ImgProcessor):
         if not can_caption(prior):
             raise ValueError(
-                "this model has not learned to caption pictures: train one with `tok2img train-prior --caption-share 0.5 ...`"
+                "this model has not learned to caption images: train one with `tok2img train-prior --image-to-text-fraction 0.5 ...`"
             )
         self.prior, self.processor = prior.eval(), processor
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a trained folder, or one of the hub by its name; ValueError for what is neither, or has not learned to caption."""
-        return cls(*load_parts(name))
+        return cls(*load_components(name))
 
     def to(self, *place: str | torch.device | torch.dtype) -> Self:
         """Move prior and image tokenizer to a device, and the prior to a type: `to("cuda", torch.bfloat16)`."""
@@ -46,23 +46,23 @@ class ImageToTextPipeline:
         seed: int | None = None,
         batch_size: int = 64,
     ) -> list[str]:
-        """Caption a picture or several: paths, bytes, PIL images.
+        """Caption an image or several: paths, bytes, PIL images.
 
         Args:
             temperature, top_k, top_p: as in `Sampling`; the likeliest caption by default.
             seed: caption i of a seed is the same in any batch; None draws a new seed.
 
         Raises:
-            ValueError: for no picture, one that does not decode, or a setting out of range.
+            ValueError: for no image, one that does not decode, or a setting out of range.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        pictures: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
-        if not pictures:
-            raise ValueError("images must be a picture or a list of pictures, got none")
-        seed = new_seed() if seed is None else seed
+        image_list: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+        if not image_list:
+            raise ValueError("images must be an image or a list of images, got none")
+        seed = random_seed() if seed is None else seed
         captions = []
-        for rows in batches(len(pictures), batch_size):
-            codes = self.processor.encode_images(pictures[rows.start : rows.stop], rows=rows)
+        for rows in batches(len(image_list), batch_size):
+            codes = self.processor.encode_images(image_list[rows.start : rows.stop], rows=rows)
             text_ids = caption(
                 self.prior, self.processor.layout, codes, sampling=sampling, seed=seed, indices=rows
             ).cpu()

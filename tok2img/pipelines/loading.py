@@ -18,7 +18,7 @@ from ..tokenization.processor import Tok2ImgProcessor
 REPOSITORY_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_parts(name: str | Path) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
+def load_components(name: str | Path) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
     """Prior and processor of a trained folder, or of one of the hub by its name; ValueError for what is neither."""
     folder = local_folder(name)
     prior = load_prior(folder, SequenceLayout.from_pretrained(folder))

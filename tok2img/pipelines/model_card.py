@@ -15,25 +15,25 @@ def model_card(
 
     Args:
         name: what `from_pretrained` finds the folder by.
-        prompts: captions of the pictures in `samples.png`, where there is one.
+        prompts: captions of the images in `samples.png`, where there is one.
     """
     layout, sampling = pipeline.processor.layout, pipeline.default_sampling
     tokenizer = type(pipeline.processor.image_tokenizer).__name__
     prompt = prompts[0] if prompts else "a caption like those it was trained on"
-    pictures = f"\n![Pictures that it drew, above the captions it was given]({SAMPLES_FILE})\n" if prompts else ""
+    images = f"\n![Images that it drew, above the captions it was given]({SAMPLES_FILE})\n" if prompts else ""
     return f"""---
 library_name: tok2img
 pipeline_tag: text-to-image
 tags: [tok2img, text-to-image, {pipeline.prior.config.model_type}]
 ---
-Draws pictures from captions: a {pipeline.prior.config.model_type} prior over {layout.num_codes} codes of a {tokenizer} with
+Draws images from captions: a {pipeline.prior.config.model_type} prior over {layout.num_codes} codes of a {tokenizer} with
 {layout.codebook_size} options each.
-{pictures}
+{images}
 ```python
 from tok2img import TextToImagePipeline
 
 pipe = TextToImagePipeline.from_pretrained({name!r})
-pipe({prompt!r}, num_images_per_prompt=4, seed=0).images[0].save("picture.png")
+pipe({prompt!r}, num_images_per_prompt=4, seed=0).images[0].save("image.png")
 ```
 
 Defaults: guidance_scale {sampling.guidance_scale}, temperature {sampling.temperature:g}, top_k {sampling.top_k}, top_p

@@ -1,4 +1,4 @@
-"""From a caption to pictures, from one folder."""
+"""From a caption to images, from one folder."""
 
 import warnings
 from collections.abc import Callable, Collection
@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..generation.generate import fitting_batch, generate
-from ..generation.likelihood import best_of_each, likelihood_gain
-from ..generation.sampling import Guidance, Sampling, new_seed, streams_between, uniform_streams
+from ..generation.generate import generate, max_batch_size
+from ..generation.likelihood import argmax_per_group, pointwise_mutual_information
+from ..generation.sampling import Guidance, Sampling, random_seed, slerp_noise, uniform_noise
 from ..tokenization.processor import Tok2ImgProcessor
 from ..visualization.image_sheets import captioned_sheet, save_image
 from .clip_ranker import Ranker
-from .image_conditioning import Keep, codes_to_keep, kept_positions
-from .loading import batches, load_parts, move
+from .image_conditioning import Keep, encode_init_images, keep_mask
+from .loading import batches, load_components, move
 from .model_card import SAMPLES_FILE, model_card
 
 # The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
@@ -32,7 +32,7 @@ from .model_card import SAMPLES_FILE, model_card
 GUIDANCE_KEY = "image_guidance_scale"
 DROPOUT_KEY = "image_caption_dropout"
 DECODED_PIXELS = 2**20
-# Pictures as they are after so many codes, and which of all pictures they are.
+# Images as they are after so many codes, and which of all images they are.
 Preview = Callable[[list[Image.Image], int, range], None]
 
 
@@ -56,7 +56,7 @@ class TextToImagePipeline:
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a trained folder, or one of the hub by its name; ValueError for what is neither."""
-        return cls(*load_parts(name))
+        return cls(*load_components(name))
 
     def save_pretrained(
         self, folder: str | Path, *, sample_prompts: list[str] | None = None, name: str | None = None
@@ -148,26 +148,26 @@ class TextToImagePipeline:
         ranker: Ranker | None = None,
         compile: bool = False,
     ) -> TextToImageOutput:
-        """Draw pictures of captions.
+        """Draw images of captions.
 
         Args:
             guidance_scale, temperature, top_k, top_p: as in `Sampling`; None means the model's own default.
             negative_prompt: what guidance leads away from, instead of the empty caption.
-            seed: picture i of a seed is the same in any batch; None draws a new seed. Two seeds: the pictures of each prompt lead from the
+            seed: image i of a seed is the same in any batch; None draws a new seed. Two seeds: the images of each prompt lead from the
                 one that the first seed draws to the one of the second.
             output_type: "pil", or "np" for `b h w c` floats in [0, 1].
-            batch_size: pictures drawn at once; None takes as many as fit, see `fitting_batch`.
-            preview_after: numbers of codes after which `on_preview` gets the pictures so far, and which of all pictures they are; only
+            batch_size: images drawn at once; None takes as many as fit, see `max_batch_size`.
+            preview_after: numbers of codes after which `on_preview` gets the images so far, and which of all images they are; only
                 for codes that go from coarse to fine.
-            image: a picture to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
+            image: an image to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
             keep: what stays of `image`: the first so many codes, "top" for the upper half of a grid, or a truth value for each code. Codes
                 that are drawn follow those before them alone.
-            best_of: draw so many candidates for each picture and keep the one of the highest score.
-            ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `likelihood_gain`.
+            best_of: draw so many candidates for each image and keep the one of the highest score.
+            ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `pointwise_mutual_information`.
             compile: as in `generate`.
 
         Raises:
-            ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or a picture of
+            ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or an image of
                 another size.
         """
         sampling = self._sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -176,7 +176,7 @@ class TextToImagePipeline:
             raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
         self._check_previews(preview_after, on_preview)
         self._warn_of_guidance(sampling, negative_prompt)
-        kept = None if keep is None else kept_positions(keep, self.processor.image_tokenizer)
+        kept = None if keep is None else keep_mask(keep, self.processor.image_tokenizer)
         self._check_ranking(best_of, ranker, seed=seed, previews=bool(preview_after))
         captions = [caption for caption in captions for _ in range(best_of)]
         per_prompt = num_images_per_prompt * best_of
@@ -187,19 +187,19 @@ class TextToImagePipeline:
             "negative_text_ids": self._negative(negative_prompt, len(captions)),
         }
         images, codes, scores = [], [], []
-        with tqdm(total=len(captions) // best_of, desc="generate", unit=" pictures", disable=not progress) as bar:
+        with tqdm(total=len(captions) // best_of, desc="generate", unit=" images", disable=not progress) as bar:
             for rows in batches(len(captions), self._batch_size(batch_size, sampling), multiple=best_of):
                 on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
                 drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code, compile=compile)
                 if best_of > 1:
                     score = self._scores(rows, captions, inputs["text_ids"], drawn, ranker)
-                    best = best_of_each(score, best_of)
+                    best = argmax_per_group(score, best_of)
                     drawn, scores = drawn[best], [*scores, score[best]]
                 codes.append(drawn)
                 images.extend(self._decode(drawn))
                 bar.update(len(drawn))
-        pictures = images if output_type == "pil" else np.stack([as_array(each) for each in images])
-        return TextToImageOutput(pictures, torch.cat(codes), torch.cat(scores) if scores else None)
+        results = images if output_type == "pil" else np.stack([as_array(each) for each in images])
+        return TextToImageOutput(results, torch.cat(codes), torch.cat(scores) if scores else None)
 
     def _check_ranking(self, best_of: int, ranker: Ranker | None, *, seed: Any, previews: bool) -> None:
         if best_of < 1:
@@ -215,7 +215,7 @@ class TextToImagePipeline:
         """How well the candidates of some rows show their captions, `b`."""
         some = slice(rows.start, rows.stop)
         if ranker is None:
-            return likelihood_gain(self.prior, self.processor.layout, text_ids[some], codes)
+            return pointwise_mutual_information(self.prior, self.processor.layout, text_ids[some], codes)
         return torch.as_tensor(ranker(captions[some], self._decode(codes)))
 
     def _draw(self, rows: range, inputs: dict[str, Any], **settings: Any) -> Tensor:
@@ -227,13 +227,13 @@ class TextToImagePipeline:
         """Uniform numbers `b n` of a seed, of a new one, or of the way between two."""
         num_codes = self.processor.layout.num_codes
         if seed is None:
-            seed = new_seed()
+            seed = random_seed()
         if isinstance(seed, int | Integral):
-            return uniform_streams(int(seed), range(num), num_codes)
+            return uniform_noise(int(seed), range(num), num_codes)
         if len(seed) != 2:
             raise ValueError(f"seed must be a whole number, or two to go between, got {seed!r}")
-        ends = [uniform_streams(int(each), range(num // per_prompt), num_codes) for each in seed]
-        return torch.cat([streams_between(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
+        ends = [uniform_noise(int(each), range(num // per_prompt), num_codes) for each in seed]
+        return torch.cat([slerp_noise(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
 
     def _warn_of_guidance(self, sampling: Sampling, negative_prompt: str | None) -> None:
         if sampling.guidance_scale == 1:
@@ -248,20 +248,20 @@ class TextToImagePipeline:
         return None if negative_prompt is None else self.processor.encode_text([negative_prompt]).expand(num, -1)
 
     def _given(self, image: Any, keep: Keep | None, num: int, per_prompt: int) -> Tensor | None:
-        """Codes `b n` of the pictures to keep codes of, where there are any."""
+        """Codes `b n` of the images to keep codes of, where there are any."""
         if (image is None) != (keep is None):
             raise ValueError("image and keep go together: keep says which codes of the image stay")
         if image is None:
             return None
-        return codes_to_keep(image, self.processor, num // per_prompt).repeat_interleave(per_prompt, dim=0)
+        return encode_init_images(image, self.processor, num // per_prompt).repeat_interleave(per_prompt, dim=0)
 
     def _batch_size(self, batch_size: int | None, sampling: Sampling) -> int:
         if batch_size is not None:
             return batch_size
-        return fitting_batch(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
+        return max_batch_size(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
 
     def _decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes `b n` -> pictures, so many at once that large ones fit in memory too."""
+        """Codes `b n` -> images, so many at once that large ones fit in memory too."""
         config: Any = self.processor.image_tokenizer.config
         runs = codes.split(max(1, DECODED_PIXELS // config.image_size**2))
         return [image for run in runs for image in self.processor.decode_images(run)]
@@ -270,15 +270,15 @@ class TextToImagePipeline:
         tokenizer = self.processor.image_tokenizer
         if bool(preview_after) != (on_preview is not None):
             raise ValueError("preview_after and on_preview go together, got one of them")
-        if preview_after and not tokenizer.prefixes_decode:
-            raise ValueError(f"the first codes of a {type(tokenizer).__name__} give no picture to preview")
+        if preview_after and not tokenizer.supports_prefix_decoding:
+            raise ValueError(f"the first codes of a {type(tokenizer).__name__} give no image to preview")
         if preview_after and not set(preview_after) <= set(range(1, tokenizer.num_codes + 1)):
             raise ValueError(f"preview_after must lie in 1..{tokenizer.num_codes}, got {sorted(preview_after)}")
 
     def _preview(
         self, rows: range, preview_after: Collection[int], on_preview: Preview, position: int, codes: Tensor
     ) -> None:
-        """Hand out the pictures so far, where they are wanted."""
+        """Hand out the images so far, where they are wanted."""
         if position + 1 in preview_after:
             on_preview(self._decode(codes[:, : position + 1]), position + 1, rows)
 
@@ -288,7 +288,7 @@ class TextToImagePipeline:
 
 
 def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
-    """Each prompt as often as pictures are wanted of it; ValueError for none, or for one that is not text."""
+    """Each prompt as often as images are wanted of it; ValueError for none, or for one that is not text."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(f"prompt must be a caption or a list of captions, got {prompt!r}")
@@ -301,6 +301,6 @@ def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
 
 
 def as_array(image: Image.Image) -> np.ndarray:
-    """A picture as `h w c` floats in [0, 1]."""
+    """An image as `h w c` floats in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return array[..., None] if array.ndim == 2 else array

@@ -27,7 +27,7 @@ class TextToImageTask(Pipeline):
         self.drawing = TextToImagePipeline(model, processor).to(self.device)
 
     def __call__(self, prompt: str | list[str], **settings: Any) -> Any:
-        """Pictures of one prompt, or of several in one run, as a list; settings as in `TextToImagePipeline`."""
+        """Images of one prompt, or of several in one run, as a list; settings as in `TextToImagePipeline`."""
         _, settings, _ = self._sanitize_parameters(**settings)
         return self.postprocess(self._forward(self.preprocess(prompt), **settings))
 
@@ -42,7 +42,7 @@ class TextToImageTask(Pipeline):
         return ModelOutput(images=self.drawing(**input_tensors, **settings).images)
 
     def postprocess(self, model_outputs: ModelOutput, **settings: Any) -> Any:
-        """The pictures alone."""
+        """The images alone."""
         return model_outputs["images"]
 
 

@@ -1,4 +1,4 @@
-"""Starts a prior's picture embeddings from the tokenizer's codebook: codes that look alike are alike to the prior from its first step.
+"""Starts a prior's image embeddings from the tokenizer's codebook: codes that look alike are alike to the prior from its first step.
 
 Held-out nats a code after 300 steps of 32 (qwen3, 2 layers of 128, VQ-VAE codes of 64 numbers), random start -> codebook: MNIST, 49 of 128
 codes: 1.746 -> 1.730 and, with another seed, 1.781 -> 1.709; emoji, 64 of 1024: 4.000 -> 3.935; shapes, 64 of 256: 0.174 -> 0.162.
@@ -21,16 +21,16 @@ def codebooks_of(image_tokenizer: DiscreteTokenizer) -> list[Tensor]:
     if not codebooks:
         raise ValueError(
             f"the codes of a {type(image_tokenizer).__name__} are no vectors to start from; "
-            "those of a VQVAE are: use one, or leave start_from_codebook false"
+            "those of a VQVAE are: use one, or leave init_from_codebook false"
         )
     return codebooks
 
 
 @torch.no_grad()
-def start_from_codebook(
+def init_from_codebook(
     prior: PreTrainedModel, layout: SequenceLayout, codebooks: list[Tensor], *, seed: int = 0
 ) -> None:
-    """Replace the embeddings of picture codes by projections of their vectors, each group as wide spread as the rows that were there.
+    """Replace the embeddings of image codes by projections of their vectors, each group as wide spread as the rows that were there.
 
     Embeddings of text, and a head that is not tied to them, stay as they are.
 

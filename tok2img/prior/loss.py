@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from tokenizers_vq import ModelWithLoss
-from tokenizers_vq.distributed import num_ranks, own_shares, summed_over_ranks
-from tokenizers_vq.validation import may_look_at
+from tokenizers_vq.distributed import all_reduce_sum, get_world_size, local_slices
+from tokenizers_vq.validation import can_read_without_sync
 
 from ..tokenization.layout import SequenceLayout
 from .compiled_blocks import CompiledLayers
 from .model import caption_logits, check_fits, code_logits, segment_logits, trunk
-from .position_embeddings import PlaceEmbeddings
+from .position_embeddings import AxialPositionEmbeddings
 
 IMAGE_WEIGHT = 7.0  # against 1 for text, as in DALL-E (Ramesh et al. 2021, section 2.2)
 
@@ -36,8 +36,8 @@ class PriorWithLoss(ModelWithLoss):
     Args:
         prior: a causal language model that fits the layout.
         caption_dropout: share of training captions that are hidden, without which guidance has nothing to compare with.
-        image_weight: weight of the mean loss of image codes against 1 for text.
-        caption_share: share of the training rows that learn to caption: the picture comes first, and the text after it is all they learn.
+        image_loss_weight: weight of the mean loss of image codes against 1 for text.
+        image_to_text_fraction: share of the training rows that learn to caption: the image comes first, and the text after it is all they learn.
         places: what the places of codes add to their embeddings; it learns too.
         compile: run the layers through `torch.compile` in training, see `CompiledLayers`.
     """
@@ -55,15 +55,19 @@ class PriorWithLoss(ModelWithLoss):
         layout: SequenceLayout,
         *,
         caption_dropout: float = 0.1,
-        image_weight: float = IMAGE_WEIGHT,
-        caption_share: float = 0.0,
-        places: PlaceEmbeddings | None = None,
+        image_loss_weight: float = IMAGE_WEIGHT,
+        image_to_text_fraction: float = 0.0,
+        places: AxialPositionEmbeddings | None = None,
         compile: bool = False,
     ):
         super().__init__()
         check_fits(prior, layout)
         self.prior, self.layout, self.places = prior, layout, places
-        self.caption_dropout, self.image_weight, self.caption_share = caption_dropout, image_weight, caption_share
+        self.caption_dropout, self.image_loss_weight, self.image_to_text_fraction = (
+            caption_dropout,
+            image_loss_weight,
+            image_to_text_fraction,
+        )
         self.compiled = CompiledLayers(prior) if compile else None
 
     def train(self, mode: bool = True) -> Self:
@@ -89,7 +93,7 @@ class PriorWithLoss(ModelWithLoss):
         if self.training and mean_tokens is None:
             return self(**self.prepare([{"text_ids": text_ids, "image_codes": image_codes}])[0])
         text_ids, layout = text_ids.long(), self.layout
-        num = num_captioning if num_captioning is not None else len(text_ids) if self.caption_share else 0
+        num = num_captioning if num_captioning is not None else len(text_ids) if self.image_to_text_fraction else 0
         drawing = slice(num, None) if self.training else slice(None)
         drawn_text, drawn_codes = text_ids[drawing], image_codes[drawing]
         sequences = layout.sequence(drawn_text, drawn_codes)
@@ -97,7 +101,7 @@ class PriorWithLoss(ModelWithLoss):
             sequences = torch.cat([sequences, layout.caption_sequence(text_ids[:num], image_codes[:num])])
         hidden = trunk(self.prior, sequences[:, :-1], self.added(len(drawn_text), num))
         losses, metrics = [], {}
-        share = num / len(text_ids) if self.training else self.caption_share
+        share = num / len(text_ids) if self.training else self.image_to_text_fraction
         of_drawing, of_captioning = (None, None) if mean_tokens is None else mean_tokens
         if len(drawn_text):
             loss, metrics = self.drawing_loss(hidden[: len(drawn_text)], drawn_text, drawn_codes, of_drawing)
@@ -132,21 +136,21 @@ class PriorWithLoss(ModelWithLoss):
         sizes = [len(batch["text_ids"]) for batch in batches]
         if not sizes:
             return []
-        draws = chance(1 + num_ranks() * sum(sizes)).to(batches[0]["text_ids"].device)
+        draws = chance(1 + get_world_size() * sum(sizes)).to(batches[0]["text_ids"].device)
         prepared, counts = [], []
-        for batch, hidden in zip(batches, own_shares(draws[1:], sizes), strict=True):
+        for batch, hidden in zip(batches, local_slices(draws[1:], sizes), strict=True):
             num = self.num_captioning(len(hidden), draws[0])
             text_ids = self.hide(batch["text_ids"].long(), hidden, num_captioning=num)
             prepared.append(batch | {"text_ids": text_ids, "num_captioning": num})
             labels = self.drawing_labels(text_ids[num:]), self.captioning_labels(text_ids[:num])
             counts.append(torch.stack([(each >= 0).sum() for each in labels]))
-        in_all = summed_over_ranks(torch.stack(counts).sum(dim=0))
-        mean_tokens = in_all.clamp_min(1) / (num_ranks() * len(batches))
+        in_all = all_reduce_sum(torch.stack(counts).sum(dim=0))
+        mean_tokens = in_all.clamp_min(1) / (get_world_size() * len(batches))
         return [batch | {"mean_tokens": mean_tokens} for batch in prepared]
 
     def num_captioning(self, num_rows: int, draw: Tensor) -> int:
         """How many of the rows learn to caption in training: the share of them, rounded up or down by a `draw` from 0 to 1."""
-        return int(self.caption_share * num_rows + draw.item()) if self.caption_share else 0
+        return int(self.image_to_text_fraction * num_rows + draw.item()) if self.image_to_text_fraction else 0
 
     def hide(self, text_ids: Tensor, draws: Tensor, *, num_captioning: int = 0) -> Tensor:
         """Caption dropout by draws `b` from 0 to 1: text `b t` with some captions all [PAD], though not the first, which are learned."""
@@ -164,28 +168,28 @@ class PriorWithLoss(ModelWithLoss):
         text_loss = mean_loss(text_logits, labels, num_tokens)
         image_logits = code_logits(self.prior, hidden[:, self.layout.prompt_length - 1 :], image)
         image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.long().flatten())
-        loss = (text_loss + self.image_weight * image_loss) / (1 + self.image_weight)
+        loss = (text_loss + self.image_loss_weight * image_loss) / (1 + self.image_loss_weight)
         return loss, {"text_loss": text_loss, "image_loss": image_loss}
 
     def captioning_loss(self, hidden: Tensor, text_ids: Tensor, num_tokens: Tensor | None = None) -> Tensor:
-        """Of text `b t` after a picture, given states `b s d` of all positions but the last."""
+        """Of text `b t` after an image, given states `b s d` of all positions but the last."""
         states = hidden[:, self.layout.caption_prompt_length - 1 :]
         states, labels = learned(states, self.captioning_labels(text_ids))
         return mean_loss(caption_logits(self.prior, states, self.layout), labels, num_tokens)
 
     def drawing_labels(self, text_ids: Tensor) -> Tensor:
-        """What is learned of text `b t` before a picture: all but [PAD]."""
+        """What is learned of text `b t` before an image: all but [PAD]."""
         return text_ids.masked_fill(text_ids == self.layout.pad_id, -100)
 
     def captioning_labels(self, text_ids: Tensor) -> Tensor:
-        """What is learned of text `b t` after a picture: all up to and including the first [PAD]."""
+        """What is learned of text `b t` after an image: all up to and including the first [PAD]."""
         is_pad = text_ids == self.layout.pad_id
         return text_ids.masked_fill(is_pad & (is_pad.cumsum(dim=1) > 1), -100)
 
 
 def learned(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of states `b s d` and labels `b s` those whose label is not -100, as one row, where to know how many costs nothing: on a CPU."""
-    if not may_look_at(labels):
+    if not can_read_without_sync(labels):
         return hidden, labels
     counts = labels >= 0
     return hidden[counts][None], labels[counts][None]

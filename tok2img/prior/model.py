@@ -168,7 +168,7 @@ def check_fits(prior: PreTrainedModel, layout: SequenceLayout) -> None:
         rows = 0 if head is None else head.weight.shape[0]
         raise ValueError(f"the layout needs {layout.vocab_size} ids, but the model's head has {rows} rows")
     check_context(prior.config, layout)
-    if getattr(prior.config, "final_logit_softcapping", None) or not head_is_plain(prior, layout):
+    if getattr(prior.config, "final_logit_softcapping", None) or not has_plain_lm_head(prior, layout):
         kind = prior.config.model_type
         raise ValueError(f"{kind} models change their logits after the head; use one that does not, such as qwen3")
 
@@ -183,9 +183,9 @@ def check_context(config: PreTrainedConfig, layout: SequenceLayout) -> None:
 
 
 @torch.no_grad()
-def head_is_plain(prior: PreTrainedModel, layout: SequenceLayout) -> bool:
+def has_plain_lm_head(prior: PreTrainedModel, layout: SequenceLayout) -> bool:
     """Whether logits are hidden states times the head's rows, and nothing more."""
-    prompt = layout.prompt(layout.without_caption(1, prior.device))
+    prompt = layout.prompt(layout.null_text_ids(1, prior.device))
     training = prior.training
     prior.eval()
     direct = prior(prompt).logits[:, -1, : layout.vocab_size]
@@ -204,11 +204,11 @@ def trunk(prior: PreTrainedModel, input_ids: Tensor, added: Tensor | None = None
 
 def segment_logits(prior: PreTrainedModel, hidden: Tensor, first: int, last: int) -> Tensor:
     """Logits of the ids `first..last-1` alone: `b s d` -> `b s v`."""
-    weight, bias = head_rows(prior, first, last)
+    weight, bias = lm_head_rows(prior, first, last)
     return F.linear(hidden, weight, bias)
 
 
-def head_rows(prior: PreTrainedModel, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+def lm_head_rows(prior: PreTrainedModel, first: int, last: int) -> tuple[Tensor, Tensor | None]:
     """The head's weights `v d` of the ids `first..last-1`, and their biases `v` where it has any."""
     head: Any = prior.get_output_embeddings()
     bias = getattr(head, "bias", None)
@@ -221,7 +221,7 @@ def code_logits(prior: PreTrainedModel, hidden: Tensor, segment: Segment) -> Ten
     A product for each group, of rows that are taken off the head once: a slice for each would cost a gradient as large as the head each.
     Forward and back, 64 groups of one position with 64 codes each: 122 ms in one product for all, 15 ms so (one core, batch 16, width 256).
     """
-    weight, bias = head_rows(prior, segment.offset, segment.offset + segment.num_ids)
+    weight, bias = lm_head_rows(prior, segment.offset, segment.offset + segment.num_ids)
     weights = rearrange(weight, "(g k) d -> g k d", k=segment.codebook_size)
     biases = [None] * len(weights) if bias is None else rearrange(bias, "(g k) -> g k", k=segment.codebook_size)
     groups = zip(hidden.split(list(segment.groups), dim=1), weights, biases, strict=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..tokenization.layout import Segment, SequenceLayout
 
 
-class PlaceEmbeddings(nn.Module):
+class AxialPositionEmbeddings(nn.Module):
     """What the place of the next code adds to the embedding of a code: a vector for its row and one for its column, from zero on.
 
     Each group of the layout is a grid: a square one, or else a single row.
@@ -33,10 +33,10 @@ class PlaceEmbeddings(nn.Module):
         groups = layout.image.groups
         if max(groups) == 1:
             raise ValueError(
-                "every code of this picture tokenizer has ids of its own, which know their place: leave place_embeddings false"
+                "every code of this image tokenizer has ids of its own, which know their place: leave axial_position_embeddings false"
             )
         self.rows, self.columns = (
-            nn.ParameterList(nn.Parameter(torch.zeros(sides[axis], width)) for sides in map(sides_of, groups))
+            nn.ParameterList(nn.Parameter(torch.zeros(sides[axis], width)) for sides in map(grid_shape, groups))
             for axis in (0, 1)
         )
 
@@ -46,43 +46,45 @@ class PlaceEmbeddings(nn.Module):
         return F.pad(torch.cat(grids)[1:], (0, 0, 0, 1))
 
 
-def sides_of(num_cells: int) -> tuple[int, int]:
+def grid_shape(num_cells: int) -> tuple[int, int]:
     """Rows and columns of a grid."""
     side = math.isqrt(num_cells)
     return (side, side) if side * side == num_cells else (1, num_cells)
 
 
-def places_for(prior: PreTrainedModel, layout: SequenceLayout) -> PlaceEmbeddings:
+def build_position_embeddings(prior: PreTrainedModel, layout: SequenceLayout) -> AxialPositionEmbeddings:
     """Places for a prior; ValueError for one whose embeddings are more than a table, which could not hold them in the end."""
     embeddings: Any = prior.get_input_embeddings()
     first = torch.zeros(1, dtype=torch.int64, device=prior.device)
     if not embeddings(first).equal(F.embedding(first, embeddings.weight)):
         kind = prior.config.model_type
         raise ValueError(
-            f"{kind} models change embeddings after their table: leave place_embeddings false, or use qwen3"
+            f"{kind} models change embeddings after their table: leave axial_position_embeddings false, or use qwen3"
         )
-    return PlaceEmbeddings(layout, embeddings.weight.shape[1])
+    return AxialPositionEmbeddings(layout, embeddings.weight.shape[1])
 
 
 @torch.no_grad()
-def with_own_ids(prior: PreTrainedModel, layout: SequenceLayout, places: PlaceEmbeddings) -> PreTrainedModel:
-    """A copy of a prior for `layout.with_own_ids()` that reads and draws as the prior does with the places added."""
-    fine, copied = layout.with_own_ids(), copy.deepcopy(prior)
+def with_position_specific_ids(
+    prior: PreTrainedModel, layout: SequenceLayout, places: AxialPositionEmbeddings
+) -> PreTrainedModel:
+    """A copy of a prior for `layout.with_position_specific_ids()` that reads and draws as the prior does with the places added."""
+    fine, copied = layout.with_position_specific_ids(), copy.deepcopy(prior)
     with torch.random.fork_rng(devices=()):
         copied.resize_token_embeddings(fine.vocab_size, mean_resizing=False)
     embeddings: Any = prior.get_input_embeddings()
     head: Any = prior.get_output_embeddings()
     new_embeddings: Any = copied.get_input_embeddings()
     new_head: Any = copied.get_output_embeddings()
-    fill(new_head.weight, rows_of_positions(head.weight, layout.image), fine.image)
+    fill(new_head.weight, expand_to_positions(head.weight, layout.image), fine.image)
     if getattr(head, "bias", None) is not None:
-        fill(new_head.bias, rows_of_positions(head.bias, layout.image), fine.image)
+        fill(new_head.bias, expand_to_positions(head.bias, layout.image), fine.image)
     # A head that is tied to these gets the places too, which add the same to the logits of all codes of a position: nothing, for a softmax.
-    fill(new_embeddings.weight, rows_of_positions(embeddings.weight, layout.image) + places()[:, None], fine.image)
+    fill(new_embeddings.weight, expand_to_positions(embeddings.weight, layout.image) + places()[:, None], fine.image)
     return copied
 
 
-def rows_of_positions(table: Tensor, image: Segment) -> Tensor:
+def expand_to_positions(table: Tensor, image: Segment) -> Tensor:
     """A table's rows `v ...` for each position's codes, `n k ...`."""
     groups = table[image.ids].unflatten(0, (-1, image.codebook_size))
     return groups.repeat_interleave(torch.tensor(image.groups, device=table.device), dim=0)

@@ -6,10 +6,10 @@ from itertools import islice
 from tokenizers_vq import DiscreteTokenizer
 
 from ..device import to_device
-from ..prior.from_language_model import text_rows
+from ..prior.from_language_model import base_vocab_size
 from ..tokenization.processor import Tok2ImgProcessor
 from ..tokenization.span_text_tokenizer import load_text_tokenizer
-from ..tokenization.text_tokenizer import OnlyText, SubwordTokenizer, TextTokenizer
+from ..tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer, ValidCaptions
 from ..tokenization.token_dataset import ROWS_PER_SHARD
 
 MAX_TEXT_LENGTH = 64
@@ -33,17 +33,19 @@ def build_processor(
     """
     name = text_tokenizer or base
     given = load_text_tokenizer(name) if name else None
-    rows = text_rows(base) if base else 0
+    rows = base_vocab_size(base) if base else 0
     if given is not None and base and given.vocab_size > rows:
         raise ValueError(
             f"the text tokenizer in {name} has {given.vocab_size} ids, but the language model in {base} has {rows}: "
             "give the one that it was trained with"
         )
-    text, length = fit_text(OnlyText(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length)
+    text, length = fit_text_tokenizer(
+        ValidCaptions(captions), text_tokenizer=given, vocab_size=vocab_size, text_length=text_length
+    )
     return Tok2ImgProcessor.build(to_device(image_tokenizer), text, text_length=length, text_vocab_size=rows)
 
 
-def set_search(image_tokenizer: DiscreteTokenizer, **widths: int) -> None:
+def set_encode_search(image_tokenizer: DiscreteTokenizer, **widths: int) -> None:
     """How far to search for codes when a data set is tokenized: `beam_size`, `search_steps`; 0 leaves what the tokenizer's config says.
 
     Raises:
@@ -58,7 +60,7 @@ def set_search(image_tokenizer: DiscreteTokenizer, **widths: int) -> None:
             image_tokenizer.config.update({name: width})
 
 
-def fit_text(
+def fit_text_tokenizer(
     captions: Iterable[str],
     *,
     text_tokenizer: TextTokenizer | None = None,

@@ -29,15 +29,15 @@ from .tokenizer_losses import with_losses
 MODELS = {"vqvae": (VQVAE, VQVAEConfig), "vqdraw": (VQDrawForImages, VQDrawImageConfig)}
 TEXT_TOKENIZERS = (*TEXT_MODELS, "bpe")
 MAX_TEXT_BYTES = 96
-PICTURES_LOOKED_AT = 512
+IMAGES_LOOKED_AT = 512
 
 
 def build_model(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer | ModelWithLoss:
     """What is to be trained on the rows; a student with its teacher beside it, a VQ-VAE with its losses."""
     if recipe.tokenizer == "vqdraw_student":
         return build_student(recipe)
-    if recipe.start_from:
-        tokenizer = load_start(recipe, kind_of(recipe)[0])
+    if recipe.init_from:
+        tokenizer = load_start(recipe, tokenizer_classes(recipe)[0])
     elif recipe.tokenizer in TEXT_MODELS:
         tokenizer = build_text_model(recipe, rows)
     else:
@@ -54,7 +54,7 @@ def build_student(recipe: TokenizerRecipe) -> Distillation:
         return Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(teacher, **recipe.model)), teacher)
 
 
-def kind_of(recipe: TokenizerRecipe) -> tuple[type[Any], type[Any]]:
+def tokenizer_classes(recipe: TokenizerRecipe) -> tuple[type[Any], type[Any]]:
     """Classes of the model that a recipe trains and of its config; ValueError for a kind that there is not."""
     kinds = MODELS | TEXT_MODELS
     if recipe.tokenizer not in kinds:
@@ -64,14 +64,14 @@ def kind_of(recipe: TokenizerRecipe) -> tuple[type[Any], type[Any]]:
 
 
 def build_tokenizer(recipe: TokenizerRecipe, rows: Dataset) -> DiscreteTokenizer:
-    """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the pictures."""
-    model_class, config_class = kind_of(recipe)
-    settings = shape_of(rows) | recipe.model
+    """An image tokenizer of the recipe's kind, its unset sizes and statistics read from the images."""
+    model_class, config_class = tokenizer_classes(recipe)
+    settings = infer_image_shape(rows) | recipe.model
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         draft = model_class(config_class(**settings))
         if not {"pixel_mean", "pixel_std"} & settings.keys():
-            pixels = load_pixels(rows[:PICTURES_LOOKED_AT]["image"], draft)
+            pixels = load_pixels(rows[:IMAGES_LOOKED_AT]["image"], draft)
             draft.config.pixel_mean = round(pixels.mean().item(), 4)
             draft.config.pixel_std = round(max(pixels.std().item(), 1e-3), 4)
     return draft
@@ -93,14 +93,14 @@ def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> TextSpanTokenize
         return model_class(config_class(**settings))
 
 
-def shape_of(rows: Dataset) -> dict[str, Any]:
-    """`image_size` and `num_channels` of the first pictures: the shortest side down to a multiple of 4; 1 channel if all are grey."""
-    pictures = load_images(rows[:PICTURES_LOOKED_AT]["image"])
-    side = min(min(picture.size) for picture in pictures)
-    return {"image_size": max(4, side // 4 * 4), "num_channels": 1 if all(map(is_grey, pictures)) else 3}
+def infer_image_shape(rows: Dataset) -> dict[str, Any]:
+    """`image_size` and `num_channels` of the first images: the shortest side down to a multiple of 4; 1 channel if all are grey."""
+    images = load_images(rows[:IMAGES_LOOKED_AT]["image"])
+    side = min(min(image.size) for image in images)
+    return {"image_size": max(4, side // 4 * 4), "num_channels": 1 if all(map(is_grey, images)) else 3}
 
 
-def is_grey(picture: Image.Image) -> bool:
-    """Whether an RGB picture has the same value in all three channels everywhere."""
-    red, green, blue = picture.split()
+def is_grey(image: Image.Image) -> bool:
+    """Whether an RGB image has the same value in all three channels everywhere."""
+    red, green, blue = image.split()
     return red.tobytes() == green.tobytes() == blue.tobytes()

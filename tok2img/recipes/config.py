@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 Recipe = TypeVar("Recipe", bound="RunSettings")
 OPTIMIZERS = "adamw", "muon"
-AT_LEAST_ONE = {"max_steps", "batch_size", "gradient_accumulation_steps", "log_every"}
+AT_LEAST_ONE = {"max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps"}
 
 
 @dataclass
@@ -15,17 +15,17 @@ class RunSettings:
     Attributes:
         out: folder for the result.
         data: Parquet file or folder, image folder with captions, webdataset tars, hub name, or "shapes".
-        max_rows: train on so many rows at most; 0: all.
+        max_train_samples: train on so many rows at most; 0: all.
         batch_size: rows of a batch, on all devices together. gradient_accumulation_steps: batches of one step.
-        eval_every, sample_every, log_every: steps between held-out losses, sample pictures and lines of the log.
-        eval_rows: rows kept out of training for the held-out loss, one in twenty at most.
+        eval_steps, sample_steps, logging_steps: steps between held-out losses, sample images and lines of the log.
+        max_eval_samples: rows kept out of training for the held-out loss, one in twenty at most.
         optimizer: "adamw", or "muon", with which convolutions learn faster at the same rate, see `Muon`.
-        adamw_scale: with Muon, the rate of what is no matrix, as a share of `learning_rate`.
-        learning_rate, warmup_steps, lr_schedule, weight_decay, max_grad_norm: of either, as transformers names them.
-        bf16: compute in bfloat16 where it is safe. compile: through torch.compile; worth its minute where steps are many.
-        save_every: steps between checkpoints, a multiple of `eval_every`; 0: with each held-out loss. The best is always kept: a new one
+        adamw_lr_scale: with Muon, the rate of what is no matrix, as a share of `learning_rate`.
+        learning_rate, warmup_steps, lr_scheduler_type, weight_decay, max_grad_norm: of either, as transformers names them.
+        bf16: compute in bfloat16 where it is safe. torch_compile: through torch.compile; worth its minute where steps are many.
+        save_steps: steps between checkpoints, a multiple of `eval_steps`; 0: with each held-out loss. The best is always kept: a new one
             is saved at once.
-        resume: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
+        resume_from_checkpoint: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
         report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
     """
 
@@ -33,26 +33,26 @@ class RunSettings:
     data: str = ""
     image_column: str = ""
     caption_column: str = ""
-    max_rows: int = 0
+    max_train_samples: int = 0
     max_steps: int = 2000
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
     optimizer: str = "adamw"
-    adamw_scale: float = 1.0
+    adamw_lr_scale: float = 1.0
     learning_rate: float = 1e-3
     warmup_steps: int = 50
-    lr_schedule: str = "cosine"
+    lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    eval_every: int = 250
-    eval_rows: int = 1000
-    sample_every: int = 500
-    log_every: int = 50
-    save_every: int = 0
-    resume: bool = True
+    eval_steps: int = 250
+    max_eval_samples: int = 1000
+    sample_steps: int = 500
+    logging_steps: int = 50
+    save_steps: int = 0
+    resume_from_checkpoint: bool = True
     bf16: bool = False
-    compile: bool = False
-    num_workers: int = 0
+    torch_compile: bool = False
+    dataloader_num_workers: int = 0
     report_to: str = "none"
     seed: int = 0
 
@@ -64,11 +64,11 @@ class RunSettings:
                 raise ValueError(f"key {each.name!r} must be at least {least}, got {value}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"key 'optimizer' must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.adamw_scale != 1 and self.optimizer != "muon":
-            raise ValueError(f"key 'adamw_scale' is for the optimizer 'muon', got {self.optimizer!r}")
-        if self.eval_every and self.save_every % self.eval_every:
+        if self.adamw_lr_scale != 1 and self.optimizer != "muon":
+            raise ValueError(f"key 'adamw_lr_scale' is for the optimizer 'muon', got {self.optimizer!r}")
+        if self.eval_steps and self.save_steps % self.eval_steps:
             raise ValueError(
-                f"key 'save_every' must be a multiple of eval_every {self.eval_every}, got {self.save_every}"
+                f"key 'save_steps' must be a multiple of eval_steps {self.eval_steps}, got {self.save_steps}"
             )
 
 
@@ -77,50 +77,48 @@ class TokenizerRecipe(RunSettings):
     """A run of `tok2img train-tokenizer`.
 
     Attributes:
-        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for pictures, "vqdraw_text", "vqvae_text" or "bpe" for captions.
-        start_from: folder of a trained tokenizer of this kind to go on from, or a checkpoint of VQ-DRAW's own code; `model` then changes
+        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for images, "vqdraw_text", "vqvae_text" or "bpe" for captions.
+        init_from: folder of a trained tokenizer of this kind to go on from, or a checkpoint of VQ-DRAW's own code; `model` then changes
             what its weights leave open, such as `num_aux_options`.
         teacher: folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original's.
         model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig`, `VQDrawTextConfig` and
-            `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first pictures, pixel_mean and
+            `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first images, pixel_mean and
             pixel_std are measured, max_length is that of the longest caption (96 bytes at most), and the alphabet is the bytes that
             captions hold.
-        flip, crop, shift, warp: what is done to pictures in training, see `Augmentation`.
+        flip, crop, shift, warp: what is done to images in training, see `Augmentation`.
         perceptual: folder of a saved `CaptionClassifier`, whose features a VQ-VAE's reconstructions should have too.
-        adversarial_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
-            at the end are then the last: least error on held-out pictures would choose those of least influence.
-        adversarial_weight: times the weight by which it pulls as hard as the reconstruction loss.
+        disc_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
+            at the end are then the last: least error on held-out images would choose those of least influence.
+        disc_weight: times the weight by which it pulls as hard as the reconstruction loss.
         vocab_size: of a BPE.
     """
 
     tokenizer: str = "vqvae"
-    start_from: str = ""
+    init_from: str = ""
     teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     flip: bool = False
     crop: float = 1.0
     shift: int = 0
     warp: float = 0.0
-    perceptual: str = ""
-    adversarial_start: int = 0
-    adversarial_weight: float = 0.8
+    perceptual_model: str = ""
+    disc_start: int = 0
+    disc_weight: float = 0.8
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_from and self.tokenizer in ("bpe", "vqdraw_student"):
-            raise ValueError(f"key 'start_from' is not for the tokenizer {self.tokenizer!r}, which begins anew")
+        if self.init_from and self.tokenizer in ("bpe", "vqdraw_student"):
+            raise ValueError(f"key 'init_from' is not for the tokenizer {self.tokenizer!r}, which begins anew")
         if self.model and self.tokenizer == "bpe":
             raise ValueError(
                 f"key 'model' is not for the tokenizer 'bpe', which has a vocab_size alone; got {self.model}"
             )
-        for key in ("perceptual", "adversarial_start"):
+        for key in ("perceptual_model", "disc_start"):
             if getattr(self, key) and self.tokenizer != "vqvae":
                 raise ValueError(f"key {key!r} is for the tokenizer 'vqvae', got {self.tokenizer!r}")
-        if self.adversarial_start >= self.max_steps:
-            raise ValueError(
-                f"key 'adversarial_start' must be below max_steps {self.max_steps}, got {self.adversarial_start}"
-            )
+        if self.disc_start >= self.max_steps:
+            raise ValueError(f"key 'disc_start' must be below max_steps {self.max_steps}, got {self.disc_start}")
 
 
 @dataclass
@@ -148,16 +146,16 @@ class PriorRecipe(RunSettings):
         image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
         beam_size, search_steps: how far to search for codes of VQ-DRAW, and of a VQ-VAE; 0: as the tokenizer's config says.
         vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
-        start_from: folder of a trained model to go on from, on other data or for longer; tokenizers, layout and sizes are its own.
-        base: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
+        init_from: folder of a trained model to go on from, on other data or for longer; tokenizers, layout and sizes are its own.
+        base_model: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
             wants a learning rate of 1e-4 or so.
         fsdp: share the weights among processes that torchrun starts (FSDP2), for a prior too large for one; draws no samples on the way.
         lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
         architecture, depth, dropout: see `build_prior`; a base has its own.
-        start_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `start_from_codebook`.
-        place_embeddings: learn vectors of the rows and columns of codes too, see `PlaceEmbeddings`; the model then has ids of their own for
+        init_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `init_from_codebook`.
+        axial_position_embeddings: learn vectors of the rows and columns of codes too, see `AxialPositionEmbeddings`; the model then has ids of their own for
             the codes of every position.
-        caption_dropout, image_weight, caption_share: see `PriorWithLoss`; with a share above 0 the model captions pictures too.
+        caption_dropout, image_loss_weight, image_to_text_fraction: see `PriorWithLoss`; with a share above 0 the model captions images too.
         guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
     """
 
@@ -168,18 +166,18 @@ class PriorRecipe(RunSettings):
     text_tokenizer: str = ""
     vocab_size: int = 4096
     text_length: int = 0
-    start_from: str = ""
-    base: str = ""
+    init_from: str = ""
+    base_model: str = ""
     lora_rank: int = 0
     fsdp: bool = False
     architecture: str = "qwen3"
     depth: int = 4
     dropout: float = 0.1
-    start_from_codebook: bool = False
-    place_embeddings: bool = False
+    init_from_codebook: bool = False
+    axial_position_embeddings: bool = False
     caption_dropout: float = 0.1
-    image_weight: float = 7.0
-    caption_share: float = 0.0
+    image_loss_weight: float = 7.0
+    image_to_text_fraction: float = 0.0
     weight_decay: float = 0.1
     guidance_scale: float = 3.0
     temperature: float = 1.0
@@ -188,19 +186,21 @@ class PriorRecipe(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_from and (self.base or self.start_from_codebook):
+        if self.init_from and (self.base_model or self.init_from_codebook):
             raise ValueError(
-                "key 'start_from' goes neither with 'base' nor with 'start_from_codebook', which begin anew"
+                "key 'init_from' goes neither with 'base_model' nor with 'init_from_codebook', which begin anew"
             )
-        if self.lora_rank and not self.base:
-            raise ValueError(f"key 'lora_rank' is for a pretrained 'base', which is not given; got {self.lora_rank}")
+        if self.lora_rank and not self.base_model:
+            raise ValueError(
+                f"key 'lora_rank' is for a pretrained 'base_model', which is not given; got {self.lora_rank}"
+            )
         if self.fsdp:
             self._check_shared()
-        if self.place_embeddings and (self.lora_rank or self.fsdp):
-            raise ValueError("key 'place_embeddings' goes neither with 'lora_rank' nor with 'fsdp'")
-        if self.caption_share >= 1:
+        if self.axial_position_embeddings and (self.lora_rank or self.fsdp):
+            raise ValueError("key 'axial_position_embeddings' goes neither with 'lora_rank' nor with 'fsdp'")
+        if self.image_to_text_fraction >= 1:
             raise ValueError(
-                f"key 'caption_share' must be below 1, or nothing learns to draw; got {self.caption_share}"
+                f"key 'image_to_text_fraction' must be below 1, or nothing learns to draw; got {self.image_to_text_fraction}"
             )
 
     def _check_shared(self) -> None:

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tokenizers_vq.model_with_loss import inner_of
 
 from ..prior.lora import add_lora
-from ..tokenization.map_function import TokenizeBatch, tokens_of
+from ..tokenization.map_function import TokenizeBatch, token_table
 from ..trainer.trainer import Trainer
 from .build_tokenizer import TEXT_TOKENIZERS, build_model
 from .config import PriorRecipe, RunSettings, TokenizerRecipe, require
-from .train_prior import make_prior, open_source, with_loss
-from .train_tokenizer import rows_for
+from .train_prior import init_prior, load_training_source, with_loss
+from .train_tokenizer import training_dataset
 from .training_run import arguments, open_data
 
 NUM_STEPS = 5
@@ -66,8 +66,8 @@ class Estimate:
 
 def estimate_prior(recipe: PriorRecipe) -> Estimate:
     """Of `train_prior`: tokenizes a few rows and takes a few steps on them. Errors as there, for all that it looks at."""
-    source, processor = open_source(recipe)
-    prior = make_prior(recipe, processor)
+    source, processor = load_training_source(recipe)
+    prior = init_prior(recipe, processor)
     if recipe.lora_rank:
         add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed)
     num_rows, seconds = min(MAX_ROWS, len(source)), 0.0
@@ -77,9 +77,9 @@ def estimate_prior(recipe: PriorRecipe) -> Estimate:
         started = time.perf_counter()
         tokens = TokenizeBatch(processor)(next(source.batches(range(num_rows), num_rows)))
         seconds = (time.perf_counter() - started) / num_rows * len(source)
-        few = tokens_of(processor.layout, **tokens)
+        few = token_table(processor.layout, **tokens)
     rows = batch_of(few, recipe).with_format("torch")
-    estimate = take_steps(with_loss(recipe, prior, processor), rows, replace(recipe, compile=False))
+    estimate = take_steps(with_loss(recipe, prior, processor), rows, replace(recipe, torch_compile=False))
     estimate.tokenize_seconds = seconds
     return estimate
 
@@ -92,7 +92,7 @@ def estimate_tokenizer(recipe: TokenizerRecipe) -> Estimate:
         raise ValueError("a BPE is counted, not trained in steps: there is nothing to estimate, run it as it is")
     rows = open_data(recipe, with_captions=of_text, with_images=not of_text)
     model = build_model(recipe, rows)
-    return take_steps(model, rows_for(inner_of(model), batch_of(rows, recipe)), recipe)
+    return take_steps(model, training_dataset(inner_of(model), batch_of(rows, recipe)), recipe)
 
 
 def batch_of(rows: Dataset, recipe: RunSettings) -> Dataset:
@@ -108,9 +108,9 @@ def take_steps(model: nn.Module, rows: Any, recipe: RunSettings) -> Estimate:
         changed = {
             "out": folder,
             "max_steps": NUM_STEPS,
-            "eval_every": 0,
-            "save_every": 0,
-            "log_every": NUM_STEPS + 1,
+            "eval_steps": 0,
+            "save_steps": 0,
+            "logging_steps": NUM_STEPS + 1,
             "report_to": "none",
         }
         kept = {each.name: getattr(recipe, each.name) for each in fields(RunSettings)}

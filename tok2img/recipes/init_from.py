@@ -30,10 +30,10 @@ def load_start(recipe: TokenizerRecipe, kind: type[DiscreteTokenizer]) -> Discre
     Raises:
         ValueError: for a folder that holds no tokenizer, or one of another kind, and for settings that its weights do not fit.
     """
-    path = recipe.start_from
+    path = recipe.init_from
     before = load_text_model(path) if recipe.tokenizer in TEXT_MODELS else load_trained(path)
     if not isinstance(before, kind):
-        raise ValueError(f"key 'start_from': {path} holds a {type(before).__name__}, not a {kind.__name__}")
+        raise ValueError(f"key 'init_from': {path} holds a {type(before).__name__}, not a {kind.__name__}")
     config: Any = before.config
     settings = {name: getattr(config, name) for name in own_fields(type(config))}
     model = kind(type(config)(**settings | recipe.model))
@@ -41,5 +41,5 @@ def load_start(recipe: TokenizerRecipe, kind: type[DiscreteTokenizer]) -> Discre
         model.load_state_dict(before.state_dict())
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
-        raise ValueError(f"key 'start_from': {path} does not fit the settings of 'model': {reason} ...") from error
+        raise ValueError(f"key 'init_from': {path} does not fit the settings of 'model': {reason} ...") from error
     return model

@@ -12,6 +12,38 @@ import yaml
 from .config import Recipe, RunSettings
 
 COMMAND_LINE = "the command line"
+# Keys that had another name in early recipes. They are errors; the message names the new key.
+RENAMED_KEYS = {
+    "adamw_scale": "adamw_lr_scale",
+    "adversarial_start": "disc_start",
+    "adversarial_weight": "disc_weight",
+    "base": "base_model",
+    "caption_share": "image_to_text_fraction",
+    "compile": "torch_compile",
+    "eval_every": "eval_steps",
+    "eval_rows": "max_eval_samples",
+    "image_weight": "image_loss_weight",
+    "log_every": "logging_steps",
+    "lr_schedule": "lr_scheduler_type",
+    "max_rows": "max_train_samples",
+    "num_workers": "dataloader_num_workers",
+    "perceptual": "perceptual_model",
+    "place_embeddings": "axial_position_embeddings",
+    "resume": "resume_from_checkpoint",
+    "sample_every": "sample_steps",
+    "save_every": "save_steps",
+    "start_from": "init_from",
+    "start_from_codebook": "init_from_codebook",
+}
+RENAMED_MODEL_KEYS = {
+    "commitment": "commitment_weight",
+    "cosine": "use_cosine_sim",
+    "ema": "ema_update",
+    "num_levels": "num_quantizers",
+    "projected_dim": "codebook_dim",
+    "reconstruction": "reconstruction_loss",
+    "revive": "replace_dead_codes (VQ-VAE) or replace_dead_options (VQ-DRAW)",
+}
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 
 
@@ -37,6 +69,9 @@ def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: d
             if get_origin(types[outer]) is not dict:
                 raise ValueError(f"{COMMAND_LINE}: no key {key!r}: {outer!r} has no settings of its own")
             values[outer] = values.get(outer, {}) | {inner: value}
+    for key in values.get("model", {}):
+        if key in RENAMED_MODEL_KEYS:
+            raise ValueError(f"{path or COMMAND_LINE}: model.{key} is now called {RENAMED_MODEL_KEYS[key]}")
     return kind(**values)
 
 
@@ -57,6 +92,8 @@ def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> 
     """ValueError for a key that a recipe of this kind does not have, with the nearest that it has."""
     known = [each.name for each in fields(kind)]
     for key in values:
+        if key in RENAMED_KEYS and key not in known:
+            raise ValueError(f"{origin}: key {key!r} is now called {RENAMED_KEYS[key]!r}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"

@@ -6,13 +6,22 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..atomic_io import remove_folder, write_atomically
-from ..trainer.checkpointing import by_step
+from ..trainer.checkpointing import list_checkpoints
 from .config import RunSettings
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
 # Keys that change where a run lies, what it shows and how fast it is; where it arrives only by rounding and by what dropout draws.
-FREE = {"out", "resume", "log_every", "sample_every", "report_to", "num_workers", "compile", "fsdp"}
+FREE = {
+    "out",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "sample_steps",
+    "report_to",
+    "dataloader_num_workers",
+    "torch_compile",
+    "fsdp",
+}
 
 
 def checkpoints_of(recipe: RunSettings) -> Path:
@@ -27,7 +36,7 @@ def goes_on(recipe: RunSettings) -> bool:
         ValueError: for checkpoints of another recipe, with the keys that differ. Another `max_steps` is only warned of: the rate of
             learning then takes another course.
     """
-    resumed = recipe.resume and bool(by_step(checkpoints_of(recipe)))
+    resumed = recipe.resume_from_checkpoint and bool(list_checkpoints(checkpoints_of(recipe)))
     if resumed:
         refuse_other_recipe(recipe)
     return resumed
@@ -36,7 +45,7 @@ def goes_on(recipe: RunSettings) -> bool:
 def open_run(recipe: RunSettings) -> None:
     """Say whose the checkpoints are that will come; those of before go, where the recipe says to start anew."""
     folder = checkpoints_of(recipe)
-    if not recipe.resume:
+    if not recipe.resume_from_checkpoint:
         remove_folder(folder)
     write_atomically(folder / RECIPE_FILE, (json.dumps(plain(recipe), indent=1) + "\n").encode())
 
@@ -57,19 +66,19 @@ def refuse_other_recipe(recipe: RunSettings) -> None:
     try:
         before = defaults(recipe) | dict(json.loads((folder / RECIPE_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} holds checkpoints of an unknown run: {ways_out()}") from error
+        raise ValueError(f"{folder} holds checkpoints of an unknown run: {resume_hint()}") from error
     changed = {key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)} - FREE
     if "max_steps" in changed:
         steps = f"{before['max_steps']} to {settings['max_steps']}"
         logger.warning("max_steps changed from %s: the run goes on, but not as either would have gone", steps)
     for key in sorted(changed - {"max_steps"}):
         was, is_now = before.get(key), settings.get(key)
-        raise ValueError(f"{folder} holds a run with {key} {was!r}, this one has {is_now!r}: {ways_out()}")
+        raise ValueError(f"{folder} holds a run with {key} {was!r}, this one has {is_now!r}: {resume_hint()}")
 
 
-def ways_out() -> str:
+def resume_hint() -> str:
     """What can be done about checkpoints of another run."""
-    return "give --resume false to start anew, or another --out"
+    return "give --resume-from-checkpoint false to start anew, or another --out"
 
 
 def close_run(recipe: RunSettings) -> None:

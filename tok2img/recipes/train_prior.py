@@ -1,4 +1,4 @@
-"""Carries recipes for priors out: tokens from pictures, a prior from tokens, ending in a folder that loads as it stands."""
+"""Carries recipes for priors out: tokens from images, a prior from tokens, ending in a folder that loads as it stands."""
 
 import logging
 from dataclasses import replace
@@ -18,19 +18,19 @@ from ..device import to_device
 from ..generation.captioning import CAPTION_KEY
 from ..generation.sampling import Sampling
 from ..pipelines.text_to_image import TextToImagePipeline
-from ..prior.codebook_init import codebooks_of, start_from_codebook
+from ..prior.codebook_init import codebooks_of, init_from_codebook
 from ..prior.float32_attention import attend_in_float32
 from ..prior.from_language_model import extend_prior
 from ..prior.lora import LoraPriorWithLoss, add_lora, merge_lora
 from ..prior.loss import PriorWithLoss
 from ..prior.model import build_prior, check_architecture, load_prior
-from ..prior.position_embeddings import PlaceEmbeddings, places_for, with_own_ids
+from ..prior.position_embeddings import AxialPositionEmbeddings, build_position_embeddings, with_position_specific_ids
 from ..tokenization.processor import Tok2ImgProcessor
 from ..tokenization.token_dataset import load_tokens, save_tokens
 from ..trainer.trainer import Trainer
 from ..visualization.image_sheets import captioned_sheet
 from ..visualization.tokenizer_sheets import NUM_SAMPLES
-from .build_processor import build_processor, set_search
+from .build_processor import build_processor, set_encode_search
 from .config import PriorRecipe, require
 from .run_folder import goes_on
 from .training_run import arguments, finish, split
@@ -40,9 +40,9 @@ TOKENS = "tokens"
 
 
 def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:
-    """A sheet of pictures with their captions."""
-    pictures: Any = pipeline(prompts, seed=seed).images
-    return captioned_sheet(pictures, prompts)
+    """A sheet of images with their captions."""
+    images: Any = pipeline(prompts, seed=seed).images
+    return captioned_sheet(images, prompts)
 
 
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
@@ -50,19 +50,23 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
     require(recipe, "out")
     check_architecture(recipe.architecture)
     sampling = Sampling(recipe.guidance_scale, recipe.temperature, recipe.top_k, recipe.top_p)
-    settings = arguments(replace(recipe, compile=False), best_by="image_loss", fsdp=recipe.fsdp)  # its loss compiles
-    source, processor = open_source(recipe)
-    prior = make_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
+    settings = arguments(
+        replace(recipe, torch_compile=False), best_by="image_loss", fsdp=recipe.fsdp
+    )  # its loss compiles
+    source, processor = load_training_source(recipe)
+    prior = init_prior(recipe, processor)  # before tokenizing, which may take long: what does not fit is found now
     adapted = add_lora(prior, processor.layout, rank=recipe.lora_rank, seed=recipe.seed) if recipe.lora_rank else None
     model = with_loss(recipe, prior, processor)
     if isinstance(source, Dataset):
         tokens = source
     else:
-        make_tokens(Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size))
+        tokenize_all_ranks(
+            Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size)
+        )
         tokens = load_tokens(Path(recipe.out, TOKENS))[0]
     pipeline = TextToImagePipeline(prior, processor)
     pipeline.default_sampling, pipeline.caption_dropout = sampling, recipe.caption_dropout
-    if recipe.caption_share:
+    if recipe.image_to_text_fraction:
         setattr(prior.generation_config, CAPTION_KEY, True)
     training_rows, held_out = split(tokens.with_format("torch"), recipe)
     prompts = [processor.decode_text(row) for row in held_out["text_ids"][:NUM_SAMPLES]]
@@ -71,10 +75,10 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         settings,
         train_dataset=training_rows,
         eval_dataset=held_out,
-        draw=lambda: draw_samples(TextToImagePipeline(*plain_parts(prior, processor, model.places)), prompts),
-        draw_every=0 if settings.fsdp else recipe.sample_every,  # with parts of a prior nobody can draw
+        draw=lambda: draw_samples(TextToImagePipeline(*export_prior(prior, processor, model.places)), prompts),
+        draw_every=0 if settings.fsdp else recipe.sample_steps,  # with parts of a prior nobody can draw
         optimizer=recipe.optimizer,
-        adamw_scale=recipe.adamw_scale,
+        adamw_lr_scale=recipe.adamw_lr_scale,
     )
     pipeline.to(trainer.args.device)
 
@@ -83,57 +87,57 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
             merge_lora(adapted)
         model.eval()
         trained = trained.to(trainer.args.device).eval()
-        pipeline.prior, pipeline.processor = plain_parts(trained, processor, model.places)
+        pipeline.prior, pipeline.processor = export_prior(trained, processor, model.places)
         pipeline.save_pretrained(folder, sample_prompts=prompts, name=Path(recipe.out).name)
 
     finish(trainer, recipe, save)
     return pipeline
 
 
-def open_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgProcessor]:
-    """What a recipe names, a data set of tokens or captioned pictures that are yet to be tokenized, and the processor for them."""
+def load_training_source(recipe: PriorRecipe) -> tuple[Dataset | CaptionedRows, Tok2ImgProcessor]:
+    """What a recipe names, a data set of tokens or captioned images that are yet to be tokenized, and the processor for them."""
     resumed, made_before = goes_on(recipe), Path(recipe.out, TOKENS)
     if recipe.tokens or (resumed and made_before.is_dir()):
         folder = recipe.tokens or made_before
         tokens, processor = load_tokens(folder)
-        if recipe.start_from:
-            made_by, processor = processor, processor_to_go_on_with(recipe)
-            check_made_by(processor, made_by, folder)
-        return tokens.select(range(min(recipe.max_rows or len(tokens), len(tokens)))), processor
-    require(recipe, "data", *([] if recipe.start_from else ["image_tokenizer"]))
+        if recipe.init_from:
+            made_by, processor = processor, load_init_processor(recipe)
+            check_same_tokenizers(processor, made_by, folder)
+        return tokens.select(range(min(recipe.max_train_samples or len(tokens), len(tokens)))), processor
+    require(recipe, "data", *([] if recipe.init_from else ["image_tokenizer"]))
     rows = stream_captioned_images(
         recipe.data,
         image_column=recipe.image_column,
         caption_column=recipe.caption_column,
-        max_rows=recipe.max_rows,
+        max_samples=recipe.max_train_samples,
     )
-    if recipe.start_from:
-        return rows, processor_to_go_on_with(recipe)
+    if recipe.init_from:
+        return rows, load_init_processor(recipe)
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    set_search(image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
+    set_encode_search(image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
     processor = build_processor(
         rows.captions,
         image_tokenizer,
         text_tokenizer=recipe.text_tokenizer,
-        base=recipe.base,
+        base=recipe.base_model,
         vocab_size=recipe.vocab_size,
         text_length=recipe.text_length,
     )
     return rows, processor
 
 
-def processor_to_go_on_with(recipe: PriorRecipe) -> Tok2ImgProcessor:
+def load_init_processor(recipe: PriorRecipe) -> Tok2ImgProcessor:
     """That of the model that a recipe goes on from, on a GPU where there is one."""
-    processor = Tok2ImgProcessor.from_pretrained(recipe.start_from)
-    set_search(processor.image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
+    processor = Tok2ImgProcessor.from_pretrained(recipe.init_from)
+    set_encode_search(processor.image_tokenizer, beam_size=recipe.beam_size, search_steps=recipe.search_steps)
     to_device(processor.image_tokenizer)
     return processor
 
 
-def check_made_by(processor: Tok2ImgProcessor, made_by: Tok2ImgProcessor, folder: str | Path) -> None:
+def check_same_tokenizers(processor: Tok2ImgProcessor, made_by: Tok2ImgProcessor, folder: str | Path) -> None:
     """ValueError where the tokens in a folder were made by other tokenizers than a processor's, under whichever ids."""
     made = made_by.layout
-    fits = processor.layout in (made, made.with_own_ids())
+    fits = processor.layout in (made, made.with_position_specific_ids())
     if not fits or processor.with_layout(made).fingerprint() != made_by.fingerprint():
         raise ValueError(
             f"the tokens in {folder} were made by other tokenizers than those of the model to start from: "
@@ -141,20 +145,20 @@ def check_made_by(processor: Tok2ImgProcessor, made_by: Tok2ImgProcessor, folder
         )
 
 
-def make_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:
+def init_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:
     """The prior as it starts: a trained one, a base extended or random weights; codes from the codebook, where the recipe says so."""
     layout = processor.layout
-    codebooks = codebooks_of(processor.image_tokenizer) if recipe.start_from_codebook else None
-    if recipe.start_from:
-        prior = load_prior(recipe.start_from, layout)
-    elif recipe.base:
-        prior = extend_prior(recipe.base, layout, seed=recipe.seed)
+    codebooks = codebooks_of(processor.image_tokenizer) if recipe.init_from_codebook else None
+    if recipe.init_from:
+        prior = load_prior(recipe.init_from, layout)
+    elif recipe.base_model:
+        prior = extend_prior(recipe.base_model, layout, seed=recipe.seed)
     else:
         prior = build_prior(
             layout, architecture=recipe.architecture, depth=recipe.depth, dropout=recipe.dropout, seed=recipe.seed
         )
     if codebooks is not None:
-        start_from_codebook(prior, layout, codebooks, seed=recipe.seed)
+        init_from_codebook(prior, layout, codebooks, seed=recipe.seed)
     if recipe.bf16 and not torch.accelerator.is_available():
         attend_in_float32(prior)
     return prior
@@ -167,24 +171,28 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
         prior,
         processor.layout,
         caption_dropout=recipe.caption_dropout,
-        image_weight=recipe.image_weight,
-        caption_share=recipe.caption_share,
-        places=places_for(prior, processor.layout) if recipe.place_embeddings else None,
-        compile=recipe.compile,
+        image_loss_weight=recipe.image_loss_weight,
+        image_to_text_fraction=recipe.image_to_text_fraction,
+        places=build_position_embeddings(prior, processor.layout) if recipe.axial_position_embeddings else None,
+        compile=recipe.torch_compile,
     )
 
 
-def plain_parts(
-    prior: PreTrainedModel, processor: Tok2ImgProcessor, places: PlaceEmbeddings | None
+def export_prior(
+    prior: PreTrainedModel, processor: Tok2ImgProcessor, places: AxialPositionEmbeddings | None
 ) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
     """A prior and processor that draw as the prior has learned to; one that has learned with places is copied, and they with it."""
     if places is None:
         return prior, processor
-    return with_own_ids(prior, processor.layout, places), processor.with_layout(processor.layout.with_own_ids())
+    return with_position_specific_ids(prior, processor.layout, places), processor.with_layout(
+        processor.layout.with_position_specific_ids()
+    )
 
 
-def make_tokens(folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]) -> None:
-    """Make tokens of captioned pictures in a folder, each process its part, and wait until all is there; say which rows were skipped."""
+def tokenize_all_ranks(
+    folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]
+) -> None:
+    """Make tokens of captioned images in a folder, each process its part, and wait until all is there; say which rows were skipped."""
     manifest = save_tokens(data, processor, folder, part=part)
     PartialState().wait_for_everyone()
     if part[0] == 0 and manifest is None:

@@ -1,4 +1,4 @@
-"""A small CLIP model of one's own, trained on the captioned pictures that the prior learned from (Radford et al. 2021)."""
+"""A small CLIP model of one's own, trained on the captioned images that the prior learned from (Radford et al. 2021)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +16,21 @@ from ..pipelines.clip_ranker import ClipRanker
 from ..prior.loss import PriorOutput
 from ..tokenization.text_tokenizer import SubwordTokenizer
 from ..trainer.trainer import Trainer
-from .build_tokenizer import shape_of
+from .build_tokenizer import infer_image_shape
 from .config import RankerRecipe, require
 from .run_folder import goes_on
 from .training_run import arguments, finish, open_data, split
 
 END = "<|endoftext|>"
 MAX_TEXT_LENGTH = 64
-CELLS = 8  # a picture is cut into 8 by 8 patches, or about so many
+CELLS = 8  # an image is cut into 8 by 8 patches, or about so many
 HEAD_SIZE = 32
 
 
 class RankerWithLoss(ModelWithLoss):
-    """A CLIP model as the trainer sees it: captions and pictures in, contrastive loss out.
+    """A CLIP model as the trainer sees it: captions and images in, contrastive loss out.
 
-    Equal captions of a batch are no opposites: all their pictures are right for each of them (as in UniCL, Yang et al. 2022).
+    Equal captions of a batch are no opposites: all their images are right for each of them (as in UniCL, Yang et al. 2022).
     """
 
     kept = "clip"
@@ -40,7 +40,7 @@ class RankerWithLoss(ModelWithLoss):
         self.clip = clip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> PriorOutput:
-        """`b t`, `b t` and `b c h w` -> the loss, and the share of pictures whose caption is found among the batch's."""
+        """`b t`, `b t` and `b c h w` -> the loss, and the share of images whose caption is found among the batch's."""
         output = self.clip(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
         same = (input_ids[:, None] == input_ids).all(dim=-1).float()
         targets = same / same.sum(dim=1, keepdim=True)
@@ -71,7 +71,7 @@ class CaptionedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def train_ranker(recipe: RankerRecipe) -> ClipRanker:
-    """Train a CLIP model on captioned pictures and save it to `recipe.out`."""
+    """Train a CLIP model on captioned images and save it to `recipe.out`."""
     require(recipe, "data", "out")
     goes_on(recipe)  # refuses another run's checkpoints, before long work
     rows = open_data(recipe)
@@ -83,7 +83,7 @@ def train_ranker(recipe: RankerRecipe) -> ClipRanker:
         train_dataset=training_rows,
         eval_dataset=held_out,
         optimizer=recipe.optimizer,
-        adamw_scale=recipe.adamw_scale,
+        adamw_lr_scale=recipe.adamw_lr_scale,
     )
     finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
     ranker.model.eval()
@@ -91,11 +91,11 @@ def train_ranker(recipe: RankerRecipe) -> ClipRanker:
 
 
 def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -> ClipRanker:
-    """A CLIP model with random weights, of a size that fits the rows' pictures and captions."""
+    """A CLIP model with random weights, of a size that fits the rows' images and captions."""
     captions: Sequence[str] = rows["caption"][:]
-    text_tokenizer = end_marking_bpe(captions, vocab_size=vocab_size)
+    text_tokenizer = bpe_with_eos(captions, vocab_size=vocab_size)
     length = min(MAX_TEXT_LENGTH, max(len(ids) for ids in text_tokenizer(sorted(set(captions)))["input_ids"]))
-    shape = shape_of(rows)
+    shape = infer_image_shape(rows)
     side = shape["image_size"]
     width = 64 * depth
     layers = {
@@ -118,7 +118,7 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
     return ClipRanker(model, text_tokenizer, pixel_mean=[0.5] * channels, pixel_std=[0.5] * channels)
 
 
-def end_marking_bpe(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+def bpe_with_eos(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """BPE of the captions that ends each text with a mark, where CLIP reads what the text says."""
     backend = SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size).tokenizer.backend_tokenizer
     backend.add_special_tokens([END])
@@ -129,5 +129,5 @@ def end_marking_bpe(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTo
 
 
 def patch_size(image_size: int) -> int:
-    """The smallest divisor of a picture's side that cuts it into `CELLS` columns or fewer."""
+    """The smallest divisor of an image's side that cuts it into `CELLS` columns or fewer."""
     return next(size for size in range(1, image_size + 1) if image_size % size == 0 and image_size // size <= CELLS)

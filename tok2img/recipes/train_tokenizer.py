@@ -7,7 +7,7 @@ from tokenizers_vq.model_with_loss import inner_of
 
 from ..data.augmentation import Augmentation
 from ..tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
-from ..trainer.datasets import PictureRows, TextRows
+from ..trainer.datasets import ImageDataset, TextDataset
 from ..trainer.trainer import Trainer
 from ..visualization.tokenizer_sheets import draw_held_out
 from .build_tokenizer import TEXT_TOKENIZERS, build_model
@@ -17,7 +17,7 @@ from .training_run import arguments, finish, open_data, split
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenizer:
-    """Train a tokenizer on the pictures of a data set, or on its captions, and save it to `recipe.out`."""
+    """Train a tokenizer on the images of a data set, or on its captions, and save it to `recipe.out`."""
     require(recipe, "data", "out")
     of_text, augment = recipe.tokenizer in TEXT_TOKENIZERS, augmentation_of(recipe)
     rows = open_data(recipe, with_captions=of_text, with_images=not of_text)
@@ -31,30 +31,30 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
     training_rows, held_out = split(rows, recipe)
     trainer = Trainer(
         model,
-        arguments(recipe, best_by="" if recipe.adversarial_start else "loss"),
-        train_dataset=rows_for(tokenizer, training_rows),
-        eval_dataset=rows_for(tokenizer, held_out),
+        arguments(recipe, best_by="" if recipe.disc_start else "loss"),
+        train_dataset=training_dataset(tokenizer, training_rows),
+        eval_dataset=training_dataset(tokenizer, held_out),
         augment=augment,
         draw=lambda: draw_held_out(tokenizer, held_out),
-        draw_every=recipe.sample_every,
-        starts_from_data=not recipe.start_from,
+        draw_every=recipe.sample_steps,
+        starts_from_data=not recipe.init_from,
         optimizer=recipe.optimizer,
-        adamw_scale=recipe.adamw_scale,
+        adamw_lr_scale=recipe.adamw_lr_scale,
     )
     finish(trainer, recipe, lambda folder, model: model.eval().save_pretrained(str(folder)))
     return tokenizer
 
 
 def augmentation_of(recipe: TokenizerRecipe) -> Augmentation:
-    """What a recipe does to pictures in training; ValueError for a share that is none, and for a tokenizer of text."""
+    """What a recipe does to images in training; ValueError for a share that is none, and for a tokenizer of text."""
     augment = Augmentation(recipe.flip, recipe.crop, recipe.shift, recipe.warp)
     if augment and recipe.tokenizer in TEXT_TOKENIZERS:
         raise ValueError(
-            f"keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of pictures, got {recipe.tokenizer!r}"
+            f"keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of images, got {recipe.tokenizer!r}"
         )
     return augment
 
 
-def rows_for(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextRows | PictureRows:
+def training_dataset(tokenizer: DiscreteTokenizer, rows: Dataset) -> TextDataset | ImageDataset:
     """Rows as a tokenizer trains on them."""
-    return TextRows(rows, tokenizer) if isinstance(tokenizer, TextSpanTokenizer) else PictureRows(rows, tokenizer)
+    return TextDataset(rows, tokenizer) if isinstance(tokenizer, TextSpanTokenizer) else ImageDataset(rows, tokenizer)

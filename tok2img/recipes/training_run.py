@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from ..atomic_io import added_to
+from ..atomic_io import staged_update
 from ..data.loading import held_out_split, load_captioned_images
 from ..trainer.trainer import Trainer
 from ..trainer.training_log import save_log
@@ -27,19 +27,19 @@ def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: b
         caption_column=recipe.caption_column or None,
         with_captions=with_captions,
         with_images=with_images,
-        max_rows=recipe.max_rows or None,
+        max_samples=recipe.max_train_samples or None,
     )
 
 
 def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
     """Rows to train on, and rows for the held-out loss."""
-    return held_out_split(rows, share=HELD_OUT_SHARE, max_rows=recipe.eval_rows, seed=recipe.seed)
+    return held_out_split(rows, share=HELD_OUT_SHARE, max_samples=recipe.max_eval_samples, seed=recipe.seed)
 
 
 def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False) -> TrainingArguments:
     """The recipe's keys as arguments of transformers.
 
-    With `eval_every`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
+    With `eval_steps`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
     of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run means the
     same on any number of them; `docs/scale.md` names what differs: above all a ranker compares the rows of each device by themselves.
 
@@ -49,7 +49,7 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
     Raises:
         ValueError: for a batch that cannot be shared evenly.
     """
-    every, save_every = recipe.eval_every, recipe.save_every or recipe.eval_every
+    every, save_steps = recipe.eval_steps, recipe.save_steps or recipe.eval_steps
     shared: Any = True if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     settings = TrainingArguments(
         output_dir=str(checkpoints_of(recipe)),
@@ -57,25 +57,25 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type=recipe.lr_schedule,
+        lr_scheduler_type=recipe.lr_scheduler_type,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         adam_beta2=0.99,
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
-        save_strategy="steps" if save_every else "no",
-        save_steps=save_every or 500,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
         save_total_limit=2,
         load_best_model_at_end=bool(every and best_by),
         metric_for_best_model=best_by or None,
         greater_is_better=False,
-        logging_steps=recipe.log_every,
+        logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
         use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.bf16,
-        torch_compile=recipe.compile,
-        dataloader_num_workers=recipe.num_workers,
+        torch_compile=recipe.torch_compile,
+        dataloader_num_workers=recipe.dataloader_num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # processes agree on theirs by themselves, and what each counts alone it keeps
@@ -108,9 +108,9 @@ def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path, Any], No
     if trainer.is_world_process_zero():
         open_run(recipe)
     trainer.train(resume_from_checkpoint=True)
-    model = trainer.whole_model()
+    model = trainer.full_model()
     if trainer.is_world_process_zero():
-        with added_to(recipe.out) as folder:
+        with staged_update(recipe.out) as folder:
             save(folder, model)
             save_log(trainer.state.log_history, folder)
         close_run(recipe)

@@ -1,4 +1,4 @@
-"""What the buttons of the web page do: a picture file or a caption in, pictures or text out. Knows no page."""
+"""What the buttons of the web page do: an image file or a caption in, images or text out. Knows no page."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +13,18 @@ from PIL import Image
 from tokenizers_vq.images.processing import images_from_pixels
 
 from ..data.images import load_pixels
-from ..generation.sampling import Guidance, new_seed
+from ..generation.sampling import Guidance, random_seed
 from ..pipelines.image_to_text import ImageToTextPipeline
 from ..pipelines.text_to_image import TextToImagePipeline
-from ..visualization.tokenizer_sheets import pictures_by_stage
+from ..visualization.tokenizer_sheets import images_by_stage
 
 MOST_STAGES = 12
 FINISHED = object()
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 @dataclass
-class Answers:
+class Handlers:
     """Each answer comes in turns: what is known so far, then more. A ValueError is for whoever asked.
 
     Settings that are None or "" are as the model has them; guidance and seed come as they are typed.
@@ -42,53 +42,53 @@ class Answers:
         top_p: float | None = None,
         seed: str = "",
         best_of: int = 1,
-        picture: str | None = None,
+        image: str | None = None,
         keep: int = 0,
-    ) -> Iterator[tuple[Pictures, str]]:
-        """Pictures of a caption, sharper every time where codes go from coarse to fine, and the seed that draws them again.
+    ) -> Iterator[tuple[Images, str]]:
+        """Images of a caption, sharper every time where codes go from coarse to fine, and the seed that draws them again.
 
         Args:
-            picture, keep: a file to complete or to vary, and how many of its first codes stay.
+            image, keep: a file to complete or to vary, and how many of its first codes stay.
         """
         settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "best_of": best_of}
         settings |= {"guidance_scale": guidance_of(guidance_scale), "num_images_per_prompt": num_images}
-        if keep or picture is not None:
-            settings |= {"image": self._fitted(picture), "keep": keep}
+        if keep or image is not None:
+            settings |= {"image": self._fitted(image), "keep": keep}
         elif not caption.strip():
-            raise ValueError("the caption is empty: say what the pictures are to show")
+            raise ValueError("the caption is empty: say what the images are to show")
         settings |= {"seed": seed_of(seed), "preview_after": self._previews(keep, best_of)}
-        for pictures in in_turns(partial(self._draw, caption, settings)):
-            yield pictures, str(settings["seed"])
+        for samples in stream_results(partial(self._draw, caption, settings)):
+            yield samples, str(settings["seed"])
 
-    def seen(self, picture: str | None) -> Iterator[Image.Image]:
-        """A picture as the model sees it."""
-        yield self._fitted(picture)
+    def seen(self, image: str | None) -> Iterator[Image.Image]:
+        """An image as the model sees it."""
+        yield self._fitted(image)
 
-    def codes(self, picture: str | None) -> Iterator[tuple[list[tuple[Image.Image, str]], str]]:
-        """What the first of a picture's codes show and what more of them do, and the codes."""
+    def codes(self, image: str | None) -> Iterator[tuple[list[tuple[Image.Image, str]], str]]:
+        """What the first of an image's codes show and what more of them do, and the codes."""
         processor = self.pipeline.processor
-        codes = processor.encode_images([needed(picture)])
-        stages = pictures_by_stage(processor.image_tokenizer, codes)
+        codes = processor.encode_images([needed(image)])
+        stages = images_by_stage(processor.image_tokenizer, codes)
         shown = torch.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().int().tolist()
         labelled = [(stages[each][0], f"stage {each + 1} of {len(stages)}") for each in shown]
         yield labelled, " ".join(map(str, codes[0].tolist()))
 
-    def caption(self, picture: str | None) -> Iterator[str]:
-        """The likeliest caption of a picture."""
-        yield ImageToTextPipeline(self.pipeline.prior, self.pipeline.processor)(needed(picture))[0]
+    def caption(self, image: str | None) -> Iterator[str]:
+        """The likeliest caption of an image."""
+        yield ImageToTextPipeline(self.pipeline.prior, self.pipeline.processor)(needed(image))[0]
 
-    def _fitted(self, picture: str | None) -> Image.Image:
-        """A picture file as the tokenizer reads it: upright, cut to a square, of its size."""
-        return images_from_pixels(load_pixels([needed(picture)], self.pipeline.processor.image_tokenizer))[0]
+    def _fitted(self, image: str | None) -> Image.Image:
+        """An image file as the tokenizer reads it: upright, cut to a square, of its size."""
+        return images_from_pixels(load_pixels([needed(image)], self.pipeline.processor.image_tokenizer))[0]
 
     def _previews(self, keep: int, best_of: int) -> range:
-        """Numbers of codes, more than are kept, after which there is a picture to show and the last is still to come."""
+        """Numbers of codes, more than are kept, after which there is an image to show and the last is still to come."""
         tokenizer = self.pipeline.processor.image_tokenizer
-        return range(keep + 1, tokenizer.num_codes) if tokenizer.prefixes_decode and best_of == 1 else range(0)
+        return range(keep + 1, tokenizer.num_codes) if tokenizer.supports_prefix_decoding and best_of == 1 else range(0)
 
-    def _draw(self, caption: str, settings: dict[str, Any], show: Callable[[Pictures], None]) -> Pictures:
+    def _draw(self, caption: str, settings: dict[str, Any], show: Callable[[Images], None]) -> Images:
         """What the pipeline draws; its previews, where there are any, are shown on the way."""
-        on_preview = (lambda pictures, *_: show(pictures)) if settings["preview_after"] else None
+        on_preview = (lambda samples, *_: show(samples)) if settings["preview_after"] else None
         images: Any = self.pipeline(caption, on_preview=on_preview, **settings).images
         return images
 
@@ -111,20 +111,20 @@ def as_text(guidance: Guidance) -> str:
 def seed_of(text: str) -> int:
     """A seed as it is typed, or a new one."""
     if not text.strip():
-        return new_seed()
+        return random_seed()
     if not text.strip().isdecimal():
         raise ValueError(f"a seed must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 
-def needed(picture: str | None) -> str:
+def needed(image: str | None) -> str:
     """The file, if there is one."""
-    if picture is None:
-        raise ValueError("there is no picture: choose one, or drop one into the field")
-    return picture
+    if image is None:
+        raise ValueError("there is no image: choose one, or drop one into the field")
+    return image
 
 
-def in_turns(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+def stream_results(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
     """What `work` hands to its argument, while it is at it, and what it returns in the end."""
     results: SimpleQueue[Any] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:

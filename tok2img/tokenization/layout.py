@@ -1,7 +1,7 @@
 """What every id of the prior's sequence means; nothing else in the project knows an offset.
 
-    [BOS] text ... [PAD] [SEP] image codes      a picture of a caption
-    [BOS] image codes [SEP] text ... [PAD]      a caption of a picture, which its first [PAD] ends
+    [BOS] text ... [PAD] [SEP] image codes      an image of a caption
+    [BOS] image codes [SEP] text ... [PAD]      a caption of an image, which its first [PAD] ends
 
 Text ids come first and keep the values that the text tokenizer gave them; [BOS], [SEP] and [PAD] follow; image ids come last. The text
 has a fixed length and pads are attended like any token, so there is no attention mask and every image code keeps its position.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer
 from tokenizers_vq.loading import read_json
-from tokenizers_vq.validation import MOST, is_whole
+from tokenizers_vq.validation import MAX_INT, is_whole
 
 VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the vocabulary in multiples of this
 FILE_NAME = "layout.json"
@@ -84,9 +84,9 @@ class SequenceLayout:
     Attributes:
         text_vocab_size: ids of the text tokenizer, 0 and up.
         text_length: positions for text; shorter captions are filled with [PAD].
-        num_codes, codebook_size: of a picture.
-        codes_shared: whether all positions of a picture share one range of ids (cells of a grid), or each has its own (stages).
-        code_groups: how many positions in a row share a range, such as `(16, 64)` for two grids; where given, it decides, and it is None
+        num_codes, codebook_size: of an image.
+        codes_shared: whether all positions of an image share one range of ids (cells of a grid), or each has its own (stages).
+        positions_per_codebook: how many positions in a row share a range, such as `(16, 64)` for two grids; where given, it decides, and it is None
             where `codes_shared` says the same.
     """
 
@@ -95,28 +95,28 @@ class SequenceLayout:
     num_codes: int
     codebook_size: int
     codes_shared: bool = True
-    code_groups: tuple[int, ...] | None = None
+    positions_per_codebook: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("text_vocab_size", "text_length", "num_codes", "codebook_size"):
             value = getattr(self, name)
             if not is_count(value):
                 raise ValueError(
-                    f"layout: {name} must be a whole number of at least 1 and at most {MOST}, got {value!r}"
+                    f"layout: {name} must be a whole number of at least 1 and at most {MAX_INT}, got {value!r}"
                 )
         if not isinstance(self.codes_shared, bool):
             raise ValueError(f"layout: codes_shared must be true or false, got {self.codes_shared!r}")
-        groups = self.code_groups
+        groups = self.positions_per_codebook
         if groups is None:
             groups = one_group_or_many(self.num_codes, shared=self.codes_shared)
         if not isinstance(groups, list | tuple) or not all(map(is_count, groups)) or sum(groups) != self.num_codes:
             raise ValueError(
-                f"layout: code_groups must be whole numbers of at least 1 that sum to num_codes {self.num_codes}, got {groups!r}"
+                f"layout: positions_per_codebook must be whole numbers of at least 1 that sum to num_codes {self.num_codes}, got {groups!r}"
             )
         # One way to write each layout, and files of the two plain cases stay as they were before there were groups.
         object.__setattr__(self, "codes_shared", len(groups) == 1)
         said = one_group_or_many(self.num_codes, shared=self.codes_shared)
-        object.__setattr__(self, "code_groups", None if tuple(groups) == said else tuple(groups))
+        object.__setattr__(self, "positions_per_codebook", None if tuple(groups) == said else tuple(groups))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
@@ -134,12 +134,12 @@ class SequenceLayout:
             text_length=text_length,
             num_codes=image_tokenizer.num_codes,
             codebook_size=image_tokenizer.codebook_size,
-            code_groups=image_tokenizer.code_groups,
+            positions_per_codebook=image_tokenizer.positions_per_codebook,
         )
 
-    def with_own_ids(self) -> Self:
-        """The same sequences with ids of their own for every position of a picture."""
-        return replace(self, codes_shared=False, code_groups=None)
+    def with_position_specific_ids(self) -> Self:
+        """The same sequences with ids of their own for every position of an image."""
+        return replace(self, codes_shared=False, positions_per_codebook=None)
 
     @property
     def bos_id(self) -> int:
@@ -148,7 +148,7 @@ class SequenceLayout:
 
     @property
     def sep_id(self) -> int:
-        """Stands between text and picture."""
+        """Stands between text and image."""
         return self.text_vocab_size + 1
 
     @property
@@ -163,8 +163,8 @@ class SequenceLayout:
 
     @property
     def image(self) -> Segment:
-        """The positions of the picture."""
-        groups = self.code_groups or one_group_or_many(self.num_codes, shared=self.codes_shared)
+        """The positions of the image."""
+        groups = self.positions_per_codebook or one_group_or_many(self.num_codes, shared=self.codes_shared)
         return Segment("image", groups, self.codebook_size, self.text_vocab_size + 3)
 
     @property
@@ -174,12 +174,12 @@ class SequenceLayout:
 
     @property
     def caption_prompt_length(self) -> int:
-        """Positions up to and including [SEP] where the picture comes first."""
+        """Positions up to and including [SEP] where the image comes first."""
         return self.num_codes + 2
 
     @property
     def sequence_length(self) -> int:
-        """Positions of text, picture and marks."""
+        """Positions of text, image and marks."""
         return self.prompt_length + self.num_codes
 
     @property
@@ -195,7 +195,7 @@ class SequenceLayout:
 
     @property
     def code_dtype(self) -> np.dtype:
-        """Smallest unsigned type that holds every code of a picture."""
+        """Smallest unsigned type that holds every code of an image."""
         return np.min_scalar_type(self.codebook_size - 1)
 
     def pad_text(self, texts: list[list[int]]) -> np.ndarray:
@@ -230,7 +230,7 @@ class SequenceLayout:
         marks = ids.new_tensor([self.bos_id, self.sep_id]).expand(len(ids), 2)
         return torch.cat([marks[:, :1], ids, marks[:, 1:]], dim=1)
 
-    def without_caption(self, num: int, device: torch.device | None = None) -> Tensor:
+    def null_text_ids(self, num: int, device: torch.device | None = None) -> Tensor:
         """Text of the prompt that says nothing, `num t`."""
         return torch.full((num, self.text_length), self.pad_id, dtype=torch.int64, device=device)
 
@@ -252,7 +252,7 @@ class SequenceLayout:
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1, and not beyond all use."""
-    return is_whole(value) and 1 <= value <= MOST
+    return is_whole(value) and 1 <= value <= MAX_INT
 
 
 def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Captioned pictures -> compact columns of tokens, for `datasets.map`."""
+"""Captioned images -> compact columns of tokens, for `datasets.map`."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tokenizers_vq.base import own_fields
 from tokenizers_vq.images.processing import pixels_from_levels
 from tokenizers_vq.loading import first_line
 
-from ..data.images import fit_levels, load_images
+from ..data.images import load_images, resize_to_uint8
 from .layout import SequenceLayout
 from .processor import Tok2ImgProcessor
 from .text_tokenizer import TextTokenizer, check_text
@@ -27,22 +27,22 @@ MAIN_PROCESS = os.getpid()
 
 
 @dataclass
-class ReadBatch:
+class DecodedBatch:
     """Rows that could be read, and those that could not.
 
     Attributes:
-        text_ids: `b t` of the rows; levels: `b c h w` uint8; num_cut: captions that are longer than there is room for.
+        text_ids: `b t` of the rows; levels: `b c h w` uint8; count_truncated: captions that are longer than there is room for.
         skipped: numbers and reasons of the other rows.
     """
 
     text_ids: np.ndarray
     levels: np.ndarray
-    num_cut: int
+    count_truncated: int
     skipped: list[tuple[int, str]]
 
 
 class TokenizeBatch:
-    """What `dataset.map(..., batched=True)` calls: captions and pictures -> `text_ids` `b t` and `image_codes` `b n`.
+    """What `dataset.map(..., batched=True)` calls: captions and images -> `text_ids` `b t` and `image_codes` `b n`.
 
     It pickles to what the tokens depend on and nothing else, so that the cache of `datasets` is found again from another folder,
     process or mode of the same weights, and only then.
@@ -52,18 +52,18 @@ class TokenizeBatch:
         self.processor, self.image_column, self.caption_column = processor, image_column, caption_column
 
     def __call__(self, batch: dict[str, list[Any]], rows: list[int] | None = None) -> dict[str, np.ndarray]:
-        """A batch of rows -> their tokens. ValueError for a caption or picture that is none, with its row."""
+        """A batch of rows -> their tokens. ValueError for a caption or image that is none, with its row."""
         numbers = range(len(batch[self.caption_column])) if rows is None else rows
         read = self.read(batch, numbers, skip=False)
         return {"text_ids": read.text_ids, "image_codes": self.image_codes(read)}
 
-    def read(self, batch: dict[str, list[Any]], rows: Sequence[int], *, skip: bool) -> ReadBatch:
+    def read(self, batch: dict[str, list[Any]], rows: Sequence[int], *, skip: bool) -> DecodedBatch:
         """Decode a batch; a row that cannot be read is skipped, or else a ValueError with its number."""
-        numbers, captions, pictures, skipped = [], [], [], []
+        numbers, captions, images, skipped = [], [], [], []
         for row, caption, image in zip(rows, batch[self.caption_column], batch[self.image_column], strict=True):
             try:
                 check_text(caption, row)
-                pictures += load_images([image], rows=[row], fit_for=self.processor.image_tokenizer)
+                images += load_images([image], rows=[row], fit_for=self.processor.image_tokenizer)
             except ValueError as error:
                 if not skip:
                     raise
@@ -72,15 +72,15 @@ class TokenizeBatch:
                 numbers.append(row)
                 captions.append(caption)
         layout = self.processor.layout
-        if not pictures:
-            return ReadBatch(np.empty((0, layout.text_length), layout.text_dtype), np.empty(0, np.uint8), 0, skipped)
+        if not images:
+            return DecodedBatch(np.empty((0, layout.text_length), layout.text_dtype), np.empty(0, np.uint8), 0, skipped)
         text_ids = self.processor.encode_text(captions, rows=numbers)
         is_full = (text_ids[:, -1] != layout.pad_id).tolist()  # a caption that is cut leaves no room
-        num_cut = self.processor.num_cut(list(compress(captions, is_full)))
-        levels = fit_levels(pictures, self.processor.image_tokenizer).numpy()
-        return ReadBatch(text_ids.numpy().astype(layout.text_dtype), levels, num_cut, skipped)
+        count_truncated = self.processor.count_truncated(list(compress(captions, is_full)))
+        levels = resize_to_uint8(images, self.processor.image_tokenizer).numpy()
+        return DecodedBatch(text_ids.numpy().astype(layout.text_dtype), levels, count_truncated, skipped)
 
-    def image_codes(self, batch: ReadBatch) -> np.ndarray:
+    def image_codes(self, batch: DecodedBatch) -> np.ndarray:
         """Codes `b n` of what was read."""
         layout = self.processor.layout
         if not len(batch.levels):
@@ -129,7 +129,7 @@ def token_features(layout: SequenceLayout) -> Features:
     )
 
 
-def tokens_of(layout: SequenceLayout, text_ids: np.ndarray, image_codes: np.ndarray) -> Dataset:
+def token_table(layout: SequenceLayout, text_ids: np.ndarray, image_codes: np.ndarray) -> Dataset:
     """A tokenized data set of `n t` and `n c`; `Dataset.from_dict` would take them apart number by number."""
     schema = token_features(layout).arrow_schema
     columns = [
@@ -151,7 +151,7 @@ def tokenize_dataset(
     """Tokenize a data set, streaming or not; the result holds `text_ids` `t` and `image_codes` `n` and nothing else.
 
     Raises:
-        ValueError: for a column that is not there, an empty data set, and a caption or picture that is none, with its row.
+        ValueError: for a column that is not there, an empty data set, and a caption or image that is none, with its row.
     """
     columns = dataset.column_names or []
     for column in (image_column, caption_column):

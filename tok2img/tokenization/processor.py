@@ -1,4 +1,4 @@
-"""Captions and pictures -> what the prior reads; what it writes -> pictures."""
+"""Captions and images -> what the prior reads; what it writes -> images."""
 
 import hashlib
 import json
@@ -34,10 +34,10 @@ class Tok2ImgProcessor:
     """Both tokenizers and the layout that joins them.
 
     Args:
-        image_tokenizer: pictures <-> codes.
+        image_tokenizer: images <-> codes.
         text_tokenizer: captions <-> text ids.
         layout: how both make one sequence; it must fit the two, but may keep more ids for text than the text tokenizer has, as language
-            models do, and may have ids of their own for codes of every position, see `PlaceEmbeddings`.
+            models do, and may have ids of their own for codes of every position, see `AxialPositionEmbeddings`.
     """
 
     def __init__(self, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, layout: SequenceLayout):
@@ -45,7 +45,7 @@ class Tok2ImgProcessor:
         fitting = SequenceLayout.for_tokenizers(
             image_tokenizer, text_vocab_size=text_vocab_size, text_length=layout.text_length
         )
-        if layout not in (fitting, fitting.with_own_ids()):
+        if layout not in (fitting, fitting.with_position_specific_ids()):
             raise ValueError(f"these tokenizers need {fitting}, got {layout}")
         self.image_tokenizer, self.text_tokenizer, self.layout = image_tokenizer.eval(), text_tokenizer, layout
 
@@ -77,20 +77,20 @@ class Tok2ImgProcessor:
         return self.text_tokenizer.decode([int(each) for each in text_ids if each != self.layout.pad_id])
 
     def __call__(self, text: str | list[str] | None = None, images: Any = None) -> BatchFeature:
-        """Captions, with pictures or without.
+        """Captions, with images or without.
 
         Returns:
-            `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are pictures; then also `labels` `b s`, which
+            `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are images; then also `labels` `b s`, which
             leave out [BOS], [SEP] and [PAD].
         """
         captions = [text] if isinstance(text, str) else list(text or [])
         if images is None:
             return BatchFeature({"input_ids": self.layout.prompt(self.encode_text(captions))})
-        pictures = images if isinstance(images, list | tuple) else [images]
-        captions = captions or [""] * len(pictures)
-        if len(captions) != len(pictures):
-            raise ValueError(f"got {len(captions)} captions for {len(pictures)} pictures")
-        input_ids = self.layout.sequence(self.encode_text(captions), self.encode_images(pictures))
+        image_list = images if isinstance(images, list | tuple) else [images]
+        captions = captions or [""] * len(image_list)
+        if len(captions) != len(image_list):
+            raise ValueError(f"got {len(captions)} captions for {len(image_list)} images")
+        input_ids = self.layout.sequence(self.encode_text(captions), self.encode_images(image_list))
         unlearned = torch.tensor([self.layout.bos_id, self.layout.sep_id, self.layout.pad_id])
         return BatchFeature(
             {"input_ids": input_ids, "labels": input_ids.masked_fill(torch.isin(input_ids, unlearned), IGNORED_LABEL)}
@@ -101,21 +101,21 @@ class Tok2ImgProcessor:
         ids = self.text_tokenizer.encode(captions, max_length=self.layout.text_length, rows=rows)
         return torch.from_numpy(self.layout.pad_text(ids).astype(np.int64))
 
-    def num_cut(self, captions: list[str]) -> int:
+    def count_truncated(self, captions: list[str]) -> int:
         """How many of the captions are longer than the layout has room for."""
         lengths = self.text_tokenizer.lengths(captions, max_length=self.layout.text_length)
         return sum(length > self.layout.text_length for length in lengths)
 
     def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
-        """Pictures (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
+        """Images (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
         return self.encode_pixels(load_pixels(images, self.image_tokenizer, rows=rows))
 
     def encode_pixels(self, pixel_values: Tensor) -> Tensor:
         """Pixels `b c h w` of the tokenizer's size -> codes `b n`, on the CPU."""
-        return self.image_tokenizer.encode_for_training(pixel_values.to(self.image_tokenizer.device)).cpu()
+        return self.image_tokenizer.encode_with_search(pixel_values.to(self.image_tokenizer.device)).cpu()
 
     def decode_images(self, codes: Tensor) -> list[Image.Image]:
-        """Codes `b n` -> pictures."""
+        """Codes `b n` -> images."""
         return images_from_pixels(self.image_tokenizer.decode(codes.to(self.image_tokenizer.device)).cpu())
 
     def fingerprint(self) -> str:

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from tokenizers_vq.validation import check_choice
 
-from ..atomic_io import remove_folder, sha256_of, sweep, temporary_name, write_atomically
+from ..atomic_io import remove_folder, remove_stale_temporaries, sha256_of, temporary_name, write_atomically
 from ..data.streaming import CaptionedRows
-from .map_function import ReadBatch, TokenizeBatch, tokens_of
-from .worker_pool import in_workers
+from .map_function import DecodedBatch, TokenizeBatch, token_table
+from .worker_pool import imap_unordered
 
 ON_ERROR = ("skip", "raise")
 BATCH_SIZE = 256
@@ -33,12 +33,12 @@ class Shard:
 
     Attributes:
         rows: that were tokenized; skipped: the others, each with its number and the reason.
-        sha256: of the file. captions_cut: captions that were longer than the layout has room for.
+        sha256: of the file. num_truncated_captions: captions that were longer than the layout has room for.
     """
 
     rows: int
     sha256: str
-    captions_cut: int
+    num_truncated_captions: int
     skipped: list[tuple[int, str]]
 
 
@@ -97,9 +97,9 @@ def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> N
     missing = [number for number in numbers if job.done(number) is None]
     total = sum(len(job.rows_of(number)) for number in numbers)
     left = sum(len(job.rows_of(number)) for number in missing)
-    with tqdm(total=total, initial=total - left, desc="tokenize", unit=" pictures") as bar:
+    with tqdm(total=total, initial=total - left, desc="tokenize", unit=" images") as bar:
         if num_proc > 1 and len(missing) > 1:
-            for num_rows in in_workers(partial(tokenize_shard, job), missing, num_proc=num_proc):
+            for num_rows in imap_unordered(partial(tokenize_shard, job), missing, num_proc=num_proc):
                 bar.update(num_rows)
             return
         for number in missing:
@@ -109,31 +109,31 @@ def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> N
 def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
     """Tokenize the rows of one shard and put it in its place; their number."""
     rows = job.rows_of(number)
-    text_ids, codes, skipped, num_cut = [], [], [], 0
+    text_ids, codes, skipped, count_truncated = [], [], [], 0
     for batch in read_ahead(job, rows):
         text_ids.append(batch.text_ids)
         codes.append(job.work.image_codes(batch))
         skipped += batch.skipped
-        num_cut += batch.num_cut
+        count_truncated += batch.count_truncated
         if bar is not None:
             bar.update(len(batch.text_ids) + len(batch.skipped))
-    tokens = tokens_of(job.work.processor.layout, np.concatenate(text_ids), np.concatenate(codes))
+    tokens = token_table(job.work.processor.layout, np.concatenate(text_ids), np.concatenate(codes))
     temporary = temporary_name(job.file(number))
     try:
         tokens.to_parquet(str(temporary))
         os.replace(temporary, job.file(number))
     finally:
         temporary.unlink(missing_ok=True)
-    shard = Shard(len(tokens), sha256_of(job.file(number)), num_cut, skipped)
+    shard = Shard(len(tokens), sha256_of(job.file(number)), count_truncated, skipped)
     write_atomically(job.record(number), json.dumps(asdict(shard)).encode())
     return len(rows)
 
 
-def read_ahead(job: Job, rows: range) -> Iterator[ReadBatch]:
+def read_ahead(job: Job, rows: range) -> Iterator[DecodedBatch]:
     """The rows in batches, each decoded while the one before is encoded: in a process of its own, as decoding holds Python's lock."""
     firsts, reader = rows[::BATCH_SIZE], Reader(job, rows)
     is_worker = multiprocessing.current_process().daemon  # which may not have processes of its own
-    yield from map(reader, firsts) if is_worker or len(firsts) == 1 else in_workers(reader, firsts, num_proc=1)
+    yield from map(reader, firsts) if is_worker or len(firsts) == 1 else imap_unordered(reader, firsts, num_proc=1)
 
 
 class Reader:
@@ -143,7 +143,7 @@ class Reader:
         self.job, self.rows = job, rows
         self.next_row, self.batches = -1, iter(())
 
-    def __call__(self, first: int) -> ReadBatch:
+    def __call__(self, first: int) -> DecodedBatch:
         """The batch that begins with this row."""
         if first != self.next_row:
             self.batches = self.job.data.batches(range(first, self.rows.stop), BATCH_SIZE)
@@ -161,15 +161,15 @@ def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:
         raise ValueError(f"no row of the data can be read: row {skipped[0][0]}: {skipped[0][1]}")
     return {
         "rows": num_rows,
-        "captions_cut": sum(shard.captions_cut for shard in shards.values()),
+        "num_truncated_captions": sum(shard.num_truncated_captions for shard in shards.values()),
         "skipped": [{"row": row, "reason": reason} for row, reason in skipped],
         "shards": {name: shard.sha256 for name, shard in shards.items() if shard.rows},
     }
 
 
-def clear_records(job: Job, kept: Collection[str]) -> None:
+def remove_job_files(job: Job, kept: Collection[str]) -> None:
     """Leave only tokens in the folder of a job that is done: of its shards those that are `kept`, for others hold no row."""
-    sweep(job.folder)
+    remove_stale_temporaries(job.folder)
     for number in range(job.num_shards):
         job.record(number).unlink(missing_ok=True)
         if job.file(number).name not in kept:

@@ -24,7 +24,7 @@ TEXT_MODELS = {"vqdraw_text": (VQDrawForText, VQDrawTextConfig), "vqvae_text": (
 MODELS_BY_TYPE = {classes[1].model_type: classes for classes in TEXT_MODELS.values()}
 
 
-class SpanTextTokenizer:
+class DiscreteTextTokenizer:
     """A `VQDrawForText` or `VQVAEForText` as a `TextTokenizer`."""
 
     def __init__(self, model: TextSpanTokenizer):
@@ -50,7 +50,7 @@ class SpanTextTokenizer:
         symbols = self.model.symbols(captions)
         codes = self.model.encode(symbols).cpu() + self._offsets()
         by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
-        lengths = self.model.code_shape[0] * self.model.live_spans(symbols).sum(dim=1)
+        lengths = self.model.code_shape[0] * self.model.valid_spans(symbols).sum(dim=1)
         return (row[:length] for row, length in zip(by_span.tolist(), lengths.tolist(), strict=True))
 
     @property
@@ -93,19 +93,19 @@ class SpanTextTokenizer:
         return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
 
 
-def text_tokenizer_of(model_type: str, state: bytes) -> SpanTextTokenizer:
-    """Make a `SpanTextTokenizer` again from the type of its model and its `state`."""
+def text_tokenizer_of(model_type: str, state: bytes) -> DiscreteTextTokenizer:
+    """Make a `DiscreteTextTokenizer` again from the type of its model and its `state`."""
     model_class, config_class = MODELS_BY_TYPE[model_type]
     settings, _, weights = state.partition(b"\0")
     model = model_class(config_class(**json.loads(settings)))
     model.load_state_dict(load(weights))
-    return SpanTextTokenizer(model)
+    return DiscreteTextTokenizer(model)
 
 
 def load_text_tokenizer(name: str | Path) -> TextTokenizer:
     """Load any saved text tokenizer from a folder or the hub; ValueError where there is none."""
     if is_text_model(name):
-        return SpanTextTokenizer(load_text_model(name))
+        return DiscreteTextTokenizer(load_text_model(name))
     return SubwordTokenizer.from_pretrained(name)
 
 

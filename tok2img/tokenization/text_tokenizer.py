@@ -95,7 +95,7 @@ class SubwordTokenizer:
         """Load a saved tokenizer from a folder or the hub; ValueError where there is none."""
         try:
             folder = local_copy(name, kinds=TEXT_FILES)
-            refuse_code(folder)
+            check_no_remote_code(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -158,7 +158,7 @@ def subword_tokenizer(state: bytes) -> SubwordTokenizer:
     return SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
 
 
-def refuse_code(folder: Path) -> None:
+def check_no_remote_code(folder: Path) -> None:
     """ValueError for a folder whose tokenizer is code that it brings along: transformers would ask whether to run it."""
     for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
         settings = read_json(file) if file.exists() else {}
@@ -173,7 +173,7 @@ def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -
 
 
 @dataclass(frozen=True)
-class OnlyText:
+class ValidCaptions:
     """Those of some captions that `check_text` takes, each time anew, so that of many none is kept."""
 
     captions: Iterable[object]

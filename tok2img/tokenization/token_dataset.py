@@ -10,22 +10,22 @@ from typing import Any
 
 from datasets import Dataset
 
-from tokenizers_vq.distributed import own_rank
+from tokenizers_vq.distributed import get_rank
 
 from ..atomic_io import (
     MANIFEST,
-    claimed,
-    put_in_place,
+    commit_folder,
     remove_folder,
+    remove_stale_temporaries,
     sha256_of,
-    sweep,
     temporary_name,
+    try_lock,
     write_atomically,
 )
 from ..data.streaming import CaptionedRows, DatasetRows
 from .map_function import TokenizeBatch
 from .processor import Tok2ImgProcessor
-from .shards import Job, clear_records, gather, tokenize_shards
+from .shards import Job, gather, remove_job_files, tokenize_shards
 
 JOB_FILE = "job.json"
 ROWS_PER_SHARD = 10_000
@@ -54,7 +54,7 @@ def save_tokens(
         The manifest: rows, rows skipped, captions cut, fingerprint of the processor, sha256 of each shard. None while other parts are
         still to be done.
     """
-    refuse_other_use(folder)
+    check_output_folder(folder)
     if not len(data):
         raise ValueError("the data set is empty")
     target, alone = Path(folder), part == (0, 1)
@@ -63,8 +63,8 @@ def save_tokens(
     settings = {"data": rows.fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
     if alone:
-        sweep(target.parent, f"{target.name}.*")
-        sweep(job.folder)
+        remove_stale_temporaries(target.parent, f"{target.name}.*")
+        remove_stale_temporaries(job.folder)
     if (made := manifest_of(target, settings)) is not None:
         return made
     begin(job, settings, alone=alone)
@@ -75,13 +75,13 @@ def save_tokens(
             if alone and not any(map(job.done, range(job.num_shards))):
                 remove_folder(job.folder)  # there is nothing in it to go on from
             raise
-    if own_rank():  # transformers saves models from the first of processes that train together alone
+    if get_rank():  # transformers saves models from the first of processes that train together alone
         return None
-    with claimed(job.folder) as is_ours:
-        return put_together(job, target, settings) if is_ours else None
+    with try_lock(job.folder) as is_ours:
+        return finalize(job, target, settings) if is_ours else None
 
 
-def put_together(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def finalize(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Give the folder of a job that is done its place: its manifest; None where shards are missing."""
     if not (job.folder / MANIFEST).is_file():
         shards = job.shards()
@@ -91,9 +91,9 @@ def put_together(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, 
         job.work.processor.save_pretrained(job.folder)
         write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     manifest = json.loads((job.folder / MANIFEST).read_bytes())
-    clear_records(job, manifest["shards"])
+    remove_job_files(job, manifest["shards"])
     (job.folder / JOB_FILE).unlink(missing_ok=True)
-    put_in_place(job.folder, target)
+    commit_folder(job.folder, target)
     return manifest
 
 
@@ -115,14 +115,14 @@ def part_of(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def part_of_process() -> tuple[int, int]:
+def shard_from_env() -> tuple[int, int]:
     """The part of this process among those that torchrun starts; all of it where it is alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def begin(job: Job, settings: dict[str, Any], *, alone: bool) -> None:
     """Prepare the folder of a job: shards of the same job stay, those of another go, unless jobs beside this one may be making them."""
-    if is_for(job.folder, settings):
+    if is_same_job(job.folder, settings):
         return
     if alone:
         remove_folder(job.folder)
@@ -132,11 +132,11 @@ def begin(job: Job, settings: dict[str, Any], *, alone: bool) -> None:
         building.rename(job.folder)
     except OSError as error:  # a job beside this one was quicker
         remove_folder(building)
-        if not is_for(job.folder, settings):
+        if not is_same_job(job.folder, settings):
             raise ValueError(f"{job.folder} holds parts of another job: remove it, or give another folder") from error
 
 
-def is_for(folder: Path, settings: dict[str, Any]) -> bool:
+def is_same_job(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a folder is that of a job with these settings."""
     return settings in (read_json(folder / JOB_FILE), read_json(folder / MANIFEST).get("job"))
 
@@ -179,7 +179,7 @@ def open_tokens(folder: str | Path) -> tuple[dict[str, Any], Tok2ImgProcessor]:
     return manifest, processor
 
 
-def refuse_other_use(folder: str | Path) -> None:
+def check_output_folder(folder: str | Path) -> None:
     """ValueError for a path that holds anything but tokens."""
     target = Path(folder)
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):

@@ -58,7 +58,7 @@ class Worker:
         self.pipe.close()
 
 
-def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: int) -> Iterator[Any]:
+def imap_unordered(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: int) -> Iterator[Any]:
     """What `work` returns for each of the numbers, in the order in which they are done; a worker that is killed is replaced.
 
     Raises:
@@ -66,10 +66,10 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
     """
     waiting, workers, num_lost = deque(numbers), list[Worker](), 0
     try:
-        busy = busy_ones(workers, waiting, work, num_proc=num_proc)
+        busy = assign_work(workers, waiting, work, num_proc=num_proc)
         while busy:
             results = []
-            for worker in ready_ones(busy):
+            for worker in wait_ready(busy):
                 result = worker.result()
                 if result is KILLED:
                     waiting.appendleft(cast(int, worker.number))
@@ -81,14 +81,16 @@ def in_workers(work: Callable[[int], Any], numbers: Sequence[int], *, num_proc: 
                     raise result
                 worker.number, num_lost = None, 0
                 results.append(result)
-            busy = busy_ones(workers, waiting, work, num_proc=num_proc)
+            busy = assign_work(workers, waiting, work, num_proc=num_proc)
             yield from results  # while what comes next is under way
     finally:
         for worker in workers:
             worker.end()
 
 
-def busy_ones(workers: list[Worker], waiting: deque[int], work: Callable[[int], Any], *, num_proc: int) -> list[Worker]:
+def assign_work(
+    workers: list[Worker], waiting: deque[int], work: Callable[[int], Any], *, num_proc: int
+) -> list[Worker]:
     """Give what is waiting to workers that are free, and to new ones up to `num_proc`; those that have something to do."""
     num_wanted = len(waiting) + sum(worker.number is not None for worker in workers)
     workers += [Worker(work) for _ in range(min(num_wanted, num_proc) - len(workers))]
@@ -98,7 +100,7 @@ def busy_ones(workers: list[Worker], waiting: deque[int], work: Callable[[int], 
     return [worker for worker in workers if worker.number is not None]
 
 
-def ready_ones(workers: Sequence[Worker]) -> list[Worker]:
+def wait_ready(workers: Sequence[Worker]) -> list[Worker]:
     """Wait until something came of a piece; the workers whose it is."""
     ready = wait([worker.pipe for worker in workers])
     return [worker for worker in workers if worker.pipe in ready]
@@ -115,7 +117,7 @@ def lost(before: int, num_proc: int) -> int:
 def serve(pipe: Connection, parent: int, work: Callable[[int], Any]) -> None:
     """Do the pieces that come through the pipe, in one thread: a fork inherits torch's pool without its threads."""
     torch.set_num_threads(1)
-    leave_with(parent)
+    exit_with_parent(parent)
     while True:
         number = pipe.recv()
         try:
@@ -124,7 +126,7 @@ def serve(pipe: Connection, parent: int, work: Callable[[int], Any]) -> None:
             pipe.send(error)
 
 
-def leave_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """See to it that this process ends when its parent does: at once on Linux, so that what begins a job anew meets none of the old."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

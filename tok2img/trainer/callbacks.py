@@ -14,7 +14,7 @@ from ..atomic_io import write_atomically
 from ..visualization.image_sheets import save_image
 
 
-class ProgressInWords(ProgressCallback):
+class ReadableProgressCallback(ProgressCallback):
     """The progress bar of transformers, with a readable line instead of a printed dictionary."""
 
     def on_log(
@@ -28,7 +28,7 @@ class ProgressInWords(ProgressCallback):
         self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(numbers))
 
 
-class CountUsageAnew(TrainerCallback):
+class ResetCodeUsageCallback(TrainerCallback):
     """Counts the codes of each epoch for themselves."""
 
     def on_epoch_begin(
@@ -40,7 +40,7 @@ class CountUsageAnew(TrainerCallback):
                 module.reset()
 
 
-class EvaluateLast(TrainerCallback):
+class EvaluateAtEndCallback(TrainerCallback):
     """Evaluates and keeps the last weights too, whatever the rhythm, so that they can be the best."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -50,8 +50,8 @@ class EvaluateLast(TrainerCallback):
             control.should_save = args.save_strategy != "no"
 
 
-class DrawSamples(TrainerCallback):
-    """Saves a picture, or a text, of what the model can do every so many steps."""
+class SampleCallback(TrainerCallback):
+    """Saves an image, or a text, of what the model can do every so many steps."""
 
     def __init__(self, draw: Callable[[], Image.Image | str], every: int):
         self.draw, self.every = draw, every

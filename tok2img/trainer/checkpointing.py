@@ -12,9 +12,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from tokenizers_vq.distributed import own_rank, summed_over_ranks
+from tokenizers_vq.distributed import all_reduce_sum, get_rank
 
-from ..atomic_io import TEMPORARY, check_manifest, put_in_place, remove_folder, sweep, write_manifest
+from ..atomic_io import (
+    TEMPORARY,
+    check_manifest,
+    commit_folder,
+    remove_folder,
+    remove_stale_temporaries,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,16 +32,16 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"checkpoint-{step}"
 
 
-def by_step(checkpoints: Path) -> dict[int, Path]:
+def list_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints there are, oldest first."""
     named = ((NAME.fullmatch(path.name), path) for path in checkpoints.glob("checkpoint-*"))
     return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
+def latest_valid_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is what its manifest says. Those that are not are named, and removed, for nothing can use them."""
-    sweep(checkpoints)
-    for folder in reversed(by_step(checkpoints).values()):
+    remove_stale_temporaries(checkpoints)
+    for folder in reversed(list_checkpoints(checkpoints).values()):
         try:
             check_manifest(folder)
         except ValueError as error:
@@ -62,14 +69,14 @@ def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device
 
 def seal(building: Path, target: Path) -> None:
     """In the first process: record what is there, and put it in its place."""
-    if own_rank() == 0:
+    if get_rank() == 0:
         write_manifest(building)
-        put_in_place(building, target)
+        commit_folder(building, target)
 
 
 def rotate(checkpoints: Path, *, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and that of the best step."""
-    folders = by_step(checkpoints)
+    folders = list_checkpoints(checkpoints)
     for step in list(folders)[: -max(2, keep)]:
         if step != best:
             remove_folder(folders[step])
@@ -82,6 +89,6 @@ def on_all_ranks(work: Callable[[], None], device: torch.device) -> Exception | 
         work()
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         problem = error
-    if summed_over_ranks(torch.tensor(float(problem is not None), device=device)) and problem is None:
+    if all_reduce_sum(torch.tensor(float(problem is not None), device=device)) and problem is None:
         return OSError("another process could not write its part")
     return problem

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
 from tokenizers_vq.images.processing import pixels_from_levels
 
-from ..data.images import load_levels
+from ..data.images import load_uint8
 
 MAX_DECODED_BYTES = 2**31
 
@@ -22,7 +22,7 @@ def is_stream(dataset: Any) -> bool:
     return not hasattr(dataset, "__len__")
 
 
-class Endless(IterableDataset[Any]):
+class RepeatDataset(IterableDataset[Any]):
     """A stream over and over, each time as its next epoch.
 
     transformers counts the steps of an epoch by the rows of a data set; of a stream it would go on from the wrong place after the first.
@@ -42,10 +42,10 @@ class Endless(IterableDataset[Any]):
                 return
 
 
-class PictureRows(Dataset[dict[str, Tensor]]):
+class ImageDataset(Dataset[dict[str, Tensor]]):
     """Rows of a data set as `pixel_values` `c h w` for a tokenizer.
 
-    What fits into `MAX_DECODED_BYTES` is decoded once, before training, so that a picture that does not decode is found at the start;
+    What fits into `MAX_DECODED_BYTES` is decoded once, before training, so that an image that does not decode is found at the start;
     rows of a larger set are decoded when they are asked for.
     """
 
@@ -63,13 +63,13 @@ class PictureRows(Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixels_from_levels(self._load([row])[0])}
 
     def _load(self, rows: Sequence[int]) -> Tensor:
-        """Pictures as bytes, `b c h w`."""
-        return load_levels(self.dataset[list(rows)][self.image_column], self.image_tokenizer, rows=rows)
+        """Images as bytes, `b c h w`."""
+        return load_uint8(self.dataset[list(rows)][self.image_column], self.image_tokenizer, rows=rows)
 
     def _decode(self) -> Tensor:
-        """All pictures as bytes, `n c h w`."""
+        """All images as bytes, `n c h w`."""
         runs = [range(first, min(first + 256, len(self))) for first in range(0, len(self), 256)]
-        with tqdm(total=len(self), desc="decode", unit=" pictures") as bar:
+        with tqdm(total=len(self), desc="decode", unit=" images") as bar:
             decoded = []
             for rows in runs:
                 decoded.append(self._load(rows))
@@ -77,7 +77,7 @@ class PictureRows(Dataset[dict[str, Tensor]]):
         return torch.cat(decoded)
 
 
-class TextRows(Dataset[dict[str, Tensor]]):
+class TextDataset(Dataset[dict[str, Tensor]]):
     """Captions of a data set as `symbols` `t` for a text tokenizer, read once."""
 
     def __init__(self, dataset: Any, text_model: TextSpanTokenizer, caption_column: str = "caption"):

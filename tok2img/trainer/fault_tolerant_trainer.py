@@ -20,9 +20,9 @@ from tokenizers_vq import ModelWithLoss
 from tokenizers_vq.model_with_loss import inner_of
 
 from ..atomic_io import check_manifest
-from .checkpointing import by_step, folder_of, newest_whole, rotate, save_checkpoint
-from .graceful_shutdown import Interrupted, StopCleanly
-from .non_finite_guard import BadSteps
+from .checkpointing import folder_of, latest_valid_checkpoint, list_checkpoints, rotate, save_checkpoint
+from .graceful_shutdown import GracefulShutdown, Interrupted
+from .non_finite_guard import NonFiniteGuard
 from .training_state import (
     load_optimizer,
     load_random_state,
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_FILE, SCHEDULE_FILE, TRAINER_STATE = "optimizer.safetensors", "schedule.json", "trainer_state.json"
 
 
-class SafeTrainer(transformers.Trainer):
+class FaultTolerantTrainer(transformers.Trainer):
     """`transformers.Trainer` for runs that may be killed, on disks that may be full, with losses that may be NaN."""
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
-        self.bad_steps, self.stop_cleanly = BadSteps(self.args.device), StopCleanly()
-        self.best_before: tuple[float | None, int | None] = (None, None)
+        self.bad_steps, self.stop_cleanly = NonFiniteGuard(self.args.device), GracefulShutdown()
+        self._previous_best: tuple[float | None, int | None] = (None, None)
         self.add_callback(self.stop_cleanly)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -77,7 +77,7 @@ class SafeTrainer(transformers.Trainer):
         """
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False):  # of all machines, for they share a disk
-                newest = newest_whole(Path(str(self.args.output_dir)))
+                newest = latest_valid_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint:
             logger.warning("going on from %s", resume_from_checkpoint)
@@ -98,7 +98,10 @@ class SafeTrainer(transformers.Trainer):
 
     def _say_where_it_goes_on(self) -> None:
         """Of a run that was stopped: whether its last step is saved, and if not, which one is."""
-        stopped_after, newest = self.state.global_step, max(by_step(Path(str(self.args.output_dir))), default=0)
+        stopped_after, newest = (
+            self.state.global_step,
+            max(list_checkpoints(Path(str(self.args.output_dir))), default=0),
+        )
         if newest == stopped_after:
             logger.warning("stopped after step %d and saved; the same command goes on from there", stopped_after)
         else:
@@ -127,12 +130,12 @@ class SafeTrainer(transformers.Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; the loss is looked at before the optimizer's step."""
         loss = super().training_step(*args, **kwargs)
-        self.bad_steps.see_loss(loss)
+        self.bad_steps.observe_loss(loss)
         return loss
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As in transformers; a new best is saved, whatever the rhythm, and the one before remembered, should that fail."""
-        self.best_before = self.state.best_metric, self.state.best_global_step
+        self._previous_best = self.state.best_metric, self.state.best_global_step
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.save_strategy != "no"
         return is_best
@@ -146,7 +149,7 @@ class SafeTrainer(transformers.Trainer):
         problem = save_checkpoint(target, self._write_parts, device=self.args.device)
         if problem is not None:
             if state.best_global_step == state.global_step:  # what could not be written is not the best to go back to
-                state.best_metric, state.best_global_step = self.best_before
+                state.best_metric, state.best_global_step = self._previous_best
             logger.warning("no checkpoint of step %d, the run does not end for that: %s", state.global_step, problem)
         elif self.args.should_save:
             rotate(checkpoints, keep=self.args.save_total_limit or 2, best=state.best_global_step)
@@ -195,7 +198,7 @@ class SafeTrainer(transformers.Trainer):
         """The trained model, or another, without what accelerate and `torch.compile` put around it."""
         return self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
 
-    def whole_model(self) -> Any:
+    def full_model(self) -> Any:
         """The trained model; where processes hold parts of it, a copy of the whole in the first process, and in the others none.
 
         All processes have to take part.

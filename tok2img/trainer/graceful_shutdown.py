@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq.distributed import among_ranks
+from tokenizers_vq.distributed import is_distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,7 +20,7 @@ class Interrupted(SystemExit):
         super().__init__(128 + signum)
 
 
-class StopCleanly(TrainerCallback):
+class GracefulShutdown(TrainerCallback):
     """On the first signal, save, in a run without checkpoints too, and stop after the step; on the second, as ever.
 
     Attributes:
@@ -53,7 +53,7 @@ class StopCleanly(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After a signal, in any process, ask for a checkpoint and the end."""
-        if among_ranks():
+        if is_distributed():
             seen = torch.tensor(self.signum, device=args.device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             self.signum = int(seen)

@@ -26,7 +26,7 @@ LAYERS = (
 )
 MIN_CHANNELS = 16  # layers from or to fewer, such as those that look at pixels, are no matter of directions
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of a quintic that takes lengths of 0.01 to 1 to about 1 in five turns
-NUM_TURNS = 5
+NS_STEPS = 5
 ADAM_RMS = 0.2  # of AdamW's steps, in learning rates (Liu et al. 2025, section 2.2): both want the same rate then
 
 
@@ -35,10 +35,10 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: as of any optimizer of torch.
-        matrices: those of them that Muon is for, see `hidden_matrices`.
+        matrices: those of them that Muon is for, see `muon_parameters`.
         lr, betas, eps, weight_decay: of AdamW; the rate and the decay are Muon's too.
         momentum: of Muon, after Nesterov.
-        adamw_scale: AdamW's rate as a share of `lr`. Less than 1 to go on from a trained VQ-DRAW model: each of its options gets a gradient
+        adamw_lr_scale: AdamW's rate as a share of `lr`. Less than 1 to go on from a trained VQ-DRAW model: each of its options gets a gradient
             from a few examples of a batch, AdamW makes whole steps of that noise, and what was learned is worn away. Not from the start.
     """
 
@@ -52,17 +52,17 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
-        adamw_scale: float = 1.0,
+        adamw_lr_scale: float = 1.0,
     ):
         chosen = {id(matrix) for matrix in matrices}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, defaults)
         whole, self.param_groups = self.param_groups, []
         for group in whole:
-            for is_matrix in (True, False):
-                own = [parameter for parameter in group["params"] if (id(parameter) in chosen) is is_matrix]
-                rate = group["lr"] * (1 if is_matrix else adamw_scale)
-                self.add_param_group(group | {"params": own, "is_matrix": is_matrix, "lr": rate})
+            for use_muon in (True, False):
+                own = [parameter for parameter in group["params"] if (id(parameter) in chosen) is use_muon]
+                rate = group["lr"] * (1 if use_muon else adamw_lr_scale)
+                self.add_param_group(group | {"params": own, "use_muon": use_muon, "lr": rate})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                (self._step_matrices if group["is_matrix"] else self._step_others)(parameters, group)
+                (self._step_matrices if group["use_muon"] else self._step_others)(parameters, group)
         return loss
 
     def _step_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -83,7 +83,9 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             of_shape[tuple(parameter.shape)].append(parameter)
         for same in of_shape.values():
-            directions = orthogonal(torch.stack([self._momentum(each, group["momentum"]).flatten(1) for each in same]))
+            directions = newton_schulz(
+                torch.stack([self._momentum(each, group["momentum"]).flatten(1) for each in same])
+            )
             size = group["lr"] * ADAM_RMS * max(directions.shape[1:]) ** 0.5
             for parameter, direction in zip(same, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -126,19 +128,19 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def newton_schulz(matrices: Tensor) -> Tensor:
     """Matrices `b m n` with their singular vectors and nearly equal singular values (0.7 to 1.2), in bfloat16, by Newton-Schulz."""
     x = matrices.bfloat16()
     x = x.mT if x.shape[1] > x.shape[2] else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     a, b, c = COEFFICIENTS
-    for _ in range(NUM_TURNS):
+    for _ in range(NS_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
 
 
-def hidden_matrices(model: nn.Module) -> list[Tensor]:
+def muon_parameters(model: nn.Module) -> list[Tensor]:
     """Weights of the linear layers and convolutions that Muon is for: not of heads over a vocabulary, and not from or to few channels."""
     heads = [each.get_output_embeddings() for each in model.modules() if isinstance(each, PreTrainedModel)]
     weights = [
@@ -149,9 +151,9 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     return [weight for weight in weights if min(weight.shape[:2]) >= MIN_CHANNELS]
 
 
-def muon_for(
-    model: nn.Module, args: TrainingArguments, *, adamw_scale: float = 1.0
+def muon_optimizer_kwargs(
+    model: nn.Module, args: TrainingArguments, *, adamw_lr_scale: float = 1.0
 ) -> tuple[type[Muon], dict[str, Any]]:
     """Muon for a model, in the form that transformers wants an optimizer in."""
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return Muon, settings | {"matrices": hidden_matrices(model), "adamw_scale": adamw_scale}
+    return Muon, settings | {"matrices": muon_parameters(model), "adamw_lr_scale": adamw_lr_scale}

@@ -1,6 +1,6 @@
 """One trainer for everything here whose forward returns a loss: image tokenizers and priors alike.
 
-A thin layer on `SafeTrainer`: the parts of the loss reach the log, held-out loss is a mean over rows, pictures are drawn on the
+A thin layer on `FaultTolerantTrainer`: the parts of the loss reach the log, held-out loss is a mean over rows, images are drawn on the
 way, and a tokenizer looks at its data before the first step.
 """
 
@@ -16,30 +16,30 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import ProgressCallback, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer
-from tokenizers_vq.distributed import num_ranks, own_shares
+from tokenizers_vq.distributed import get_world_size, local_slices
 from tokenizers_vq.model_with_loss import inner_of
 
 from ..data.augmentation import Augmentation
 from ..prior.loss import PriorWithLoss
-from .callbacks import CountUsageAnew, DrawSamples, EvaluateLast, ProgressInWords
-from .datasets import Endless, is_stream
-from .fault_tolerant_trainer import SafeTrainer
-from .muon import muon_for
+from .callbacks import EvaluateAtEndCallback, ReadableProgressCallback, ResetCodeUsageCallback, SampleCallback
+from .datasets import RepeatDataset, is_stream
+from .fault_tolerant_trainer import FaultTolerantTrainer
+from .muon import muon_optimizer_kwargs
 
 VALUES_TO_START_FROM = 2**25
 
 
-class Trainer(SafeTrainer):
-    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` or a `TokenizerWithLoss` on pictures,
+class Trainer(FaultTolerantTrainer):
+    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` or a `TokenizerWithLoss` on images,
     or a `PriorWithLoss` on `text_ids` and `image_codes`.
 
     Args:
         model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
         args: plain arguments of transformers.
-        augment: what is done to the pictures that a tokenizer trains on.
+        augment: what is done to the images that a tokenizer trains on.
         starts_from_data: whether a tokenizer looks at some data before its first step; not where it is trained already.
-        optimizer, adamw_scale: "adamw" or "muon", and a rate within it, see `Muon`.
-        draw: makes a picture (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
+        optimizer, adamw_lr_scale: "adamw" or "muon", and a rate within it, see `Muon`.
+        draw: makes an image (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
     """
 
     def __init__(
@@ -54,25 +54,27 @@ class Trainer(SafeTrainer):
         draw_every: int = 0,
         starts_from_data: bool = True,
         optimizer: str = "adamw",
-        adamw_scale: float = 1.0,
+        adamw_lr_scale: float = 1.0,
     ):
-        train_dataset = Endless(train_dataset) if is_stream(train_dataset) else train_dataset
+        train_dataset = RepeatDataset(train_dataset) if is_stream(train_dataset) else train_dataset
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            optimizer_cls_and_kwargs=muon_for(model, args, adamw_scale=adamw_scale) if optimizer == "muon" else None,
+            optimizer_cls_and_kwargs=muon_optimizer_kwargs(model, args, adamw_lr_scale=adamw_lr_scale)
+            if optimizer == "muon"
+            else None,
         )
         self.augment, self.starts_from_data = augment, starts_from_data
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
-            self.add_callback(ProgressInWords())
-        self.add_callback(CountUsageAnew())
+            self.add_callback(ReadableProgressCallback())
+        self.add_callback(ResetCodeUsageCallback())
         if eval_dataset is not None and args.eval_strategy != "no":
-            self.add_callback(EvaluateLast())
+            self.add_callback(EvaluateAtEndCallback())
         if draw is not None and draw_every:
-            self.add_callback(DrawSamples(draw, draw_every))
+            self.add_callback(SampleCallback(draw, draw_every))
 
     def begin(self, *, afresh: bool) -> None:
         """A tokenizer that starts afresh looks at some of its data."""
@@ -80,20 +82,20 @@ class Trainer(SafeTrainer):
         tokenizer = inner_of(model)
         may_start = afresh and self.starts_from_data
         if may_start and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
-            self.start_from_data(tokenizer)
+            self.init_from_data(tokenizer)
 
-    def start_from_data(self, tokenizer: DiscreteTokenizer) -> None:
+    def init_from_data(self, tokenizer: DiscreteTokenizer) -> None:
         """Show a tokenizer the first rows of a fixed shuffle of its training data, as many as it wants."""
-        if not tokenizer.rows_to_start_from:
+        if not tokenizer.num_init_examples:
             return
         rows: Any = self.train_dataset
         column = tokenizer.main_input_name
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        num_rows = min(tokenizer.rows_to_start_from, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
+        num_rows = min(tokenizer.num_init_examples, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
         chosen = [rows[int(row)][column] for row in order[:num_rows]]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
-            tokenizer.start_from_data(torch.stack(chosen).to(self.args.device))
+            tokenizer.init_from_data(torch.stack(chosen).to(self.args.device))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """A shuffle that ends in a whole step, filled with rows of another shuffle, so that all processes share every step evenly."""
@@ -119,8 +121,8 @@ class Trainer(SafeTrainer):
             batches = model.prepare(batches, chance)
         if self.augment:
             sizes = [len(batch["pixel_values"]) for batch in batches]
-            drawn = chance(num_ranks() * sum(sizes), self.augment.num_draws)
-            for batch, draws in zip(batches, own_shares(drawn, sizes), strict=True):
+            drawn = chance(get_world_size() * sum(sizes), self.augment.num_draws)
+            for batch, draws in zip(batches, local_slices(drawn, sizes), strict=True):
                 batch["pixel_values"] = self.augment(batch["pixel_values"], draws.to(batch["pixel_values"].device))
         return batches, num_items
 

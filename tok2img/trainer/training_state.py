@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenizers_vq.distributed import own_rank
+from tokenizers_vq.distributed import get_rank
 
 SETTINGS = "settings"  # key of the JSON in the head of a safetensors file
 
@@ -35,7 +35,7 @@ def whole(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
     gathered = value.full_tensor()
-    return gathered.cpu() if own_rank() == 0 else None
+    return gathered.cpu() if get_rank() == 0 else None
 
 
 def part_of(value: Any, parameter: Tensor) -> Any:

@@ -35,7 +35,7 @@ def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
 
     Args:
         histogram: counts `k`, or `g k` with a row for each codebook; more than four are drawn as a map
-        path: picture file to write
+        path: image file to write
     """
     counts = torch.atleast_2d(histogram).cpu().double()
     if counts.ndim != 2 or (counts.sum(dim=1) == 0).any():
@@ -51,7 +51,7 @@ def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
     axes.set_title(
         f"{int((counts > 0).sum())} of {counts.numel()} codes in use, {of_each}perplexity {perplexity(counts).mean():.1f}"
     )
-    save_image(_picture(figure), path)
+    save_image(_image(figure), path)
 
 
 def plot_codebook(
@@ -66,7 +66,7 @@ def plot_codebook(
     Args:
         vectors: the vectors `k d` of each codebook
         usage: how often each code is used, `g k`
-        path: picture file to write
+        path: image file to write
         patches: of a single codebook, what each code looks like; they are laid out beside it, each as near to its place as others let it
     """
     if len(vectors) != len(usage) or not len(vectors):
@@ -82,7 +82,7 @@ def plot_codebook(
         axes.set_ylabel(f"second component, {_percent(round(shares[1], 2))}")
         if patches:
             _draw_patches(panels[1], points, counts, patches)
-    save_image(_picture(figure), path)
+    save_image(_image(figure), path)
 
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
@@ -90,7 +90,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[s
 
     Args:
         log_history: of a `transformers.Trainer`, or what `load_log` read
-        path: picture file to write
+        path: image file to write
     """
     names = curve_names(log_history)
     if not names:
@@ -99,7 +99,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[s
     for axes, name in zip(panels, names, strict=False):
         _draw_curve(axes, log_history, name)
     panels[0].legend(frameon=False)
-    save_image(_picture(figure), path)
+    save_image(_image(figure), path)
 
 
 def curve_names(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -122,7 +122,7 @@ def principal_plane(vectors: Tensor) -> tuple[Tensor, list[float]]:
     return centred @ directions.T, explained.tolist()
 
 
-def cells_near(points: Tensor, order: Tensor, *, side: int) -> Tensor:
+def assign_to_grid(points: Tensor, order: Tensor, *, side: int) -> Tensor:
     """Spread points `k 2` over a square grid: each, in the `order` `k` given, takes the free cell nearest to it.
 
     Returns:
@@ -205,7 +205,7 @@ def _draw_points(figure: "Figure", axes: "Axes", points: Tensor, counts: Tensor)
 def _draw_patches(axes: "Axes", points: Tensor, counts: Tensor, patches: Sequence[Image.Image]) -> None:
     """Patches spread over a grid, each near its point `k 2`; those of count 0 crossed out."""
     side = math.ceil(math.sqrt(CELLS_PER_CODE * len(points)))
-    cells = cells_near(points, counts.argsort(descending=True, stable=True), side=side)
+    cells = assign_to_grid(points, counts.argsort(descending=True, stable=True), side=side)
     width, height = patches[0].size
     scale = max(1, -(-24 // width))
     pitch_x, pitch_y = width * scale + 2, height * scale + 2
@@ -264,7 +264,7 @@ def _panels(num: int, *, width: float, height: float) -> tuple["Figure", list["A
     return figure, panels
 
 
-def _picture(figure: "Figure") -> Image.Image:
+def _image(figure: "Figure") -> Image.Image:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return Image.open(content).convert("RGB")

@@ -1,4 +1,4 @@
-"""Sheets of pictures, drawn with Pillow alone.
+"""Sheets of images, drawn with Pillow alone.
 
 A sheet is a table of tiles; captions and headers are tiles too.
 """
@@ -21,17 +21,17 @@ MAX_CAPTION_LINES = 5
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures as they are, `columns` in a row."""
+    """Images as they are, `columns` in a row."""
     return _table(_chunks(images, columns), gap=2)
 
 
 def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Pictures with their captions wrapped underneath.
+    """Images with their captions wrapped underneath.
 
-    Small pictures are enlarged by a whole factor, pixel by pixel, to about 96 pixels; a caption of more than five
+    Small images are enlarged by a whole factor, pixel by pixel, to about 96 pixels; a caption of more than five
     lines ends in dots.
     """
-    _check_equally_many(images, captions, "pictures", "captions")
+    _check_equally_many(images, captions, "images", "captions")
     tiles = _enlarged(images)
     labels = [_wrap(caption, width=tile.width) for tile, caption in zip(tiles, captions, strict=True)]
     rows: list[list[Image.Image]] = []
@@ -52,10 +52,10 @@ def reconstruction_sheet(
 
 
 def stage_sheet(stages: Sequence[Sequence[Image.Image]], *, num_codes: Sequence[int] | None = None) -> Image.Image:
-    """Pictures that sharpen from left to right.
+    """Images that sharpen from left to right.
 
     Args:
-        stages: a row for each picture, and in it the picture after each stage
+        stages: a row for each image, and in it the image after each stage
         num_codes: how many codes each column was drawn from; counts from 1 if absent
     """
     _check_not_empty(stages)
@@ -67,18 +67,18 @@ def stage_sheet(stages: Sequence[Sequence[Image.Image]], *, num_codes: Sequence[
 
 
 def save_image(image: Image.Image, path: str | PathLike[str]) -> None:
-    """Write a picture whole or not at all, in the format its suffix names; missing folders are made."""
+    """Write an image whole or not at all, in the format its suffix names; missing folders are made."""
     content = io.BytesIO()
     image.save(content, format=check_suffix(path))
     write_atomically(path, content.getvalue())
 
 
 def check_suffix(path: str | PathLike[str]) -> str:
-    """The picture format that a file's suffix names; ValueError where it names none, for asking before any work."""
+    """The image format that a file's suffix names; ValueError where it names none, for asking before any work."""
     suffix = Path(path).suffix.lower()
     image_format = Image.registered_extensions().get(suffix)
     if image_format is None or image_format not in Image.SAVE:
-        raise ValueError(f"cannot write {path}: its suffix {suffix!r} names no picture format; use .png, .webp or .jpg")
+        raise ValueError(f"cannot write {path}: its suffix {suffix!r} names no image format; use .png, .webp or .jpg")
     return image_format
 
 
@@ -107,7 +107,7 @@ def _chunks(items: Sequence[T], columns: int) -> list[list[T]]:
 
 
 def _enlarged(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Repeat the pixels of small pictures, all by one factor, so that the largest reaches the size of a tile."""
+    """Repeat the pixels of small images, all by one factor, so that the largest reaches the size of a tile."""
     factor = -(-MIN_TILE_SIZE // max(max(image.size) for image in images))
     return [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
 
@@ -151,7 +151,7 @@ def _label(lines: list[str], num_lines: int = 1) -> Image.Image:
 
 def _check_not_empty(items: Sequence[Any]) -> None:
     if not items:
-        raise ValueError("got no picture to draw")
+        raise ValueError("got no image to draw")
 
 
 def _check_equally_many(first: Sequence[Any], second: Sequence[Any], first_name: str, second_name: str) -> None:

@@ -1,4 +1,4 @@
-"""The pictures that `evaluate` lays beside its numbers: sheets, code usage, a map of the codebook, and the curves of training.
+"""The images that `evaluate` lays beside its numbers: sheets, code usage, a map of the codebook, and the curves of training.
 
 Sheets need Pillow alone. Charts need matplotlib; without it one line says which were left out, and the numbers stand.
 """
@@ -21,33 +21,33 @@ from ..data.images import load_pixels
 from .charts import curve_names, plot_code_usage, plot_codebook, plot_curves
 from .image_sheets import captioned_sheet, save_image
 from .text_sheets import random_texts, text_sheet
-from .tokenizer_sheets import draw_reconstructions, draw_stages
+from .tokenizer_sheets import reconstructions_sheet, stages_sheet
 
-NUM_PICTURES = 16
+NUM_IMAGES = 16
 NUM_SAMPLES = 32
 BATCH_SIZE = 128
 Log = Sequence[Mapping[str, Any]]
 Charts = dict[str, Callable[[Path], None]]
 
 
-def picture_image_tokenizer(
+def save_tokenizer_figures(
     image_tokenizer: DiscreteTokenizer, images: Sequence[Any], histogram: Tensor, *, log: Log, folder: Path
 ) -> list[str]:
-    """Draw what an image tokenizer does with some pictures, how its codes are used, and how it was trained.
+    """Draw what an image tokenizer does with some images, how its codes are used, and how it was trained.
 
     Args:
         histogram: how often each code is used, `g k`
         log: of its training; curves are drawn where there is one
-        folder: where the pictures go
+        folder: where the images go
 
     Returns:
         The files that were written.
     """
-    shown = evenly(images, NUM_PICTURES)
-    sheets = {"reconstructions.png": draw_reconstructions(image_tokenizer, shown)}
-    if image_tokenizer.prefixes_decode:
-        pixel_values = load_pixels(evenly(shown, NUM_PICTURES // 2), image_tokenizer)
-        sheets["stages.png"] = draw_stages(
+    shown = evenly_spaced(images, NUM_IMAGES)
+    sheets = {"reconstructions.png": reconstructions_sheet(image_tokenizer, shown)}
+    if image_tokenizer.supports_prefix_decoding:
+        pixel_values = load_pixels(evenly_spaced(shown, NUM_IMAGES // 2), image_tokenizer)
+        sheets["stages.png"] = stages_sheet(
             image_tokenizer, image_tokenizer.encode(pixel_values.to(image_tokenizer.device))
         )
     vectors = image_tokenizer.codebook_vectors()
@@ -58,22 +58,20 @@ def picture_image_tokenizer(
     return save_sheets(sheets, folder) + save_charts(charts | curves_of(log), folder)
 
 
-def picture_text_tokenizer(
+def save_text_tokenizer_figures(
     model: TextSpanTokenizer, texts: Sequence[str], histogram: Tensor, *, log: Log, folder: Path
 ) -> list[str]:
-    """As `picture_image_tokenizer` for texts: what some of them say stage by stage, and what random codes say, is a text file."""
-    sheet = (
-        f"{text_sheet(model, evenly(texts, NUM_PICTURES))}\nrandom codes\n{random_texts(model, NUM_PICTURES, seed=0)}"
-    )
+    """As `save_tokenizer_figures` for texts: what some of them say stage by stage, and what random codes say, is a text file."""
+    sheet = f"{text_sheet(model, evenly_spaced(texts, NUM_IMAGES))}\nrandom codes\n{random_texts(model, NUM_IMAGES, seed=0)}"
     path = folder / "reconstructions.txt"
     write_atomically(path, sheet.encode())
     charts: Charts = {"code_usage.png": lambda path: plot_code_usage(histogram, path)}
     return [str(path), *save_charts(charts | curves_of(log), folder)]
 
 
-def picture_model(images: Sequence[Image.Image], captions: Sequence[str], *, log: Log, folder: Path) -> list[str]:
-    """A sheet of some of a model's pictures with their captions, and how it was trained; returns the files."""
-    sheet = captioned_sheet(evenly(images, NUM_SAMPLES), evenly(captions, NUM_SAMPLES))
+def save_model_figures(images: Sequence[Image.Image], captions: Sequence[str], *, log: Log, folder: Path) -> list[str]:
+    """A sheet of some of a model's images with their captions, and how it was trained; returns the files."""
+    sheet = captioned_sheet(evenly_spaced(images, NUM_SAMPLES), evenly_spaced(captions, NUM_SAMPLES))
     return save_sheets({"samples.png": sheet}, folder) + save_charts(curves_of(log), folder)
 
 
@@ -101,26 +99,26 @@ def save_charts(charts: Charts, folder: Path) -> list[str]:
 
 
 def code_patches(image_tokenizer: DiscreteTokenizer) -> list[Image.Image]:
-    """Each code as the middle cell of a picture that has it in every cell; none where codes are not one grid of one codebook."""
+    """Each code as the middle cell of an image that has it in every cell; none where codes are not one grid of one codebook."""
     shape = image_tokenizer.code_shape
-    if len(shape) != 2 or len(image_tokenizer.code_groups) != 1:
+    if len(shape) != 2 or len(image_tokenizer.positions_per_codebook) != 1:
         return []
     codes = torch.arange(image_tokenizer.codebook_size, device=image_tokenizer.device)
     patches = [
-        middle_cell(image_tokenizer.decode(repeat(some, "k -> k n", n=image_tokenizer.num_codes)), *shape)
+        center_cell(image_tokenizer.decode(repeat(some, "k -> k n", n=image_tokenizer.num_codes)), *shape)
         for some in codes.split(BATCH_SIZE)
     ]
     return images_from_pixels(torch.cat(patches).cpu())
 
 
-def middle_cell(pixel_values: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """The cell in the middle of pictures `b c h w` of so many rows and columns of cells."""
+def center_cell(pixel_values: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """The cell in the middle of images `b c h w` of so many rows and columns of cells."""
     height, width = pixel_values.shape[2] // num_rows, pixel_values.shape[3] // num_columns
     top, left = num_rows // 2 * height, num_columns // 2 * width
     return pixel_values[:, :, top : top + height, left : left + width]
 
 
-def evenly(items: Sequence[Any], num: int) -> list[Any]:
+def evenly_spaced(items: Sequence[Any], num: int) -> list[Any]:
     """At most `num` of the items, spread evenly over all of them: neighbours in a data set are often alike."""
     num = min(num, len(items))
     return [items[number * len(items) // num] for number in range(num)]

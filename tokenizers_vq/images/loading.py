@@ -1,4 +1,4 @@
-"""Any file, bytes or PIL picture -> upright RGB: one policy, in one place.
+"""Any file, bytes or PIL image -> upright RGB: one policy, in one place.
 
 Upright by EXIF, white behind transparency, 16-bit gray scaled rather than clipped, the first frame of an
 animation, at most 64 megapixels, six formats told by content alone, regular files only. Whatever cannot be shown
@@ -56,7 +56,7 @@ _warnings_lock = threading.Lock()
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read faithfully; `code` says why, the message also says which."""
+    """An image that cannot be read faithfully; `code` says why, the message also says which."""
 
     def __init__(self, message: str, code: ImageErrorCode) -> None:
         super().__init__(message)
@@ -67,13 +67,13 @@ class ImageError(ValueError):
         return ImageError, (str(self), self.code)
 
 
-def load_image(source: ImageSource, *, least_side: int | None = None) -> Image.Image:
-    """Read a picture as upright RGB, or say why not.
+def load_image(source: ImageSource, *, min_side: int | None = None) -> Image.Image:
+    """Read an image as upright RGB, or say why not.
 
     Args:
         source: a path, the bytes of a file, a PIL image (left as it is), or an undecoded row of a `datasets` image
             column: a mapping with "bytes" and "path", where bytes count when both are there.
-        least_side: where the picture is going to be made smaller. A JPEG of at least twice that is read at a half, quarter or eighth of
+        min_side: where the image is going to be made smaller. A JPEG of at least twice that is read at a half, quarter or eighth of
             its size, none of its sides below this, which takes half of the time or less and comes to the same to a few levels.
 
     Returns:
@@ -83,40 +83,40 @@ def load_image(source: ImageSource, *, least_side: int | None = None) -> Image.I
         ImageError: with a `code`; the message names the file.
     """
     if isinstance(source, Mapping):
-        return _load_row(source, least_side)
+        return _load_row(source, min_side)
     if isinstance(source, Image.Image):
         return _upright_rgb(source, getattr(source, "filename", "") or "PIL image")
     if isinstance(source, bytes):
-        return _load_bytes(source, "image bytes", least_side)
+        return _load_bytes(source, "image bytes", min_side)
     if isinstance(source, str | os.PathLike):
-        return _load_file(source, least_side)
+        return _load_file(source, min_side)
     expected = "a path, bytes, a PIL image, or a row with 'bytes' or 'path'"
-    raise ImageError(f"a picture must be {expected}, not {type(source).__name__}", "not_image")
+    raise ImageError(f"an image must be {expected}, not {type(source).__name__}", "not_image")
 
 
-def _load_row(row: Mapping[str, Any], least_side: int | None) -> Image.Image:
+def _load_row(row: Mapping[str, Any], min_side: int | None) -> Image.Image:
     data, path = row.get("bytes"), row.get("path")
     if data is not None and not isinstance(data, bytes):
-        raise ImageError(f"'bytes' of a picture's row must be bytes, not {type(data).__name__}", "not_image")
+        raise ImageError(f"'bytes' of an image's row must be bytes, not {type(data).__name__}", "not_image")
     if data is not None:
-        return _load_bytes(data, str(path or "image bytes"), least_side)
+        return _load_bytes(data, str(path or "image bytes"), min_side)
     if path is None:
-        raise ImageError(f"a picture's row has neither 'bytes' nor 'path', only {sorted(map(str, row))}", "missing")
-    return load_image(path, least_side=least_side)
+        raise ImageError(f"an image's row has neither 'bytes' nor 'path', only {sorted(map(str, row))}", "missing")
+    return load_image(path, min_side=min_side)
 
 
-def _load_bytes(data: bytes, name: str, least_side: int | None) -> Image.Image:
+def _load_bytes(data: bytes, name: str, min_side: int | None) -> Image.Image:
     if not data:
         raise ImageError(f"{_shown(name)}: zero bytes", "empty")
-    return _load_stream(io.BytesIO(data), name, least_side)
+    return _load_stream(io.BytesIO(data), name, min_side)
 
 
-def _load_file(path: str | os.PathLike[str], least_side: int | None) -> Image.Image:
+def _load_file(path: str | os.PathLike[str], min_side: int | None) -> Image.Image:
     name = os.fsdecode(path)
     try:
         _refuse_irregular(os.stat(path), name)
         with open(path, "rb") as file:
-            return _load_stream(file, name, least_side)
+            return _load_stream(file, name, min_side)
     except ImageError:
         raise
     except PermissionError as error:
@@ -136,7 +136,7 @@ def _refuse_irregular(status: os.stat_result, name: str) -> None:
         raise ImageError(f"{_shown(name)}: {status.st_size} bytes, more than {MAX_FILE_BYTES}", "too_large")
 
 
-def _load_stream(file: BinaryIO, name: str, least_side: int | None) -> Image.Image:
+def _load_stream(file: BinaryIO, name: str, min_side: int | None) -> Image.Image:
     try:
         texts = sum(kind in (b"zTXt", b"iTXt") for kind, _ in _png_chunks(file))
         if texts > MAX_PNG_TEXTS:
@@ -144,7 +144,7 @@ def _load_stream(file: BinaryIO, name: str, least_side: int | None) -> Image.Ima
         with _pillow_warnings_muted():
             image = Image.open(file, formats=FORMATS)
         with image:
-            rgb = _upright_rgb(image, name, least_side)
+            rgb = _upright_rgb(image, name, min_side)
             if image.format == "PNG" and _png_lacks_rows(image, file):
                 raise ImageError(f"{_shown(name)}: truncated, rows are missing", "truncated")
             return rgb
@@ -168,7 +168,7 @@ def _diagnosis(file: BinaryIO, name: str, error: Exception) -> ImageError:
     if other := _OTHER_START.match(start):
         kind = (other.lastgroup or "").replace("_", " ")
         return ImageError(f"{_shown(name)}: {kind} is not one of {', '.join(FORMATS)}", "unsupported_format")
-    return ImageError(f"{_shown(name)}: not a picture", "not_image")
+    return ImageError(f"{_shown(name)}: not an image", "not_image")
 
 
 def _declared_size(start: bytes) -> int:
@@ -182,11 +182,11 @@ def _declared_size(start: bytes) -> int:
     return 0
 
 
-def _upright_rgb(image: Image.Image, name: str, least_side: int | None = None) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, min_side: int | None = None) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{_shown(name)}: {image.width}x{image.height} exceeds {MAX_PIXELS} pixels", "too_large")
-    if least_side is not None:
-        image.draft(None, (least_side, least_side))
+    if min_side is not None:
+        image.draft(None, (min_side, min_side))
     if image.mode in ("I", "F"):
         raise ImageError(f"{_shown(name)}: mode {image.mode} has no known range of values", "unsupported_mode")
     try:
@@ -199,7 +199,7 @@ def _upright_rgb(image: Image.Image, name: str, least_side: int | None = None) -
         raise ImageError(f"{_shown(name)}: mode {image.mode}: {error}", "unsupported_mode") from error
     method = _UPRIGHT_BY.get(_orientation(image))
     upright = rgb if method is None else rgb.transpose(method)
-    upright.info.clear()  # or whoever reads the orientation again turns the picture again
+    upright.info.clear()  # or whoever reads the orientation again turns the image again
     return upright
 
 
@@ -215,7 +215,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _gray_from_16_bits(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion clips at 255, which turns nearly every such picture white."""
+    """Pillow's own conversion clips at 255, which turns nearly every such image white."""
     levels = np.array(image).astype(np.uint16)
     if isinstance(transparent := image.info.get("transparency"), int):
         levels[levels == transparent] = 65535
@@ -226,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         with _pillow_warnings_muted():
             return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # unreadable metadata turns no picture
+    except Exception:  # unreadable metadata turns no image
         return 1
 
 

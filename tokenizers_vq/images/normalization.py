@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import nearest_multiples, worth_checking
+from ..validation import nearest_multiples, should_validate
 
-OVERSHOOT = 0.5  # more than any resampling of pictures does
+OVERSHOOT = 0.5  # more than any resampling of images does
 
 
 class PixelNormalization:
-    """Shifts and scales by `pixel_mean` and `pixel_std` of a config, and refuses pictures that do not fit it.
+    """Shifts and scales by `pixel_mean` and `pixel_std` of a config, and refuses images that do not fit it.
 
     Args:
         stride: take any height and width that it divides; 0: `image_size` of the config alone.
@@ -40,7 +40,7 @@ class PixelNormalization:
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
     def check_shape(self, pixel_values: Tensor) -> None:
-        """ValueError for pictures of another size or number of channels."""
+        """ValueError for images of another size or number of channels."""
         channels, side = self.config.num_channels, self.config.image_size
         shape = tuple(pixel_values.shape)
         wanted = (channels, "h", "w") if self.stride else (channels, side, side)
@@ -60,8 +60,8 @@ class PixelNormalization:
 
 
 def check_values(pixel_values: Tensor) -> None:
-    """Refuse pixels that cannot be meant for [0, 1], where that is `worth_checking`; what resampling has left of it can."""
-    if not worth_checking(pixel_values):
+    """Refuse pixels that cannot be meant for [0, 1], where that is `should_validate`; what resampling has left of it can."""
+    if not should_validate(pixel_values):
         return
     least, most = torch.stack(pixel_values.detach().aminmax()).tolist()
     if not (math.isfinite(least) and math.isfinite(most)):
@@ -71,7 +71,7 @@ def check_values(pixel_values: Tensor) -> None:
 
 
 def check_sides(height: int, width: int, stride: int) -> None:
-    """Refuse pictures that a grid of this stride does not cover, and name the nearest sizes that it does."""
+    """Refuse images that a grid of this stride does not cover, and name the nearest sizes that it does."""
     if height % stride or width % stride or not height * width:
         sizes = zip(nearest_multiples(height, stride), nearest_multiples(width, stride), strict=True)
         nearest = ", ".join(f"{rows} x {columns}" for rows, columns in sizes if rows and columns)

@@ -1,4 +1,4 @@
-"""Upright pictures -> square pixel tensors of a size, and back."""
+"""Upright images -> square pixel tensors of a size, and back."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 def pixels_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
-    """Square pictures as floats: `levels_from_images`, then `pixels_from_levels`.
+    """Square images as floats: `uint8_from_images`, then `pixels_from_levels`.
 
     Returns:
         `b c h w`, float32 in [0, 1]
 
     Raises:
-        ValueError: for no pictures, another mode or channel count, or a size below 1
+        ValueError: for no images, another mode or channel count, or a size below 1
     """
-    return pixels_from_levels(levels_from_images(images, image_size=image_size, num_channels=num_channels))
+    return pixels_from_levels(uint8_from_images(images, image_size=image_size, num_channels=num_channels))
 
 
-def levels_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
-    """Square pictures from the middle of each, short side resized to `image_size`; one of that size stays exact.
+def uint8_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
+    """Square images from the middle of each, short side resized to `image_size`; one of that size stays exact.
 
     Args:
-        images: upright pictures of mode RGB or L, as `load_image` returns them, of any sizes
+        images: upright images of mode RGB or L, as `load_image` returns them, of any sizes
         image_size: height and width of what comes out
         num_channels: 3 for RGB, 1 for luminance
 
@@ -34,12 +34,12 @@ def levels_from_images(images: Sequence[Image.Image], *, image_size: int, num_ch
         `b c h w`, uint8
 
     Raises:
-        ValueError: for no pictures, another mode or channel count, or a size below 1
+        ValueError: for no images, another mode or channel count, or a size below 1
     """
     if num_channels not in (1, 3) or image_size < 1:
         raise ValueError(f"expected num_channels 1 or 3 and image_size >= 1, got {num_channels} and {image_size}")
     if len(images) == 0:
-        raise ValueError("expected at least one picture, got none")
+        raise ValueError("expected at least one image, got none")
     mode = "L" if num_channels == 1 else "RGB"
     squares = np.stack([np.asarray(_centre_square(image, image_size, mode)) for image in images])
     return rearrange(torch.from_numpy(squares), "b h w ... -> b (...) h w").contiguous()
@@ -51,7 +51,7 @@ def pixels_from_levels(levels: Tensor) -> Tensor:
 
 
 def images_from_pixels(pixels: Tensor) -> list[Image.Image]:
-    """PIL pictures (RGB, or L for one channel) from `b c h w` floats, clamped to [0, 1] and rounded.
+    """PIL images (RGB, or L for one channel) from `b c h w` floats, clamped to [0, 1] and rounded.
 
     Raises:
         ValueError: for another shape, integers, or NaN
@@ -67,7 +67,7 @@ def images_from_pixels(pixels: Tensor) -> list[Image.Image]:
 
 def _centre_square(image: Image.Image, image_size: int, mode: Literal["L", "RGB"]) -> Image.Image:
     if image.mode not in ("RGB", "L"):
-        raise ValueError(f"expected pictures of mode RGB or L, got {image.mode}: load_image makes RGB of any")
+        raise ValueError(f"expected images of mode RGB or L, got {image.mode}: load_image makes RGB of any")
     image = image if image.mode == mode else image.convert(mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -75,5 +75,5 @@ def _centre_square(image: Image.Image, image_size: int, mode: Literal["L", "RGB"
     if side == image_size:
         return image if image.size == (side, side) else image.crop(box)
     # Whole factors are plain averages over a box, as in downsampled ImageNet (Chrabaszcz et al. 2017). 256 -> 64:
-    # 115 us a picture against 240 for F.interpolate on uint8, conversion included, and 400 for Pillow's full filter.
+    # 115 us an image against 240 for F.interpolate on uint8, conversion included, and 400 for Pillow's full filter.
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box, reducing_gap=1.0)

@@ -8,14 +8,14 @@ from torch.func import functional_call
 from ..modules.conv import group_norm
 from .reconstruction import ReconstructionLoss, parts_of, squared_error
 
-SMALLEST_PICTURE = 8
+SMALLEST_IMAGE = 8
 MOST_DOWNSAMPLES = 3
 SLOPE = 0.2
 DELTA = 1e-6  # of equation 7
 LARGEST_WEIGHT = 1e4  # as in the published code of VQGAN
 
 
-class EvenConvolution(nn.Module):
+class EqualizedConv2d(nn.Module):
     """4x4 weights of variance 1, scaled when they are used, so that a step of Adam changes every layer by the same share (Karras et al.
     2018, section 4.1). That lets a discriminator learn at the tokenizer's rate, which is some ten times what it commonly bears.
     """
@@ -32,37 +32,37 @@ class EvenConvolution(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch of a picture how real it looks (Isola et al. 2017, section 3.2.2).
+    """Says of every patch of an image how real it looks (Isola et al. 2017, section 3.2.2).
 
-    Its halvings leave a small picture a grid of 4x4 at least. Three of them make patches of 70x70 pixels, as in the paper. Normalisation
-    is over groups of channels, not over the batch: what it says of a picture does not depend on the others.
+    Its halvings leave a small image a grid of 4x4 at least. Three of them make patches of 70x70 pixels, as in the paper. Normalisation
+    is over groups of channels, not over the batch: what it says of an image does not depend on the others.
 
     Args:
-        image_size: height and width of the pictures.
-        num_channels: of the pictures.
+        image_size: height and width of the images.
+        num_channels: of the images.
         hidden_channels: width after the first halving; it doubles with each layer.
 
     Raises:
-        ValueError: for pictures of less than 8 pixels.
+        ValueError: for images of less than 8 pixels.
     """
 
     def __init__(self, image_size: int, num_channels: int = 3, *, hidden_channels: int = 32):
         super().__init__()
-        if image_size < SMALLEST_PICTURE:
+        if image_size < SMALLEST_IMAGE:
             raise ValueError(
-                f"a patch discriminator needs an image_size of at least {SMALLEST_PICTURE}, got {image_size}"
+                f"a patch discriminator needs an image_size of at least {SMALLEST_IMAGE}, got {image_size}"
             )
-        num_downsamples = min(MOST_DOWNSAMPLES, image_size.bit_length() - SMALLEST_PICTURE.bit_length() + 1)
-        layers: list[nn.Module] = [EvenConvolution(num_channels, hidden_channels, 2), nn.LeakyReLU(SLOPE)]
+        num_downsamples = min(MOST_DOWNSAMPLES, image_size.bit_length() - SMALLEST_IMAGE.bit_length() + 1)
+        layers: list[nn.Module] = [EqualizedConv2d(num_channels, hidden_channels, 2), nn.LeakyReLU(SLOPE)]
         width = hidden_channels
         for stride in [2] * (num_downsamples - 1) + [1]:
-            layers += [EvenConvolution(width, 2 * width, stride), group_norm(2 * width), nn.LeakyReLU(SLOPE)]
+            layers += [EqualizedConv2d(width, 2 * width, stride), group_norm(2 * width), nn.LeakyReLU(SLOPE)]
             width *= 2
-        self.layers = nn.Sequential(*layers, EvenConvolution(width, 1))
+        self.layers = nn.Sequential(*layers, EqualizedConv2d(width, 1))
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Normalised `b c h w` -> `b 1 h' w'`, above 0 for what looks real."""
-        return self.layers(pictures)
+        return self.layers(images)
 
 
 class AdversarialLoss(nn.Module):
@@ -76,7 +76,7 @@ class AdversarialLoss(nn.Module):
     or spread over ranks need not be at hand. Norms are over the batch.
 
     Args:
-        discriminator: from normalised pictures `b c h w` to scores of any shape; trained with the tokenizer.
+        discriminator: from normalised images `b c h w` to scores of any shape; trained with the tokenizer.
         start_step: training batches without the discriminator; it learns nothing until then.
         weight: times the adaptive weight; 0.8 is VQGAN's.
         reconstruction_loss: what to add to, e.g. a `PerceptualLoss`.
@@ -108,22 +108,22 @@ class AdversarialLoss(nn.Module):
             return error
         started = self.steps >= self.start_step
         self.steps += 1
-        return error + (self._adversarial(error, reconstruction, target) if started else self._nothing())
+        return error + (self._adversarial(error, reconstruction, target) if started else self._zero_loss())
 
     def _adversarial(self, error: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
         """The weighted term of the generator, and the discriminator's own."""
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         generator = -functional_call(self.discriminator, fixed, (reconstruction,)).mean()
         weight = self.weight * adaptive_weight(error, generator, reconstruction)
-        judging = hinge_loss(self.discriminator(target), self.discriminator(reconstruction.detach()))
+        discriminator_loss = hinge_loss(self.discriminator(target), self.discriminator(reconstruction.detach()))
         self.parts |= {
             "generator_loss": generator.detach(),
-            "discriminator_loss": judging.detach(),
-            "adversarial_weight": weight,
+            "discriminator_loss": discriminator_loss.detach(),
+            "disc_weight": weight,
         }
-        return weight * generator + judging
+        return weight * generator + discriminator_loss
 
-    def _nothing(self) -> Tensor:
+    def _zero_loss(self) -> Tensor:
         """Zero, with a gradient of zero for the discriminator: ranks that add up gradients wait for one from every parameter."""
         return 0 * torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum()
 

@@ -1,6 +1,6 @@
-"""How far a reconstruction is from its picture: pixel by pixel, and as a network sees the two.
+"""How far a reconstruction is from its image: pixel by pixel, and as a network sees the two.
 
-A reconstruction loss is any callable from normalised pictures `b c h w`, the reconstruction and its target, to a scalar.
+A reconstruction loss is any callable from normalised images `b c h w`, the reconstruction and its target, to a scalar.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
 def squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of two batches `b c h w`, a scalar: the likeliest picture under Gaussian noise is their mean."""
+    """Mean squared difference of two batches `b c h w`, a scalar: the likeliest image under Gaussian noise is their mean."""
     return (reconstruction - target).square().mean()
 
 
@@ -24,17 +24,17 @@ def absolute_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).abs().mean()
 
 
-PIXEL_LOSSES: dict[str, ReconstructionLoss] = {"squared": squared_error, "l1": absolute_error}
+PIXEL_LOSSES: dict[str, ReconstructionLoss] = {"mse": squared_error, "l1": absolute_error}
 
 
 class PerceptualLoss(nn.Module):
     """A pixel loss plus `weight` times the distance of the features that a network finds (Zhang et al. 2018, equation 1, all w = 1).
 
     Args:
-        features: from pictures `b c h w` to one tensor or several, channels on axis 1. A module is frozen here and stays in eval mode;
+        features: from images `b c h w` to one tensor or several, channels on axis 1. A module is frozen here and stays in eval mode;
             any other callable must keep gradients from its weights itself.
         weight: of the distance of features.
-        pixel_loss: without it, pictures that the network cannot tell apart would be equally good.
+        pixel_loss: without it, images that the network cannot tell apart would be equally good.
         pixel_std, pixel_mean: features see `normalised * pixel_std + pixel_mean`. Those of the tokenizer's config give pixels in [0, 1];
             if left out, features see normalised pixels.
     """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_invariant import steadily
+from .batch_invariant import batch_invariant_conv1x1
 
 CHANNELS_PER_GROUP = 16
 
@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c h w` -> `b c h w`."""
-        return x + steadily(self.merge, F.relu(self.spread(F.relu(self.norm(x)))))
+        return x + batch_invariant_conv1x1(self.merge, F.relu(self.spread(F.relu(self.norm(x)))))
 
 
 def downsampling(in_channels: int, widths: list[int]) -> nn.Sequential:

@@ -5,7 +5,7 @@ from typing import Self
 from torch import nn
 
 
-class evaluating:  # noqa: N801 - reads as the statement it is
+class eval_mode:  # noqa: N801 - reads as the statement it is
     """Hold a module and all in it in eval mode for the length of a `with` block."""
 
     def __init__(self, module: nn.Module):

@@ -1,6 +1,6 @@
 """Convolutions with large kernels as products of frequencies, in a tenth of the multiplications of 5 x 5.
 
-A picture is cut into tiles that overlap by the kernel's width less one (overlap-save). The Fourier transform of a tile times the conjugate
+An image is cut into tiles that overlap by the kernel's width less one (overlap-save). The Fourier transform of a tile times the conjugate
 one of the kernel is that of their correlation, whose first `TILE` rows and columns do not feel that the transform wraps around. All
 transforms are real matrices, so that channels stay innermost and nothing but matrix products is left.
 """
@@ -42,29 +42,31 @@ class Transforms(NamedTuple):
 def transforms(kernel: int) -> Transforms:
     """Those for a kernel of so many numbers a side, made in float64, in float32; on a CPU, whatever device is the default."""
     with torch.device("cpu"):
-        return made_transforms(kernel)
+        return build_transforms(kernel)
 
 
-def made_transforms(kernel: int) -> Transforms:
+def build_transforms(kernel: int) -> Transforms:
     """The same, made anew on the default device."""
     size = TILE + kernel - 1
     steps = torch.arange(size).double()
     waves = torch.polar(torch.ones(size, size).double(), -2 * math.pi / size * torch.outer(steps, steps))
     half = waves[: size // 2 + 1]
     weights = waves.conj()[:, :kernel]
-    back = einsum(on_parts(waves.conj()[:TILE] / size), torch.tensor(OF_OUTPUT).double(), "r s q f, s l -> r q f l")
+    back = einsum(
+        real_block_matrix(waves.conj()[:TILE] / size), torch.tensor(OF_OUTPUT).double(), "r s q f, s l -> r q f l"
+    )
     # A frequency of the half stands for its conjugate too, where that is another.
     doubled = torch.tensor([[1 if 2 * m % size == 0 else 2] for m in range(len(half))]).double()
-    last = on_parts(half.conj() * doubled / size)[0][..., :TILE]
+    last = real_block_matrix(half.conj() * doubled / size)[0][..., :TILE]
     pairs = (
-        (rearrange(on_parts(half)[:, 0], "r m n -> (m r) n"), factors(OF_INPUT, waves)),
-        (rearrange(on_parts(weights[: len(half)])[:, 0], "r m k -> (m r) k"), factors(OF_WEIGHT, weights)),
+        (rearrange(real_block_matrix(half)[:, 0], "r m n -> (m r) n"), factors(OF_INPUT, waves)),
+        (rearrange(real_block_matrix(weights[: len(half)])[:, 0], "r m k -> (m r) k"), factors(OF_WEIGHT, weights)),
         (rearrange(back, "r q f l -> (r q) (f l)"), rearrange(last, "s m p -> p (m s)")),
     )
     return Transforms(*((first.float(), second.float()) for first, second in pairs))
 
 
-def on_parts(matrix: Tensor) -> Tensor:
+def real_block_matrix(matrix: Tensor) -> Tensor:
     """A complex matrix `f n` as what makes the real and imaginary parts of its results, `r s f n`, of those of its arguments, `s`."""
     real, imaginary = matrix.real, matrix.imag
     return torch.stack([torch.stack([real, -imaginary]), torch.stack([imaginary, real])])
@@ -72,7 +74,7 @@ def on_parts(matrix: Tensor) -> Tensor:
 
 def factors(of_parts: tuple[tuple[float, float], ...], matrix: Tensor) -> Tensor:
     """A complex matrix `f n` that makes the factors of a product, `l r`, of its results: `(f l) (r n)`."""
-    made = einsum(torch.tensor(of_parts).double(), on_parts(matrix), "l r, r s f n -> f l s n")
+    made = einsum(torch.tensor(of_parts).double(), real_block_matrix(matrix), "l r, r s f n -> f l s n")
     return rearrange(made, "f l s n -> (f l) (s n)")
 
 
@@ -84,7 +86,7 @@ def transformed(squares: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     return (of_rows @ half_done).view(-1, *rest)
 
 
-class LastKernel:
+class KernelTransformCache:
     """The factors of a kernel, `(m f l) c o`, which stand as long as the next one asked for is the same.
 
     The stages of a segment share their kernel, and to see that two are equal takes a fiftieth of the time. Those of a published kernel
@@ -104,11 +106,11 @@ class LastKernel:
         return last[1]
 
 
-KERNEL = LastKernel()
+KERNEL = KernelTransformCache()
 
 
 def convolve_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.conv2d(x, weight, padding=k // 2)` of pictures `b c h w`, whose sides `TILE` divides, by `o c k k`, in tiles `(p q) b t o`."""
+    """`F.conv2d(x, weight, padding=k // 2)` of images `b c h w`, whose sides `TILE` divides, by `o c k k`, in tiles `(p q) b t o`."""
     kernel = weight.shape[-1]
     of_input, _, (of_rows, of_columns) = transforms(kernel)
     padding, size = kernel // 2, TILE + kernel - 1
@@ -121,16 +123,16 @@ def convolve_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def in_tiles(x: Tensor) -> Tensor:
-    """Pictures `b c h w` -> `(p q) b t c`."""
+    """Images `b c h w` -> `(p q) b t c`."""
     return rearrange(x, "b c (i p) (j q) -> (p q) b (i j) c", p=TILE, q=TILE)
 
 
 def split_for_tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """Pictures `b c h w`, so many together as have `TILES_AT_ONCE` tiles."""
+    """Images `b c h w`, so many together as have `TILES_AT_ONCE` tiles."""
     return x.split(max(1, TILES_AT_ONCE * TILE * TILE // x.shape[2:].numel()))
 
 
-def worth_tiles(x: Tensor, weight: Tensor) -> bool:
+def use_fft(x: Tensor, weight: Tensor) -> bool:
     """Whether tiles are the faster way for `b c h w` and `... k k`: in float32 on a CPU, for a large kernel, where no gradient is asked."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
     fits = x.shape[2] % TILE == x.shape[3] % TILE == 0 and weight.shape[-1] >= SMALLEST_KERNEL

@@ -22,7 +22,7 @@ class StageGain(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(start(num_stages, num_channels))
 
-    def after_convolution(self, layer: nn.Module, x: Tensor, stage: int) -> Tensor:
+    def scaled_conv(self, layer: nn.Module, x: Tensor, stage: int) -> Tensor:
         """Convolve `b c h w` and scale: the weights or the pixels, whichever are fewer."""
         convolution: Any = layer
         gain = self.gain[stage]
@@ -35,7 +35,7 @@ class StageGain(nn.Module):
         weight = convolution.weight * rearrange(gain, "o -> o 1 1 1")
         return F.conv2d(x, weight, bias, stride=convolution.stride, padding=convolution.padding)
 
-    def after_norm(self, norm: nn.GroupNorm, x: Tensor, stage: int) -> Tensor:
+    def scaled_norm(self, norm: nn.GroupNorm, x: Tensor, stage: int) -> Tensor:
         """Normalise `b c h w` and scale."""
         gain = self.gain[stage]
         return F.group_norm(x, norm.num_groups, norm.weight * gain, norm.bias * gain, norm.eps)

@@ -1,4 +1,4 @@
-"""Picture tokenizers of transformers and diffusers: how each class gets vectors from pixels, and pixels from vectors.
+"""Image tokenizers of transformers and diffusers: how each class gets vectors from pixels, and pixels from vectors.
 
 All of them descend from VQ-GAN (Esser et al. 2021): an encoder makes a grid of vectors, the nearest codebook entry of each is its code, and
 a decoder draws the entries. They differ in what stands between these parts, which is all that is written here.
@@ -18,8 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..base import own_fields
-from ..loading import first_line, local_folder, read_config, tensor_headers, unfilled_tensors
-from ..validation import check_choice, check_number, refuse_unknown
+from ..loading import first_line, local_folder, missing_or_mismatched_keys, read_config, tensor_headers
+from ..validation import check_choice, check_known_fields, check_number
 
 
 @dataclass(frozen=True)
@@ -70,50 +70,56 @@ def unit_codebook(model: Any) -> Tensor:
     return F.normalize(codebook(model), dim=1)
 
 
-def draw_with_entries(model: Any, entries: Tensor) -> Tensor:
+def decode_spatial(model: Any, entries: Tensor) -> Tensor:
     """`b d h w` -> `b c h w`; "spatial" norms of the decoder (MoVQ, Zheng et al. 2022) look at the entries at every grid."""
     modulation = entries if model.config.norm_type == "spatial" else None
     return model.decoder(model.post_quant_conv(entries), modulation)
 
 
-def film_latents(model: Any, normalized: Tensor) -> Tensor:
-    """`b c h w` -> `b d h w`: the picture, held for as many frames as become one."""
+def encode_as_video(model: Any, normalized: Tensor) -> Tensor:
+    """`b c h w` -> `b d h w`: the image, held for as many frames as become one."""
     film = repeat(normalized, "b c h w -> b t c h w", t=model.config.temporal_downsample_factor)
     vectors = model.quant_conv(rearrange(model.encoder(film), "b t c h w -> b c t h w"))
     return rearrange(vectors, "b d 1 h w -> b d h w")
 
 
-def draw_first_frame(model: Any, entries: Tensor) -> Tensor:
+def decode_first_frame(model: Any, entries: Tensor) -> Tensor:
     """`b d h w` -> `b c h w`: the first of the frames that are drawn."""
     post = model.post_quant_conv(rearrange(entries, "b d h w -> b d 1 h w"))
     frames = model.decoder(rearrange(post, "b c t h w -> b t c h w"), rearrange(entries, "b d h w -> b 1 d h w"))
     return rearrange(frames, "(b t) c h w -> b t c h w", b=len(entries))[:, 0]
 
 
-def refuse_to_draw(model: Any, entries: Tensor) -> Tensor:
+def raise_no_decoder(model: Any, entries: Tensor) -> Tensor:
     """ValueError: transformers has Chameleon's encoder alone."""
-    drawing = ", ".join(name for name, family in FAMILIES.items() if family.draw is not refuse_to_draw)
+    drawing = ", ".join(name for name, family in FAMILIES.items() if family.draw is not raise_no_decoder)
     raise ValueError(
-        "a ChameleonVQVAE of transformers has no decoder: it makes codes, but no pictures; "
-        f"for pictures, wrap one of {drawing}"
+        "a ChameleonVQVAE of transformers has no decoder: it makes codes, but no images; "
+        f"for images, wrap one of {drawing}"
     )
 
 
 FAMILIES = {
     "ChameleonVQVAE": Family(
-        "transformers", "chameleon_vqgan", "channel_multiplier", "num_embeddings", latents, codebook, refuse_to_draw
+        "transformers", "chameleon_vqgan", "channel_multiplier", "num_embeddings", latents, codebook, raise_no_decoder
     ),
     "Emu3VQVAE": Family(
-        "transformers", "emu3_vqgan", "channel_multiplier", "codebook_size", film_latents, codebook, draw_first_frame
+        "transformers",
+        "emu3_vqgan",
+        "channel_multiplier",
+        "codebook_size",
+        encode_as_video,
+        codebook,
+        decode_first_frame,
     ),
     "JanusVQVAE": Family(
         "transformers", "janus_vqgan", "channel_multiplier", "num_embeddings", unit_latents, unit_codebook, draw
     ),
     "VQModel": Family(
-        "diffusers", "VQModel", "block_out_channels", "num_vq_embeddings", latents, codebook, draw_with_entries
+        "diffusers", "VQModel", "block_out_channels", "num_vq_embeddings", latents, codebook, decode_spatial
     ),
 }
-# Where the whole models of transformers keep their picture tokenizer: in config.json, and in the names of their tensors.
+# Where the whole models of transformers keep their image tokenizer: in config.json, and in the names of their tensors.
 PART, PART_PREFIX = "vq_config", r"^(model\.)?vqmodel\."
 
 
@@ -127,12 +133,12 @@ def model_class(name: str) -> Any:
         raise ValueError(f"{name} is a class of {library}, which is not installed: pip install {library}") from error
 
 
-def family_of(model: nn.Module) -> str:
+def adapter_name(model: nn.Module) -> str:
     """The name in `FAMILIES` of a model's class; ValueError for a model of another class."""
     name = type(model).__name__
     if name not in FAMILIES or not isinstance(model, model_class(name)):
         raise ValueError(
-            f"a {name} is none of the picture tokenizers that can be wrapped: {', '.join(FAMILIES)}; "
+            f"a {name} is none of the image tokenizers that can be wrapped: {', '.join(FAMILIES)}; "
             "of a whole Janus, Emu3 or Chameleon model, give its `model.vqmodel`"
         )
     return name
@@ -156,7 +162,7 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     known, config = default_settings(name), config_class(name)
     if not isinstance(settings, dict):
         raise ValueError(f"{name}: model_settings must be a mapping, got {settings!r}")
-    refuse_unknown(name, settings.keys() - known.keys(), known, listed=known)
+    check_known_fields(name, settings.keys() - known.keys(), known, listed=known)
     for key, value in settings.items():
         check_number(name, key, value, known[key])
     if config is not None:
@@ -169,7 +175,7 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def settings_of(model: Any) -> dict[str, Any]:
     """What a live model was built from."""
-    return {key: getattr(model.config, key) for key in default_settings(family_of(model))}
+    return {key: getattr(model.config, key) for key in default_settings(adapter_name(model))}
 
 
 def build(name: str, settings: dict[str, Any]) -> nn.Module:
@@ -179,7 +185,7 @@ def build(name: str, settings: dict[str, Any]) -> nn.Module:
 
 
 def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
-    """The picture tokenizer that a folder or a hub name holds, as its own library saved it, alone or in a whole model.
+    """The image tokenizer that a folder or a hub name holds, as its own library saved it, alone or in a whole model.
 
     Raises:
         ValueError: for what is no such folder, for a model that is none of `FAMILIES`, and for missing or misshapen tensors.
@@ -187,8 +193,8 @@ def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
     try:
         model, info = _load(local_folder(name, subfolder=subfolder))
     except Exception as error:  # each library and class makes something else of what it does not know
-        raise ValueError(f"cannot load a picture tokenizer from {name}: {first_line(error)}") from error
-    if absent := unfilled_tensors(info):
+        raise ValueError(f"cannot load an image tokenizer from {name}: {first_line(error)}") from error
+    if absent := missing_or_mismatched_keys(info):
         raise ValueError(
             f"{name} does not hold a whole {type(model).__name__}: missing or misshapen tensors {absent[:3]}"
         )

@@ -1,4 +1,4 @@
-"""A picture tokenizer of transformers or diffusers as one of ours: its codes serve wherever those of a `VQVAE` do."""
+"""An image tokenizer of transformers or diffusers as one of ours: its codes serve wherever those of a `VQVAE` do."""
 
 from dataclasses import field
 from pathlib import Path
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from ..images.normalization import PixelNormalization
 from ..loading import refuse_non_finite
-from ..modules.eval_mode import evaluating
+from ..modules.eval_mode import eval_mode
 from ..quantization.code_usage import perplexity
 from ..quantization.gradient_estimators import straight_through
 from ..quantization.nearest_neighbors import nearest_codes
 from ..validation import check_image_size
-from .adapters import FAMILIES, Family, build, check_settings, family_of, load_original, settings_of
+from .adapters import FAMILIES, Family, adapter_name, build, check_settings, load_original, settings_of
 
 COMMITMENT = 0.25
 
@@ -28,7 +28,7 @@ class PretrainedImageTokenizerConfig(DiscreteTokenizerConfig):
     Attributes:
         family: class of the model inside, one of `FAMILIES`.
         model_settings: what that class is built from.
-        image_size: height and width of the pictures, pixels; a multiple of the pixels that a code stands for.
+        image_size: height and width of the images, pixels; a multiple of the pixels that a code stands for.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside: to [-1, 1], as all of these models want them.
     """
 
@@ -52,7 +52,7 @@ class PretrainedImageTokenizerConfig(DiscreteTokenizerConfig):
 
     @property
     def num_channels(self) -> int:
-        """Channels of the pictures."""
+        """Channels of the images."""
         return self.model_settings["in_channels"]
 
     @property
@@ -66,7 +66,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
 
     The search for the nearest entries is ours: a few megabytes at a time, where theirs holds the distance of every vector to every entry.
     So is the loss: squared error in normalised pixels, plus |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 between vectors and entries (van den Oord et
-    al. 2017, equation 3). A ChameleonVQVAE encodes only: what needs its pictures is a ValueError.
+    al. 2017, equation 3). A ChameleonVQVAE encodes only: what needs its images is a ValueError.
     """
 
     config_class = PretrainedImageTokenizerConfig
@@ -90,7 +90,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
                 is no multiple of the pixels that a code stands for.
         """
         config = PretrainedImageTokenizerConfig(
-            family=family_of(model),
+            family=adapter_name(model),
             model_settings=settings_of(model),
             image_size=image_size,
             pixel_mean=pixel_mean,
@@ -126,7 +126,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """All cells read from one codebook."""
         return (self.num_codes,)
 
@@ -145,7 +145,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
         target = self.normalize(pixel_values, finite=True)
         if not len(target):
             return torch.empty(0, self.num_codes, dtype=torch.long, device=target.device)
-        with torch.autocast(target.device.type, enabled=False), evaluating(self.model):
+        with torch.autocast(target.device.type, enabled=False), eval_mode(self.model):
             return self._nearest(self.family.latents(self.model, target), self.family.codebook(self.model))
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
             return torch.empty(
                 0, self.config.num_channels, self.config.image_size, self.config.image_size, device=codes.device
             )
-        with torch.autocast(codes.device.type, enabled=False), evaluating(self.model):
+        with torch.autocast(codes.device.type, enabled=False), eval_mode(self.model):
             entries = self._lookup(codes.long(), self.family.codebook(self.model))
             return self.normalize.inverse(self.family.draw(self.model, entries))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..distributed import summed_over_ranks
+from ..distributed import all_reduce_sum
 from .vector_layout import Vectors, VectorView
 
 
@@ -22,7 +22,7 @@ class CodeUsage(nn.Module):
 
     def add_codes(self, vectors: Vectors, codes: Tensor) -> None:
         """Count the codes `n` of those vectors that are kept, in all processes."""
-        self.add(summed_over_ranks(torch.zeros_like(self.histogram).index_add_(0, codes, vectors.kept.float())))
+        self.add(all_reduce_sum(torch.zeros_like(self.histogram).index_add_(0, codes, vectors.kept.float())))
 
     def reset(self) -> None:
         """Start to count anew."""
@@ -39,7 +39,7 @@ def perplexity(histogram: Tensor) -> Tensor:
     return torch.special.entr(share).sum(dim=-1).exp()
 
 
-def start_counting(module: nn.Module) -> None:
+def reset_code_usage(module: nn.Module) -> None:
     """Set what is counted in training, and not saved, to nothing counted."""
     if isinstance(module, VectorView):
         module.skipped.zero_()

@@ -19,8 +19,8 @@ class QuantizerConfig(DiscreteTokenizerConfig):
 
     Attributes:
         quantizer: "vector", "residual" or "fsq".
-        code_dim: length of a codebook vector. projected_dim: of those that are searched, behind a linear layer; 0: the same.
-        num_levels: codebooks of a residual quantizer, whose entries add up.
+        code_dim: length of a codebook vector. codebook_dim: of those that are searched, behind a linear layer; 0: the same.
+        num_quantizers: codebooks of a residual quantizer, whose entries add up.
         fsq_levels: of an FSQ, whose codebook size is their product.
         commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
         gradient, revive, cosine: see `VectorQuantizer`.
@@ -29,15 +29,15 @@ class QuantizerConfig(DiscreteTokenizerConfig):
     quantizer: str = "vector"
     codebook_size: int = 512
     code_dim: int = 64
-    projected_dim: int = 0
-    num_levels: int = 4
+    codebook_dim: int = 0
+    num_quantizers: int = 4
     fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
-    commitment: float = 0.25
+    commitment_weight: float = 0.25
     decay: float = 0.99
-    ema: bool = True
+    ema_update: bool = True
     gradient: str = "straight_through"
-    revive: bool = True
-    cosine: bool = False
+    replace_dead_codes: bool = True
+    use_cosine_sim: bool = False
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
@@ -51,15 +51,18 @@ class QuantizerConfig(DiscreteTokenizerConfig):
     @property
     def codes_per_vector(self) -> int:
         """Levels of a residual quantizer; 1 of any other."""
-        return self.num_levels if self.quantizer == "residual" else 1
+        return self.num_quantizers if self.quantizer == "residual" else 1
 
 
 def build_quantizer(config: QuantizerConfig, *, channel_axis: int = 1) -> Quantizer:
     """The quantizer that a config describes, for `b d h w`; for `... d` with `channel_axis=-1`."""
     if config.quantizer == "fsq":
         return FSQ(config.fsq_levels, config.code_dim, channel_axis=channel_axis)
-    settings = {name: getattr(config, name) for name in ("commitment", "decay", "ema", "gradient", "revive", "cosine")}
-    settings |= {"projected_dim": config.projected_dim, "channel_axis": channel_axis}
+    settings = {
+        name: getattr(config, name)
+        for name in ("commitment_weight", "decay", "ema_update", "gradient", "replace_dead_codes", "use_cosine_sim")
+    }
+    settings |= {"codebook_dim": config.codebook_dim, "channel_axis": channel_axis}
     if config.quantizer == "residual":
-        return ResidualQuantizer(config.codebook_size, config.code_dim, config.num_levels, **settings)
+        return ResidualQuantizer(config.codebook_size, config.code_dim, config.num_quantizers, **settings)
     return VectorQuantizer(config.codebook_size, config.code_dim, **settings)

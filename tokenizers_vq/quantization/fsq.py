@@ -78,7 +78,7 @@ class FSQ(nn.Module):
         """What every code stands for, `k d`."""
         return [self.numbers(torch.arange(self.codebook_size, device=self.basis.device))]
 
-    def start_from_data(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Nothing here is placed by data."""
 
     def metrics(self) -> dict[str, Tensor]:

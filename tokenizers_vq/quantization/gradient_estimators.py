@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .vector_layout import Vectors, zero_unless
+from .vector_layout import Vectors, zero_non_finite
 
-GRADIENTS = ("straight_through", "rotation")
+GRADIENTS = ("straight_through", "rotation_trick")
 
 
 class StraightThrough(torch.autograd.Function):
@@ -30,7 +30,7 @@ def straight_through(vectors: Tensor, chosen: Tensor) -> Tensor:
     return StraightThrough.apply(vectors, chosen)
 
 
-class Committed(torch.autograd.Function):
+class CommitmentLoss(torch.autograd.Function):
     """Chosen vectors that give their gradient to those they stand for, and a loss that pulls on these; both go back in one pass."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class Committed(torch.autograd.Function):
         return to_vectors, None, of_loss, None, None
 
 
-def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
+def rotation_trick(vectors: Tensor, chosen: Tensor) -> Tensor:
     """The chosen vectors `n d` to the last bit, their gradient turned and scaled as the step from a vector to its code is.
 
     The rotation trick (Fifty et al. 2024, equation 4): q = |q|/|e| R e, with the rotation R and the ratio held constant. Vectors of
@@ -73,7 +73,7 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
     return straight_through(turned, chosen)
 
 
-def committed(
+def apply_commitment_loss(
     kind: str, vectors: Vectors, chosen: Tensor, loss: Tensor, *, pull: Tensor | None, weight: float
 ) -> tuple[Tensor, Tensor]:
     """The chosen vectors `n d` with a gradient of a kind to `vectors`, and the loss with the commitment's.
@@ -84,7 +84,7 @@ def committed(
     """
     if pull is None:
         return chosen.detach(), loss
-    pull = zero_unless(vectors.kept, pull)
+    pull = zero_non_finite(vectors.kept, pull)
     scale = 2 * weight / vectors.kept.sum().clamp_min(1)
-    quantized, loss = Committed.apply(vectors.flat, chosen, loss, pull, scale)
-    return rotated(vectors.flat, chosen) if kind == "rotation" else quantized, loss
+    quantized, loss = CommitmentLoss.apply(vectors.flat, chosen, loss, pull, scale)
+    return rotation_trick(vectors.flat, chosen) if kind == "rotation_trick" else quantized, loss

@@ -16,16 +16,16 @@ def assigned_sums(vectors: Tensor, codes: Tensor, codebook_size: int) -> tuple[T
     return counts, sums
 
 
-def draw_by_error(errors: Tensor, num: int) -> Tensor:
+def sample_proportional_to_error(errors: Tensor, num: int) -> Tensor:
     """Draw `num` of the examples, the likelier the larger their error `n` (as k-means++ does): their numbers, `num`.
 
-    An even draw would nearly always return background, which pictures are full of.
+    An even draw would nearly always return background, which images are full of.
     """
-    drawn = best_by_error(errors, torch.empty_like(errors).exponential_(), num)[0]
+    drawn = gumbel_top_k(errors, torch.empty_like(errors).exponential_(), num)[0]
     return drawn.repeat(-(-num // len(drawn)))[:num] if num else drawn
 
 
-def best_by_error(errors: Tensor, noise: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def gumbel_top_k(errors: Tensor, noise: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The same by exponential `noise` `n` that is given, without repeats: numbers and their keys, best first, all where `num` is too many.
 
     The best keys of several parts of the examples are the best of the whole.
@@ -43,11 +43,11 @@ def kmeans(vectors: Tensor, num_clusters: int, *, num_steps: int = KMEANS_STEPS)
     centres = vectors[torch.randint(len(vectors), (1,), device=vectors.device)]
     while len(centres) < num_clusters:
         errors = (vectors - centres[nearest_codes(vectors, centres)]).square().sum(dim=1)
-        centres = torch.cat([centres, vectors[draw_by_error(errors, len(centres))]])[:num_clusters]
+        centres = torch.cat([centres, vectors[sample_proportional_to_error(errors, len(centres))]])[:num_clusters]
     for _ in range(num_steps):
         codes = nearest_codes(vectors, centres)
         counts, sums = assigned_sums(vectors, codes, num_clusters)
         errors = (vectors - centres[codes]).square().sum(dim=1)
-        places = vectors[draw_by_error(errors, num_clusters)]
+        places = vectors[sample_proportional_to_error(errors, num_clusters)]
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], places)
     return centres

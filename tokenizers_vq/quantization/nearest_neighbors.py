@@ -10,7 +10,7 @@ from torch import Tensor
 CHUNK = 1008, 512
 CHUNK_ON_GPU = 2**13, 2**13
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-NUM_PICTURES = 16  # of so many and more torch hands a convolution to oneDNN, whatever their size
+NUM_IMAGES = 16  # of so many and more torch hands a convolution to oneDNN, whatever their size
 
 
 def nearest(vectors: Tensor, codebook: Tensor, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,14 +50,14 @@ class Search:
         num, size = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
         self.num_rows = max(1, min(num, num_vectors))
         self.middle = codebook.mean(dim=0)
-        missing = -len(codebook) % NUM_PICTURES  # filled up with entries that are nearest to nothing
+        missing = -len(codebook) % NUM_IMAGES  # filled up with entries that are nearest to nothing
         entries = codebook.new_full((len(codebook) + missing, codebook.shape[1] + 1), torch.inf)
         entries[len(codebook) :, :-1] = 0
         known = entries[: len(codebook)]
         known[:, :-1].copy_(codebook).sub_(self.middle)
         # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
         known[:, -1] = torch.linalg.vector_norm(known[:, :-1], dim=1).square() / 2
-        self.parts = [as_pictures(part) for part in entries.split(size)]
+        self.parts = [as_images(part) for part in entries.split(size)]
         self.rows = codebook.new_full((self.num_rows, codebook.shape[1] + 1), -1)  # stays in the cache
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -71,23 +71,23 @@ class Search:
             return found[0][1]
         values, best_rows = map(torch.stack, zip(*found, strict=True))
         best = highest(values)[1]
-        return best * self.parts[0].shape[2] * NUM_PICTURES + best_rows.gather(0, best[None])[0]
+        return best * self.parts[0].shape[2] * NUM_IMAGES + best_rows.gather(0, best[None])[0]
 
 
-def as_pictures(part: Tensor) -> Tensor:
-    """Rows `(p k) d` as the pixels of pictures, `p d k 1`, channels last."""
-    return rearrange(part, "(p k) d -> p d k 1", p=NUM_PICTURES)
+def as_images(part: Tensor) -> Tensor:
+    """Rows `(p k) d` as the pixels of images, `p d k 1`, channels last."""
+    return rearrange(part, "(p k) d -> p d k 1", p=NUM_IMAGES)
 
 
-def products(pictures: Tensor, rows: Tensor) -> Tensor:
+def products(images: Tensor, rows: Tensor) -> Tensor:
     """Products of all pixels `p d k 1` and rows `n d` -> `(p k) n`.
 
     On a CPU by a convolution: oneDNN, which torch convolves with, is twice as fast on an AMD as what torch multiplies matrices with (190
     and 98 GFLOP/s a core), and gives the same bits for few rows as for many.
     """
-    if HAS_ONEDNN and pictures.device.type == "cpu" and len(rows):
-        return F.conv2d(pictures, rows[:, :, None, None]).movedim(1, 3).flatten(0, 2)
-    return rearrange(pictures, "p d k 1 -> (p k) d") @ rows.T
+    if HAS_ONEDNN and images.device.type == "cpu" and len(rows):
+        return F.conv2d(images, rows[:, :, None, None]).movedim(1, 3).flatten(0, 2)
+    return rearrange(images, "p d k 1 -> (p k) d") @ rows.T
 
 
 def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,6 @@ def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     if scores.device.type != "cpu" or not scores.numel():
         return scores.max(dim=0)
-    pictures = scores[None, :, None].movedim(3, 1)  # `1 n k 1`, channels last
-    values, rows = F.max_pool2d_with_indices(pictures, (len(scores), 1))
+    images = scores[None, :, None].movedim(3, 1)  # `1 n k 1`, channels last
+    values, rows = F.max_pool2d_with_indices(images, (len(scores), 1))
     return values.flatten(), rows.flatten()

@@ -1,7 +1,7 @@
 """Residual quantization: a sum of codebook vectors, each of which corrects what those before it leave.
 
 Fixed vectors for every level, as in multi-stage vector quantization (Juang & Gray 1982) and SoundStream (Zeghidour et al. 2021,
-section III.C); VQ-DRAW is what becomes of it when a network makes the vectors of each level out of the picture so far.
+section III.C); VQ-DRAW is what becomes of it when a network makes the vectors of each level out of the image so far.
 """
 
 from dataclasses import replace
@@ -12,46 +12,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import check_choice, check_number, check_range
-from .gradient_estimators import GRADIENTS, committed
+from .gradient_estimators import GRADIENTS, apply_commitment_loss
 from .nearest_neighbors import nearest_codes
 from .vector_layout import VectorView
 from .vector_quantizer import QuantizerOutput, VectorQuantizer
 
 
 class ResidualQuantizer(nn.Module):
-    """`num_levels` codebooks of `codebook_size` vectors of `code_dim`, whose nearest entries add up; codes are `... n`, coarse to fine.
+    """`num_quantizers` codebooks of `codebook_size` vectors of `code_dim`, whose nearest entries add up; codes are `... n`, coarse to fine.
 
     Args:
-        gradient, projected_dim, channel_axis: as of `VectorQuantizer`, for the sum.
+        gradient, codebook_dim, channel_axis: as of `VectorQuantizer`, for the sum.
         settings: further settings of each level's `VectorQuantizer`.
 
     Raises:
-        ValueError: as `VectorQuantizer`, and for fewer than one level, or `cosine`: unit vectors do not add up to smaller corrections.
+        ValueError: as `VectorQuantizer`, and for fewer than one level, or `use_cosine_sim`: unit vectors do not add up to smaller corrections.
     """
 
     def __init__(
         self,
         codebook_size: int,
         code_dim: int,
-        num_levels: int,
+        num_quantizers: int,
         *,
         gradient: str = "straight_through",
-        projected_dim: int = 0,
+        codebook_dim: int = 0,
         channel_axis: int = -1,
         **settings: Any,
     ):
         super().__init__()
-        check_number("ResidualQuantizer", "num_levels", num_levels, 1)
+        check_number("ResidualQuantizer", "num_quantizers", num_quantizers, 1)
         check_choice("gradient", gradient, GRADIENTS)
-        if settings.get("cosine"):
+        if settings.get("use_cosine_sim"):
             raise ValueError(
                 "a ResidualQuantizer cannot compare directions: set cosine to false, or use a VectorQuantizer"
             )
-        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=projected_dim or code_dim)
+        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=codebook_dim or code_dim)
         self.levels = nn.ModuleList(
-            VectorQuantizer(codebook_size, projected_dim or code_dim, **settings) for _ in range(num_levels)
+            VectorQuantizer(codebook_size, codebook_dim or code_dim, **settings) for _ in range(num_quantizers)
         )
-        self.codebook_size, self.num_levels, self.gradient = codebook_size, num_levels, gradient
+        self.codebook_size, self.num_quantizers, self.gradient = codebook_size, num_quantizers, gradient
 
     @property
     def skipped(self) -> Tensor:
@@ -84,10 +84,10 @@ class ResidualQuantizer(nn.Module):
                 total += chosen if known is None else chosen * known[..., number].reshape(-1, 1)
                 codes.append(level_codes)
                 losses.append(level_loss)
-            loss, weight = torch.stack(losses).mean(), self.quantizers()[0].commitment_weight / self.num_levels
-            quantized, loss = committed(self.gradient, vectors, total, loss, pull=pull, weight=weight)
+            loss, weight = torch.stack(losses).mean(), self.quantizers()[0]._scaled_commitment / self.num_quantizers
+            quantized, loss = apply_commitment_loss(self.gradient, vectors, total, loss, pull=pull, weight=weight)
             quantized = self.view.close(quantized, vectors)
-        stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_levels)
+        stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_quantizers)
         return QuantizerOutput(quantized, stacked, loss)
 
     def lookup(self, codes: Tensor, known: Tensor | None = None) -> Tensor:
@@ -99,8 +99,8 @@ class ResidualQuantizer(nn.Module):
         Raises:
             ValueError: for no level, or more than there are, and for codes of another type or range.
         """
-        if not 1 <= codes.shape[-1] <= self.num_levels:
-            raise ValueError(f"expected codes of 1 to {self.num_levels} levels, got {codes.shape[-1]}")
+        if not 1 <= codes.shape[-1] <= self.num_quantizers:
+            raise ValueError(f"expected codes of 1 to {self.num_quantizers} levels, got {codes.shape[-1]}")
         check_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             total = torch.zeros((), device=codes.device)
@@ -118,7 +118,7 @@ class ResidualQuantizer(nn.Module):
         return [level.entries().detach() for level in self.quantizers()]
 
     @torch.no_grad()
-    def start_from_data(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Put the codebooks on the vectors of `... d` (or `b d h w`), each on what those before it leave."""
         vectors = self.view.open(x)
         rest = vectors.flat[vectors.kept]

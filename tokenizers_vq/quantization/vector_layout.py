@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..validation import check_number, may_look_at
+from ..validation import can_read_without_sync, check_number
 
 
 @dataclass
@@ -71,7 +71,9 @@ class VectorView(nn.Module):
         if self.training:
             self.skipped += (~finite).sum()
         kept = finite if mask is None else finite & checked(mask, moved.shape[:-1]).flatten()
-        return Vectors(projected(self.project_in, zero_unless(finite, flat)).float(), kept, moved.shape[:-1], x.dtype)
+        return Vectors(
+            projected(self.project_in, zero_non_finite(finite, flat)).float(), kept, moved.shape[:-1], x.dtype
+        )
 
     def close(self, flat: Tensor, like: Vectors) -> Tensor:
         """Vectors `n d` -> a tensor in the layout and of the type that they came from."""
@@ -88,9 +90,9 @@ def projected(layer: nn.Module, vectors: Tensor) -> Tensor:
     return layer(vectors.to(layer.weight.dtype)) if isinstance(layer, nn.Linear) else vectors
 
 
-def zero_unless(finite: Tensor, flat: Tensor) -> Tensor:
+def zero_non_finite(finite: Tensor, flat: Tensor) -> Tensor:
     """Vectors `n d`, zero where `finite`, `n`, is false; as they are where it is not: a tenth off a training step on a CPU."""
-    return flat if may_look_at(finite) and finite.all() else torch.where(finite[:, None], flat, 0)
+    return flat if can_read_without_sync(finite) and finite.all() else torch.where(finite[:, None], flat, 0)
 
 
 def checked(mask: Tensor, grid: torch.Size) -> Tensor:

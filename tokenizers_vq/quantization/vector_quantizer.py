@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import best_of_ranks, each_summed_over_ranks, of_first_rank, own_part_of_noise
-from ..validation import check_choice, check_number, check_range, may_look_at
+from ..distributed import best_of_ranks, broadcast_from_rank0, each_summed_over_ranks, own_part_of_noise
+from ..validation import can_read_without_sync, check_choice, check_number, check_range
 from .code_usage import CodeUsage
-from .gradient_estimators import GRADIENTS, committed
-from .kmeans import KMEANS_STEPS, assigned_sums, best_by_error, kmeans
+from .gradient_estimators import GRADIENTS, apply_commitment_loss
+from .kmeans import KMEANS_STEPS, assigned_sums, gumbel_top_k, kmeans
 from .nearest_neighbors import nearest
 from .vector_layout import Vectors, VectorView
 
@@ -40,10 +40,10 @@ class VectorQuantizer(nn.Module):
     Args:
         commitment: weight (beta) of the term that keeps the encoder near its codes.
         decay: of the exponential average by which the codebook follows its vectors; with `ema=False` it is trained by its loss.
-        gradient: "straight_through", or "rotation" (Fifty et al. 2024).
+        gradient: "straight_through", or "rotation_trick" (Fifty et al. 2024).
         revive: put codes that are out of use where vectors are worst served.
         cosine: compare directions: vectors and codes are scaled to length 1 (Yu et al. 2022, section 3.2).
-        projected_dim: search among vectors of this length, with linear layers there and back; 0: as they are.
+        codebook_dim: search among vectors of this length, with linear layers there and back; 0: as they are.
         channel_axis: which axis of the input holds the `d` channels: -1 for `... d`, 1 for `b d h w`.
 
     Raises:
@@ -62,13 +62,13 @@ class VectorQuantizer(nn.Module):
         codebook_size: int,
         code_dim: int,
         *,
-        commitment: float = 0.25,
+        commitment_weight: float = 0.25,
         decay: float = 0.99,
-        ema: bool = True,
+        ema_update: bool = True,
         gradient: str = "straight_through",
-        revive: bool = True,
-        cosine: bool = False,
-        projected_dim: int = 0,
+        replace_dead_codes: bool = True,
+        use_cosine_sim: bool = False,
+        codebook_dim: int = 0,
         channel_axis: int = -1,
     ):
         super().__init__()
@@ -76,13 +76,13 @@ class VectorQuantizer(nn.Module):
         check_choice("gradient", gradient, GRADIENTS)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=projected_dim or code_dim)
+        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=codebook_dim or code_dim)
         self.usage = CodeUsage(codebook_size)
-        self.codebook_size, self.code_dim = codebook_size, projected_dim or code_dim
-        self.commitment, self.decay, self.ema = commitment, decay, ema
-        self.gradient, self.revive, self.cosine = gradient, revive, cosine
+        self.codebook_size, self.code_dim = codebook_size, codebook_dim or code_dim
+        self.commitment_weight, self.decay, self.ema_update = commitment_weight, decay, ema_update
+        self.gradient, self.replace_dead_codes, self.use_cosine_sim = gradient, replace_dead_codes, use_cosine_sim
         codebook = self.scaled(torch.randn(codebook_size, self.code_dim) / self.code_dim**0.5)
-        if ema:
+        if ema_update:
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
@@ -99,9 +99,9 @@ class VectorQuantizer(nn.Module):
         return self.view.skipped
 
     @property
-    def commitment_weight(self) -> float:
+    def _scaled_commitment(self) -> float:
         """Weight of the squared distance of a vector to its code, a sum over its numbers."""
-        return self.commitment / self.code_dim
+        return self.commitment_weight / self.code_dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """`... d` (or `b d h w`, as `channel_axis` says) -> the nearest codebook entries, and the loss that draws both together.
@@ -118,7 +118,9 @@ class VectorQuantizer(nn.Module):
             chosen = torch.empty_like(vectors.flat, requires_grad=False)
             pull = torch.empty_like(chosen) if vectors.flat.requires_grad else None
             codes, loss = self.assign(vectors, chosen, pull)
-            quantized, loss = committed(self.gradient, vectors, chosen, loss, pull=pull, weight=self.commitment_weight)
+            quantized, loss = apply_commitment_loss(
+                self.gradient, vectors, chosen, loss, pull=pull, weight=self._scaled_commitment
+            )
             quantized = self.view.close(quantized, vectors)
         return QuantizerOutput(quantized, codes.reshape(vectors.grid), loss)
 
@@ -131,7 +133,7 @@ class VectorQuantizer(nn.Module):
     def assign(self, vectors: Vectors, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes `n` of vectors, and the loss, a scalar; in training the codebook moves on.
 
-        The entries are written to `chosen` `n d`, what they leave to `rest` `n d`. Nothing has a gradient to the vectors: `committed` gives
+        The entries are written to `chosen` `n d`, what they leave to `rest` `n d`. Nothing has a gradient to the vectors: `apply_commitment_loss` gives
         them theirs.
         """
         flat = vectors.flat.detach()
@@ -139,8 +141,8 @@ class VectorQuantizer(nn.Module):
             self.start(flat[vectors.kept])
         entries = self.entries()
         codes, errors = nearest(flat, entries.detach().float(), chosen, rest)
-        loss = self.commitment_weight * vectors.mean(errors)
-        if not self.ema:
+        loss = self._scaled_commitment * vectors.mean(errors)
+        if not self.ema_update:
             learns = torch.is_grad_enabled()  # else `rest` may be the vectors by now
             squares = (flat - F.embedding(codes, entries)).square().sum(dim=1) if learns else errors
             loss = loss + vectors.mean(squares) / self.code_dim
@@ -158,7 +160,7 @@ class VectorQuantizer(nn.Module):
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Vectors `n d` of length 1 where directions are compared."""
-        return F.normalize(vectors, dim=1) if self.cosine else vectors
+        return F.normalize(vectors, dim=1) if self.use_cosine_sim else vectors
 
     def needs_start(self) -> bool:
         """Whether k-means is still to come; looks at the device once, and never in a compiled graph, which starts from what stands."""
@@ -167,7 +169,7 @@ class VectorQuantizer(nn.Module):
         self.stands = bool(self.started)
         return not self.stands
 
-    def start_from_data(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Put the codebook on the vectors of `... d` (or `b d h w`), as the first batches of training do."""
         vectors = self.view.open(x)
         self.start(self.scaled(vectors.flat[vectors.kept]))
@@ -181,11 +183,11 @@ class VectorQuantizer(nn.Module):
         if len(shown):
             centres = self.scaled(kmeans(shown, self.codebook_size, num_steps=KMEANS_STEPS if enough else 0))
         self.codebook.data.copy_(centres)
-        of_first_rank(self.codebook.data)
+        broadcast_from_rank0(self.codebook.data)
         # As if one batch had been shared evenly: nothing is out of use yet, and soon forgotten.
-        of_first_rank(self.counts.fill_(len(vectors) / self.codebook_size))
+        broadcast_from_rank0(self.counts.fill_(len(vectors) / self.codebook_size))
         self.sums.copy_(self.codebook * self.counts[:, None])
-        if of_first_rank(enough):
+        if broadcast_from_rank0(enough):
             self.started.fill_(True)
             self.first_vectors = shown[:0]
 
@@ -203,18 +205,18 @@ class VectorQuantizer(nn.Module):
         weight = weight.clamp_min(1 - self.decay)
         self.counts.lerp_(counts, weight)
         self.sums.lerp_(sums, weight)
-        if self.ema:
+        if self.ema_update:
             means = self.scaled(self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None])
             self.codebook.lerp_(means, (self.counts >= SMALLEST_COUNT).float()[:, None])  # all the way, or not at all
         # Without vectors there are no places to go to.
         dead = (self.counts < DEAD_SHARE * self.counts.mean()) & (counts.sum() > 0)
-        if self.revive and (not may_look_at(dead) or dead.any()):
+        if self.replace_dead_codes and (not can_read_without_sync(dead) or dead.any()):
             self._revive(dead, self._places(vectors, codes, kept, errors))
 
     def _places(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> Tensor:
         """Where codes out of use may go, `k d`: drawn among the worst served of the vectors `n d` of all processes."""
         noise = own_part_of_noise(errors)
-        worst, keys = best_by_error(torch.where(kept, errors, 0), noise, self.codebook_size)
+        worst, keys = gumbel_top_k(torch.where(kept, errors, 0), noise, self.codebook_size)
         # A vector that is left out is no place for a code.
         places = torch.where(kept[worst, None], vectors[worst], self.codebook[codes[worst]])
         missing = self.codebook_size - len(worst)

@@ -1,7 +1,7 @@
 """Beam search over the codes of a VQ-DRAW model: better codes for the same decoder.
 
 The greedy loop takes the best step at every stage. Here several of the best sequences so far go on, so a step that looks worse now and
-pays later is not lost: more of them where many are nearly as good, one where a picture leaves no doubt.
+pays later is not lost: more of them where many are nearly as good, one where an image leaves no doubt.
 """
 
 import math

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import of_first_rank, summed_over_ranks
-from ..quantization.kmeans import draw_by_error, kmeans
+from ..distributed import all_reduce_sum, broadcast_from_rank0
+from ..quantization.kmeans import kmeans, sample_proportional_to_error
 from ..quantization.nearest_neighbors import nearest_codes
 from .options import BiasedOptions, DenseOptions, Options, SharedOptions
 
 REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
-# How far from the best step there is towards its target a revived option goes: an option that makes one picture whole makes no other.
+# How far from the best step there is towards its target a revived option goes: an option that makes one image whole makes no other.
 # MNIST, the published refiner, squared error after 200 steps: 0.421 all the way, 0.381 half, 0.366 a quarter, 0.405 without revival.
 REVIVED_SHARE = 0.25
 DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
@@ -56,7 +56,7 @@ class StageOutput(NamedTuple):
 
 
 @dataclass
-class Drawing:
+class VQDrawOutput:
     """What all stages did: the last `state`, `codes` and `chosen` `b n`, `errors` `b n k`, `aux` `n`; see `StageOutput`."""
 
     state: Tensor
@@ -82,7 +82,7 @@ class VQDraw(nn.Module):
         epsilon: how often training takes a step at random instead of the best one, 0 to 1.
         checkpoint_stages: compute each stage again on the way back, so that memory holds one stage.
         num_biased_stages: the first so many stages add a learned bias to each option; the original has 1. With a bias at every stage the
-            model can start as a residual quantizer (`start_from_data`) and learn to do better.
+            model can start as a residual quantizer (`init_from_data`) and learn to do better.
         num_joint: examples that lie side by side in the batch and that the refiner looks at together, as the spans of one text.
         revive: put biased options that fall out of use back to work, every `REVIVE_EVERY` training batches.
     """
@@ -106,20 +106,20 @@ class VQDraw(nn.Module):
         checkpoint_stages: bool = False,
         num_biased_stages: int = 1,
         num_joint: int = 1,
-        revive: bool = True,
+        replace_dead_options: bool = True,
     ):
         super().__init__()
         self.refiner, self.error = refiner, error
         self.num_stages, self.codebook_size = num_stages, codebook_size
         self.aux_coeff, self.num_aux_options, self.final_coeff = aux_coeff, num_aux_options, final_coeff
         self.grad_decay, self.epsilon = grad_decay, epsilon
-        self.checkpoint_stages, self.num_joint, self.revive_options = checkpoint_stages, num_joint, revive
+        self.checkpoint_stages, self.num_joint, self.revive_options = checkpoint_stages, num_joint, replace_dead_options
         self.biases = nn.Parameter(torch.zeros(num_biased_stages, codebook_size, *state_shape))
         self.register_buffer("counts", torch.zeros(num_stages, codebook_size), persistent=False)
         self.register_buffer("num_batches", torch.tensor(0), persistent=False)
         self.batches_counted: int | None = None  # `num_batches` without a look at the device
 
-    def count_anew(self) -> None:
+    def reset_usage(self) -> None:
         """No option was chosen yet, in no batch."""
         self.counts.zero_()
         self.num_batches.zero_()
@@ -130,10 +130,10 @@ class VQDraw(nn.Module):
         """Whether this is a training step; to encode changes nothing, whatever the mode."""
         return self.training and torch.is_grad_enabled()
 
-    def forward(self, target: Tensor) -> Drawing:
+    def forward(self, target: Tensor) -> VQDrawOutput:
         """Draw `b ...`, each stage taking the best step."""
         if self.learning and self.revive_options:
-            self._revive_now_and_then(target)
+            self._maybe_replace_dead_options(target)
         state, outputs = self.first_state(len(target)), []
         for stage in range(self.num_stages):
             arguments = self.stage, state, target, stage
@@ -145,8 +145,8 @@ class VQDraw(nn.Module):
         if self.learning:
             best = errors.argmin(dim=2).T  # not those taken at random
             ones = torch.ones_like(best, dtype=self.counts.dtype)
-            self.counts += summed_over_ranks(torch.zeros_like(self.counts).scatter_add_(1, best, ones))
-        return Drawing(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))
+            self.counts += all_reduce_sum(torch.zeros_like(self.counts).scatter_add_(1, best, ones))
+        return VQDrawOutput(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))
 
     def stage(self, state: Tensor, target: Tensor, stage: int) -> StageOutput:
         """One stage from the state `b ...`."""
@@ -160,7 +160,7 @@ class VQDraw(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
                 errors = self.error(options, state, target)
             best = errors.argmin(dim=1)
-            codes = self._sometimes_random(best)
+            codes = self._epsilon_greedy(best)
             if sparse:
                 after, chosen, aux = self._sparse(options, codes, best, state, target)
             else:
@@ -178,7 +178,7 @@ class VQDraw(nn.Module):
         errors = self.error(DenseOptions(steps[:, len(taken) :]), state, target)
         return state + steps[:, 0], errors[:, 0], errors[:, 1:].mean()
 
-    def _sometimes_random(self, codes: Tensor) -> Tensor:
+    def _epsilon_greedy(self, codes: Tensor) -> Tensor:
         """Codes `b`, in training each another with probability `epsilon`."""
         if not (self.learning and self.epsilon):
             return codes
@@ -211,13 +211,13 @@ class VQDraw(nn.Module):
         """Codes `b n` (or their first few) -> the last state `b ...`."""
         return deque(self.states(codes), maxlen=1).pop()
 
-    def loss(self, drawing: Drawing) -> Tensor:
+    def loss(self, drawing: VQDrawOutput) -> Tensor:
         """Mean over stages of the chosen error + `aux_coeff` x the mean of all + `final_coeff` x the last chosen."""
         chosen = drawing.chosen
         return chosen.mean() + self.aux_coeff * drawing.aux.mean() + self.final_coeff * chosen[:, -1].mean()
 
     @torch.no_grad()
-    def start_from_data(self, targets: Tensor) -> None:
+    def init_from_data(self, targets: Tensor) -> None:
         """Make the biases, stage by stage, the k-means centres of what is still missing of the targets `b ...`.
 
         Where refiners start with steps of zero, each option is in use from the first step, and the whole is a residual quantizer.
@@ -229,8 +229,8 @@ class VQDraw(nn.Module):
             residual = residual - bias[nearest_codes(residual.flatten(1), centres)]
 
     @torch.compiler.disable()  # a number that grows would be compiled anew each time
-    def _revive_now_and_then(self, target: Tensor) -> None:
-        """Every `REVIVE_EVERY` batches, `revive` what those batches did not use."""
+    def _maybe_replace_dead_options(self, target: Tensor) -> None:
+        """Every `REVIVE_EVERY` batches, `replace_dead_options` what those batches did not use."""
         if self.batches_counted is None:
             self.batches_counted = int(self.num_batches)
         self.batches_counted += 1
@@ -240,28 +240,28 @@ class VQDraw(nn.Module):
         dead = self.counts < DEAD_SHARE * self.counts.mean(dim=1, keepdim=True)
         self.counts.zero_()
         if dead[: len(self.biases)].any():
-            self.revive(target, dead)
+            self.replace_dead_options(target, dead)
 
     @torch.no_grad()
-    def revive(self, target: Tensor, dead: Tensor) -> None:
+    def replace_dead_options(self, target: Tensor, dead: Tensor) -> None:
         """Move the bias of each dead option, `n k` booleans, so that its step brings one of the worst served targets `b ...` nearer."""
         state, wanted = self.first_state(len(target)), self.error.wanted(target)
         for stage, bias in enumerate(self.biases[: self.num_stages]):
             output = self.stage(state, target, stage)
             lost = dead[stage].nonzero().squeeze(1)
-            examples = draw_by_error(output.errors.amin(dim=1), len(lost))
+            examples = sample_proportional_to_error(output.errors.amin(dim=1), len(lost))
             if len(lost):
                 step = self.options(state, stage).select(examples).chosen(lost[:, None]).squeeze(1)
                 goal = output.state[examples].lerp(wanted[examples], REVIVED_SHARE)
                 bias[lost] += goal - state[examples] - step
             state = output.state
-        of_first_rank(self.biases.data)
+        broadcast_from_rank0(self.biases.data)
 
 
 def build_draw(
     config: Any, refiner: nn.Module, error: Error, *, state_shape: tuple[int, ...], num_joint: int = 1
 ) -> VQDraw:
-    """The stage loop of a config that has its settings, under `VQDraw`'s names: that of pictures, or of text."""
+    """The stage loop of a config that has its settings, under `VQDraw`'s names: that of images, or of text."""
     return VQDraw(
         refiner,
         error,
@@ -275,6 +275,6 @@ def build_draw(
         epsilon=config.epsilon,
         checkpoint_stages=config.checkpoint_stages,
         num_biased_stages=config.num_biased_stages or config.num_stages,
-        revive=config.revive,
+        replace_dead_options=config.replace_dead_options,
         num_joint=num_joint,
     )

@@ -1,6 +1,6 @@
-"""A student of a VQ-DRAW model: one look gives all codes, and all codes at once give the picture.
+"""A student of a VQ-DRAW model: one look gives all codes, and all codes at once give the image.
 
-A VQ-DRAW model asks its refiner at every stage. The student's encoder sees the picture once; what is left to do stage by stage is a small
+A VQ-DRAW model asks its refiner at every stage. The student's encoder sees the image once; what is left to do stage by stage is a small
 step for each code, which must know the codes before it, since they decide what the next one means.
 """
 
@@ -27,7 +27,7 @@ class VQDrawStudentConfig(DiscreteTokenizerConfig):
     Attributes:
         image_size, num_channels, num_stages, codebook_size, pixel_mean, pixel_std: those of the teacher.
         hidden_channels, num_residual_blocks: of the networks on the quarter grid.
-        vector_dim: length of the vector that stands for a picture.
+        vector_dim: length of the vector that stands for an image.
     """
 
     model_type = "tok2img_vqdraw_student"
@@ -74,7 +74,7 @@ class VQDrawStudent(DiscreteTokenizer):
             nn.Linear(grid, config.vector_dim),
         )
         self.predict = CodePredictor(config.num_stages, config.codebook_size, config.vector_dim)
-        self.spell = CodeSums(config.num_stages, config.codebook_size, config.vector_dim)
+        self.spell = SummedCodeEmbedding(config.num_stages, config.codebook_size, config.vector_dim)
         self.draw = nn.Sequential(
             nn.ReLU(),
             nn.Linear(config.vector_dim, config.vector_dim),
@@ -100,7 +100,7 @@ class VQDrawStudent(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """Code 5 of stage 0 has nothing to do with code 5 of stage 3."""
         return (1,) * self.num_codes
 
@@ -129,7 +129,7 @@ class VQDrawStudent(DiscreteTokenizer):
         return TokenizerOutput(F.mse_loss(drawn, target), self.normalize.inverse(drawn), codes, metrics)
 
 
-class CodeSums(nn.Module):
+class SummedCodeEmbedding(nn.Module):
     """Codes as vectors, one table a stage, added up."""
 
     def __init__(self, num_stages: int, codebook_size: int, dim: int):
@@ -146,11 +146,11 @@ class CodeSums(nn.Module):
 
 
 class CodePredictor(nn.Module):
-    """Distributions over codes, each given what the picture looks like and the codes before."""
+    """Distributions over codes, each given what the image looks like and the codes before."""
 
     def __init__(self, num_stages: int, codebook_size: int, dim: int):
         super().__init__()
-        self.said = CodeSums(num_stages, codebook_size, dim)
+        self.said = SummedCodeEmbedding(num_stages, codebook_size, dim)
         self.norm, self.mix = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.stages = nn.Parameter(torch.randn(num_stages, dim) * 0.02)
         self.head = nn.Parameter(torch.randn(num_stages, codebook_size, dim) * dim**-0.5)
@@ -174,9 +174,9 @@ class CodePredictor(nn.Module):
 
 
 class Distillation(ModelWithLoss):
-    """A student as the trainer sees it, with the teacher beside it: pictures in, loss out.
+    """A student as the trainer sees it, with the teacher beside it: images in, loss out.
 
-    The student learns from each batch of real pictures and as many pictures of random codes, of which there is no end: to name the
+    The student learns from each batch of real images and as many images of random codes, of which there is no end: to name the
     teacher's codes (cross entropy), and to draw what the teacher draws (squared error).
     """
 
@@ -205,12 +205,12 @@ class Distillation(ModelWithLoss):
         random_codes = torch.randint_like(codes, self.teacher.codebook_size)
         codes = torch.cat([codes, random_codes])
         drawn = self.teacher.decode(codes)
-        pictures = torch.cat([pixel_values, drawn[len(pixel_values) :]])
-        return TokenizerOutput(*self._losses(pictures, codes, drawn))
+        images = torch.cat([pixel_values, drawn[len(pixel_values) :]])
+        return TokenizerOutput(*self._losses(images, codes, drawn))
 
-    def _losses(self, pictures: Tensor, codes: Tensor, drawn: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
-        """Of naming the codes of pictures, and of drawing what the teacher has drawn of them."""
-        logits = self.student.predict(self.student.look(self.student.normalize(pictures)), codes)
+    def _losses(self, images: Tensor, codes: Tensor, drawn: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
+        """Of naming the codes of images, and of drawing what the teacher has drawn of them."""
+        logits = self.student.predict(self.student.look(self.student.normalize(images)), codes)
         naming = F.cross_entropy(rearrange(logits.float(), "b n k -> b k n"), codes)
         normalized = self.student.normalized(codes)
         drawing = F.mse_loss(normalized, self.student.normalize(drawn))
@@ -218,7 +218,7 @@ class Distillation(ModelWithLoss):
         return naming + drawing, self.student.normalize.inverse(normalized), codes, metrics
 
     def _compared(self, pixel_values: Tensor, codes: Tensor) -> TokenizerOutput:
-        """On held-out pictures: the losses, and squared errors of pixels in [0, 1] of the student, the teacher, and both in turn."""
+        """On held-out images: the losses, and squared errors of pixels in [0, 1] of the student, the teacher, and both in turn."""
         loss, _, _, metrics = self._losses(pixel_values, codes, self.teacher.decode(codes))
         own = self.student.encode(pixel_values)
         reconstruction = self.student.decode(own)

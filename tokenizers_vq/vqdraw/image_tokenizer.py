@@ -1,4 +1,4 @@
-"""VQ-DRAW for pictures: codes from coarse to fine."""
+"""VQ-DRAW for images: codes from coarse to fine."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,24 +14,24 @@ from ..loading import refuse_non_finite
 from ..validation import check_choice, check_image_size, check_stages
 from .beam_search import beam_search
 from .core import VQDraw, build_draw
-from .losses import BernoulliError, GaussianError, SquaredError
-from .original_checkpoints import our_names, published_settings, read_tensors
+from .losses import BCELoss, GaussianNLLLoss, MSELoss
+from .original_checkpoints import convert_state_dict, infer_config, read_tensors
 from .original_refiners import PRESETS, PublishedRefiner
 from .refiners import ConvRefiner, in_segments
 
 ERRORS = ("squared", "gaussian", "bernoulli")
 REFINERS = ("conv", *PRESETS)
 ENCODE_DTYPES = ("float32", "bfloat16")
-# Centres of few pictures are no centres of others: MNIST, 64 hidden channels, after 120 CPU seconds, an error of 0.132 on test digits where
+# Centres of few images are no centres of others: MNIST, 64 hidden channels, after 120 CPU seconds, an error of 0.132 on test digits where
 # 8,192 digits made the start (356 steps), 0.124 where 60,000 did (272 steps, for that takes its time).
-PICTURES_TO_START_FROM = 2**16
+IMAGES_TO_START_FROM = 2**16
 
 
 class VQDrawImageConfig(DiscreteTokenizerConfig):
-    """Settings of a `VQDrawForImages`; a picture takes `num_stages` codes of `codebook_size` options each.
+    """Settings of a `VQDrawForImages`; an image takes `num_stages` codes of `codebook_size` options each.
 
     Attributes:
-        image_size: height and width of the pictures, pixels; a multiple of 4.
+        image_size: height and width of the images, pixels; a multiple of 4.
         refiner: "conv" is ours; "mnist", "svhn", "cifar10" and "celeba" are those published with the paper, see `PublishedRefiner`.
         hidden_channels, feature_channels, num_residual_blocks: size of our refiner, see `ConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them. Fewer cost memory alone: MNIST, 64 hidden channels, after 300 steps
@@ -42,7 +42,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
         aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
         beam_size: of the search when a data set is tokenized, see `beam_search`.
         encode_dtype: "bfloat16" has the refiner compute in it when codes are searched, on hardware with instructions for it in about half
-            the time; errors of steps, and decoding, are always in float32. Other codes, and pictures as near.
+            the time; errors of steps, and decoding, are always in float32. Other codes, and images as near.
         pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
     """
 
@@ -66,7 +66,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
     grad_decay: float = 0.0
     epsilon: float = 0.0
     checkpoint_stages: bool = False
-    revive: bool = True
+    replace_dead_options: bool = True
     beam_size: int = 4
     encode_dtype: str = "float32"
     pixel_mean: float = 0.5
@@ -96,7 +96,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
 
 
 class VQDrawForImages(DiscreteTokenizer):
-    """Codes that sharpen a picture one by one; any prefix of them decodes."""
+    """Codes that sharpen an image one by one; any prefix of them decodes."""
 
     config_class = VQDrawImageConfig
     config: VQDrawImageConfig
@@ -113,7 +113,7 @@ class VQDrawForImages(DiscreteTokenizer):
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves; loading leaves what is not saved for us to set."""
         if isinstance(module, VQDraw):
-            module.count_anew()
+            module.reset_usage()
 
     @classmethod
     def from_vq_draw_checkpoint(cls, path: str | Path, **overrides: Any) -> Self:
@@ -129,11 +129,11 @@ class VQDrawForImages(DiscreteTokenizer):
         """
         tensors = read_tensors(path)
         try:
-            settings = published_settings(tensors)
+            settings = infer_config(tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings | overrides))
-        model.draw.load_state_dict(our_names(tensors))
+        model.draw.load_state_dict(convert_state_dict(tensors))
         refuse_non_finite(model, path)
         return model.eval()
 
@@ -148,23 +148,23 @@ class VQDrawForImages(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """Code 5 of stage 0 has nothing to do with code 5 of stage 3."""
         return (1,) * self.num_codes
 
     @property
-    def prefixes_decode(self) -> bool:
+    def supports_prefix_decoding(self) -> bool:
         """They do: codes go from coarse to fine."""
         return True
 
     @property
-    def rows_to_start_from(self) -> int:
+    def num_init_examples(self) -> int:
         """Enough for k-means at every stage."""
-        return PICTURES_TO_START_FROM
+        return IMAGES_TO_START_FROM
 
-    def start_from_data(self, pixel_values: Tensor) -> None:
-        """Start as a residual quantizer of `b c h w`; see `VQDraw.start_from_data`."""
-        self.draw.start_from_data(self.normalize(pixel_values, finite=True))
+    def init_from_data(self, pixel_values: Tensor) -> None:
+        """Start as a residual quantizer of `b c h w`; see `VQDraw.init_from_data`."""
+        self.draw.init_from_data(self.normalize(pixel_values, finite=True))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, *, beam_size: int = 1) -> Tensor:
@@ -172,27 +172,27 @@ class VQDrawForImages(DiscreteTokenizer):
 
         Args:
             beam_size: 1 takes the best step at every stage, as `forward` does; more costs so many times as much and finds codes that
-                decode to nearer pictures.
+                decode to nearer images.
         """
         target = self.normalize(pixel_values, finite=True)
         in_bfloat16 = self.config.encode_dtype == "bfloat16"
         with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=in_bfloat16):
             return beam_search(self.draw, target, beam_size)
 
-    def encode_for_training(self, pixel_values: Tensor) -> Tensor:
+    def encode_with_search(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, searched with the config's `beam_size`."""
         return self.encode(pixel_values, beam_size=self.config.beam_size)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `b n`, or the first few of each picture's, -> `b c h w` in [0, 1]."""
+        """Codes `b n`, or the first few of each image's, -> `b c h w` in [0, 1]."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
             return self._pixels(self.draw.decode(codes.long()))
 
     @torch.no_grad()
-    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
-        """The picture `b c h w` after each of the codes `b n`, one after another."""
+    def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
+        """The image `b c h w` after each of the codes `b n`, one after another."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
             for state in self.draw.states(codes.long()):
@@ -215,11 +215,11 @@ class VQDrawForImages(DiscreteTokenizer):
         return self.normalize.inverse(self.error.observed(state))
 
 
-def build_error(config: VQDrawImageConfig) -> SquaredError | GaussianError | BernoulliError:
+def build_error(config: VQDrawImageConfig) -> MSELoss | GaussianNLLLoss | BCELoss:
     """What the config's `error` names."""
     if config.error == "bernoulli":
-        return BernoulliError(config)
-    return GaussianError() if config.error == "gaussian" else SquaredError()
+        return BCELoss(config)
+    return GaussianNLLLoss() if config.error == "gaussian" else MSELoss()
 
 
 def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:

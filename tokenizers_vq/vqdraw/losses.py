@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from ..text_base import IGNORED
+from ..text_base import IGNORE_INDEX
 from .options import Options, SharedOptions
 
-SURE = 3.0  # logit of a pixel that is black or white: 0.95
-SURE_OF_SYMBOL = 8.0  # logit of the right one among some hundred
+CONFIDENT_LOGIT = 3.0  # logit of a pixel that is black or white: 0.95
+CONFIDENT_SYMBOL_LOGIT = 8.0  # logit of the right one among some hundred
 # Of one option, for which the search proposes together: on a CPU about what fits a cache with all options.
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_CPU = 2**20, 2**12
 # What float32, which holds exp(-87) to exp(88), sums exactly: states of this range of logits, sums of exponentials above this.
 WIDEST_STATE, SMALLEST_SUM = 80.0, math.exp(-60)
 
 
-class SquaredError:
-    """The state is the picture."""
+class MSELoss:
+    """The state is the image."""
 
     state_channels = 1
 
@@ -41,7 +41,7 @@ class SquaredError:
         return state
 
 
-class GaussianError:
+class GaussianNLLLoss:
     """The state holds a mean and the logarithm of a standard deviation for each pixel and channel: `b 2c h w`."""
 
     state_channels = 2
@@ -61,7 +61,7 @@ class GaussianError:
         return state.chunk(2, dim=1)[0]
 
 
-class BernoulliError:
+class BCELoss:
     """The state holds the logit of each pixel, which is black or white.
 
     Args:
@@ -86,15 +86,15 @@ class BernoulliError:
 
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that come near the target."""
-        return SURE * (2 * self.pixels(target) - 1)
+        return CONFIDENT_LOGIT * (2 * self.pixels(target) - 1)
 
     def observed(self, state: Tensor) -> Tensor:
         """Probabilities, normalised."""
         return (state.sigmoid() - self.config.pixel_mean) / self.config.pixel_std
 
 
-class CrossEntropyError:
-    """The state holds a logit for every symbol at each position, `b t v`; targets are symbols `b t`, or `IGNORED`."""
+class CrossEntropyLoss:
+    """The state holds a logit for every symbol at each position, `b t v`; targets are symbols `b t`, or `IGNORE_INDEX`."""
 
     def __init__(self, num_symbols: int):
         self.num_symbols = num_symbols
@@ -117,7 +117,7 @@ class CrossEntropyError:
     def wanted(self, target: Tensor) -> Tensor:
         """Logits that are sure of the target, and zero where it does not matter."""
         symbols = F.one_hot(target.clamp(min=0), self.num_symbols)
-        return SURE_OF_SYMBOL * symbols * (target != IGNORED)[..., None]
+        return CONFIDENT_SYMBOL_LOGIT * symbols * (target != IGNORE_INDEX)[..., None]
 
     def observed(self, state: Tensor) -> Tensor:
         """The likeliest symbols, `b t`."""
@@ -127,7 +127,7 @@ class CrossEntropyError:
 def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
     """Logits `b k t v` of what the symbols `b t` should be -> nats, a mean over positions, `b k`."""
     symbols = target[:, None].expand(logits.shape[:3])
-    errors = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), ignore_index=IGNORED, reduction="none")
+    errors = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return errors.view(symbols.shape).sum(dim=2) / target.shape[1]
 
 
@@ -167,4 +167,4 @@ def logits_of(logits: Tensor, target: Tensor) -> Tensor:
 
 def mean_over_live(errors: Tensor, target: Tensor) -> Tensor:
     """Errors `b k t` -> `b k`, zero counted for positions that do not matter."""
-    return (errors * (target != IGNORED)[:, None]).sum(dim=2) / target.shape[1]
+    return (errors * (target != IGNORE_INDEX)[:, None]).sum(dim=2) / target.shape[1]

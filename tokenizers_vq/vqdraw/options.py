@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from ..modules.fft_conv import convolve_in_tiles, in_tiles, split_for_tiles, worth_tiles
+from ..modules.fft_conv import convolve_in_tiles, in_tiles, split_for_tiles, use_fft
 
 
 class Options(Protocol):
@@ -224,7 +224,7 @@ class ConvolvedOptions:
     def squared_errors(self, residual: Tensor) -> Tensor:
         """`b c h w` -> `b k`, as |r|^2 - 2 r.d + |d|^2: no proposal is ever made."""
         r = residual.flatten(1)
-        products, norms = (self._by_tiles if worth_tiles(self.features, self.weight) else self._by_steps)(residual)
+        products, norms = (self._by_tiles if use_fft(self.features, self.weight) else self._by_steps)(residual)
         return (r.square().sum(1, keepdim=True) - 2 * products + norms) / r.shape[1]
 
     def _by_steps(self, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ class ConvolvedOptions:
         return products, torch.linalg.vector_norm(steps, dim=2).square()
 
     def _by_tiles(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, of convolutions that are never put together to pictures, some examples at a time."""
+        """The same, of convolutions that are never put together to images, some examples at a time."""
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
         compared = [
             self._compared(convolve_in_tiles(features, weight).add_(bias), in_tiles(some))

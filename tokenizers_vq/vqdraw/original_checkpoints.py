@@ -26,7 +26,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"cannot read tensors from {path}: {first_line(error)}") from error
 
 
-def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under the names that `VQDraw` has for its tensors; its two buffers stay out."""
     layers = [name.partition(".layers.")[2].split(".")[0] for name in tensors if ".layers." in name]
     head = f".layers.{max(map(int, filter(str.isdecimal, layers)), default=-1)}."
@@ -56,7 +56,7 @@ def segment_sizes(tensors: dict[str, Tensor]) -> tuple[int, int]:
     return max(1, len(segments)), len(gains[0]) if gains else 0
 
 
-def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The settings of `VQDrawImageConfig` for a published state dict, read off its tensors.
 
     Raises:
@@ -64,11 +64,11 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """
     bias, gaussian = biases_of(tensors), is_gaussian(tensors)
     num_refiners, length = segment_sizes(tensors)
-    ours = {name: tensor.shape for name, tensor in our_names(tensors).items() if name != "biases"}
+    ours = {name: tensor.shape for name, tensor in convert_state_dict(tensors).items() if name != "biases"}
     whole = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
     if whole and all(tensors[name].numel() == 1 for name in BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
-            shapes = shapes_of(name, len(bias), length, num_refiners, gaussian=gaussian)
+            shapes = expected_shapes(name, len(bias), length, num_refiners, gaussian=gaussian)
             if bias.shape[1] == state_channels(name, gaussian=gaussian) and ours == shapes:
                 return preset | {
                     "refiner": name,
@@ -87,7 +87,7 @@ def published_settings(tensors: dict[str, Tensor]) -> dict[str, Any]:
     )
 
 
-def shapes_of(
+def expected_shapes(
     name: str, codebook_size: int, num_stages: int, num_refiners: int, *, gaussian: bool
 ) -> dict[str, torch.Size]:
     """Shapes of the tensors of all refiners of an architecture, by their names in `VQDraw`."""

@@ -1,6 +1,6 @@
 """The refiners of the models that were published with VQ-DRAW (Nichol 2020), and their weights.
 
-Four stacks of convolutions: down to a quarter or an eighth of the picture, a few layers there, back up, and one convolution that makes
+Four stacks of convolutions: down to a quarter or an eighth of the image, a few layers there, back up, and one convolution that makes
 all options. Channels are scaled by gains that differ from stage to stage; a gain is mostly folded into the convolution before it.
 """
 
@@ -24,7 +24,7 @@ class Stack(nn.ModuleList):
         """`b c h w` -> `b c h w`."""
         for layer, following in pairwise([*self, nn.Identity()]):
             if isinstance(following, StageGain):
-                x = following.after_convolution(layer, x, stage)
+                x = following.scaled_conv(layer, x, stage)
             elif isinstance(layer, Stack):
                 x = layer(x, stage)
             elif not isinstance(layer, StageGain):
@@ -112,7 +112,7 @@ def celeba_layers(gain: Gain, num_channels: int) -> Layers:
 
 
 # Layers, width and features of the last convolution, its scale at the start, whether every stage has one of its own, and the settings
-# of the model that was trained: stages, stages of a segment, and pictures.
+# of the model that was trained: stages, stages of a segment, and images.
 MNIST = {"image_size": 28, "num_channels": 1, "num_stages": 10, "pixel_mean": 0.1307, "pixel_std": 0.3081}
 COLOUR = {"image_size": 32, "num_channels": 3, "pixel_mean": 0.5, "pixel_std": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ FIRST_SCALES = {"mnist": 0.1, "svhn": 0.1, "cifar10": 0.01, "celeba": 0.01}
 
 
 def state_channels(name: str, *, gaussian: bool) -> int:
-    """Channels of an architecture's states: those of its pictures, twice where each has a deviation."""
+    """Channels of an architecture's states: those of its images, twice where each has a deviation."""
     return PRESETS[name]["num_channels"] * (2 if gaussian else 1)
 
 
@@ -136,7 +136,7 @@ class PublishedRefiner(nn.Module):
     """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba".
 
     Args:
-        gaussian: a state holds means and logarithms of deviations, `GaussianError`'s `b 2c h w`; the layers see the deviations themselves.
+        gaussian: a state holds means and logarithms of deviations, `GaussianNLLLoss`'s `b 2c h w`; the layers see the deviations themselves.
     """
 
     def __init__(self, name: str, *, num_stages: int, codebook_size: int, gaussian: bool = False):

@@ -1,4 +1,4 @@
-"""Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for pictures, and for text."""
+"""Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for images, and for text."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,15 +28,15 @@ class StagedBlock(nn.Module):
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b c h w` -> `b c h w`."""
-        normed = self.scale_in.after_norm(self.norm, x, stage).relu_()
-        return x + self.merge(self.scale_hidden.after_convolution(self.spread, normed, stage).relu_())
+        normed = self.scale_in.scaled_norm(self.norm, x, stage).relu_()
+        return x + self.merge(self.scale_hidden.scaled_conv(self.spread, normed, stage).relu_())
 
 
 class ConvRefiner(nn.Module):
-    """Proposes steps for pictures: down to a quarter of the size, blocks there, back to half, and a linear head for each stage.
+    """Proposes steps for images: down to a quarter of the size, blocks there, back to half, and a linear head for each stage.
 
     Args:
-        num_channels: of the picture.
+        num_channels: of the image.
         hidden_channels: on the quarter grid.
         feature_channels: on the half grid, and into the head.
     """
@@ -68,12 +68,12 @@ class ConvRefiner(nn.Module):
 
     def forward(self, state: Tensor, stage: int) -> Options:
         """State `b c h w` -> the options of a stage."""
-        fine = self.half_scale.after_convolution(self.to_half, channels_last(state), stage).relu_()
+        fine = self.half_scale.scaled_conv(self.to_half, channels_last(state), stage).relu_()
         coarse = self.to_quarter(fine)
         for block in self.blocks:
             coarse = block(coarse, stage)
         features = self.refine(fine + channels_last(self.back(F.relu(coarse))), stage)
-        features = self.scale_out.after_norm(self.norm, features, stage).relu_()
+        features = self.scale_out.scaled_norm(self.norm, features, stage).relu_()
         features = F.pad(rearrange(features, "b f h w -> b h w f"), (0, 1), value=1.0)
         return LinearOptions(features, self.head[stage], PATCH)
 

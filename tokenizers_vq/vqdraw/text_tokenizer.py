@@ -8,10 +8,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..base import TokenizerOutput
-from ..text_base import IGNORED, TextSpanConfig, TextSpanTokenizer
+from ..text_base import IGNORE_INDEX, TextSpanConfig, TextSpanTokenizer
 from ..validation import check_counts, check_stages
 from .core import VQDraw, build_draw
-from .losses import CrossEntropyError
+from .losses import CrossEntropyLoss
 from .refiners import DilatedConvRefiner, in_segments
 
 TEXTS_TO_START_FROM, VALUES_TO_START_FROM = 2**14, 2**24
@@ -31,7 +31,7 @@ class VQDrawTextConfig(TextSpanConfig):
     """
 
     model_type = "tok2img_vqdraw_text"
-    may_be_zero = frozenset({"num_aux_options"})
+    zero_allowed = frozenset({"num_aux_options"})
 
     num_stages: int = 4
     codebook_size: int = 64
@@ -48,7 +48,7 @@ class VQDrawTextConfig(TextSpanConfig):
     grad_decay: float = 0.0
     epsilon: float = 0.0
     checkpoint_stages: bool = False
-    revive: bool = True
+    replace_dead_options: bool = True
 
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
@@ -72,7 +72,7 @@ class VQDrawForText(TextSpanTokenizer):
 
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
-        self.error = CrossEntropyError(self.num_symbols)
+        self.error = CrossEntropyLoss(self.num_symbols)
         refiner = build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans)
         shape = self.span_length, self.num_symbols
         self.draw = build_draw(config, refiner, self.error, state_shape=shape, num_joint=self.num_spans)
@@ -81,7 +81,7 @@ class VQDrawForText(TextSpanTokenizer):
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves; loading leaves what is not saved for us to set."""
         if isinstance(module, VQDraw):
-            module.count_anew()
+            module.reset_usage()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -89,12 +89,12 @@ class VQDrawForText(TextSpanTokenizer):
         return (self.draw.num_stages, self.num_spans)
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """Code 5 of one stage has nothing to do with code 5 of another."""
         return (1,) * self.num_codes
 
     @property
-    def prefixes_decode(self) -> bool:
+    def supports_prefix_decoding(self) -> bool:
         """They do: codes go from coarse to fine."""
         return True
 
@@ -102,7 +102,7 @@ class VQDrawForText(TextSpanTokenizer):
         """Symbols `b t` -> codes `b (n s)`."""
         return self._by_stage(self.draw(self.target(symbols)).codes)
 
-    def symbols_given(self, codes: Tensor, given: Tensor) -> Tensor:
+    def decode_with_mask(self, codes: Tensor, given: Tensor) -> Tensor:
         """Codes `b (n s)`, of which some are `given`, -> symbols `b t`."""
         *_, last = self._states(codes, given)
         return self._observed(last)
@@ -131,7 +131,7 @@ class VQDrawForText(TextSpanTokenizer):
         target = self.target(symbols)
         drawing = self.draw(target)
         observed = self.error.observed(drawing.state.detach())
-        live = (target != IGNORED).sum()
+        live = (target != IGNORE_INDEX).sum()
         metrics = {
             "byte_accuracy": (observed == target).sum() / live,
             "nats_per_byte": drawing.chosen[:, -1].detach().sum() * self.span_length / live,
@@ -144,15 +144,15 @@ class VQDrawForText(TextSpanTokenizer):
         return rearrange(codes, "(b s) n -> b (n s)", s=self.num_spans)
 
     @property
-    def rows_to_start_from(self) -> int:
+    def num_init_examples(self) -> int:
         """Enough for k-means at every stage."""
         return TEXTS_TO_START_FROM
 
-    def start_from_data(self, symbols: Tensor) -> None:
-        """Start as a residual quantizer of `b t`; see `VQDraw.start_from_data`."""
+    def init_from_data(self, symbols: Tensor) -> None:
+        """Start as a residual quantizer of `b t`; see `VQDraw.init_from_data`."""
         spans = self.target(symbols)
-        spans = spans[(spans != IGNORED).any(dim=1)]
-        self.draw.start_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
+        spans = spans[(spans != IGNORE_INDEX).any(dim=1)]
+        self.draw.init_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
 
 
 def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from ..base import DiscreteTokenizer, TokenizerOutput
 from ..images.normalization import PixelNormalization
 from ..losses.reconstruction import PIXEL_LOSSES, ReconstructionLoss
-from ..modules.batch_invariant import in_company, steadily
+from ..modules.batch_invariant import batch_invariant_conv1x1, batch_invariant_encode
 from ..modules.conv import ResidualBlock, channels_last, downsampling, group_norm, upsampling
-from ..modules.eval_mode import evaluating
-from ..quantization.code_usage import start_counting
+from ..modules.eval_mode import eval_mode
+from ..quantization.code_usage import reset_code_usage
 from ..quantization.configuration import Quantizer, build_quantizer
 from ..quantization.kmeans import VECTORS_SHOWN
 from ..quantization.residual_quantizer import ResidualQuantizer
-from ..validation import checked_before
+from ..validation import skip_validation
 from .configuration import VQVAEConfig
-from .latent_optimization import Coded, search
+from .latent_optimization import QuantizedImages, search
 
-SEARCHED_PIXELS, SEARCHED_PIXELS_ON_GPU = 2**15, 2**20  # those of pictures whose decoding is kept for the way back
+SEARCHED_PIXELS, SEARCHED_PIXELS_ON_GPU = 2**15, 2**20  # those of images whose decoding is kept for the way back
 
 
-class CoarserGrid(nn.Module):
+class TopGrid(nn.Module):
     """A grid half as fine, coded before the finer ones (Razavi et al. 2019, section 3.1)."""
 
     def __init__(self, config: VQVAEConfig):
@@ -53,7 +53,7 @@ class CoarserGrid(nn.Module):
 class VQVAE(DiscreteTokenizer):
     """Codes on grids: one a cell, or several that add up. `forward` gives an error of normalised pixels plus the codebooks' loss.
 
-    It codes pictures of every size that its stride divides; `num_codes` and `code_shape` are those of `config.image_size`.
+    It codes images of every size that its stride divides; `num_codes` and `code_shape` are those of `config.image_size`.
     """
 
     config_class = VQVAEConfig
@@ -74,22 +74,22 @@ class VQVAE(DiscreteTokenizer):
             group_norm(width),
             upsampling(widths[::-1], config.num_channels),
         )
-        self.coarser = nn.ModuleList(CoarserGrid(config) for _ in range(config.num_grids - 1))
+        self.coarser = nn.ModuleList(TopGrid(config) for _ in range(config.num_grids - 1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own initialisation of convolutions stands; loading leaves what is not saved for us to set."""
-        start_counting(module)
+        reset_code_usage(module)
 
     @property
-    def num_levels(self) -> int:
+    def num_quantizers(self) -> int:
         """Codes of a cell."""
         return self.config.codes_per_vector
 
     @property
     def code_shape(self) -> tuple[int, ...]:
         """Rows and columns of the grid, after the levels where a cell has several codes; codes of several grids are one row."""
-        groups = self.code_groups
+        groups = self.positions_per_codebook
         if self.config.num_grids > 1:
             return (sum(groups),)
         (grid,) = self.cells()
@@ -101,14 +101,14 @@ class VQVAE(DiscreteTokenizer):
         return self.config.codebook_size
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """All cells of a grid, and of a level of it, read from one codebook."""
-        return tuple(rows * columns for rows, columns in self.cells() for _ in range(self.num_levels))
+        return tuple(rows * columns for rows, columns in self.cells() for _ in range(self.num_quantizers))
 
     @property
-    def prefixes_decode(self) -> bool:
+    def supports_prefix_decoding(self) -> bool:
         """They do where all codes of a cell add up."""
-        return self.num_levels > 1 and self.config.num_grids == 1
+        return self.num_quantizers > 1 and self.config.num_grids == 1
 
     def cells(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """Rows and columns of each grid, coarse to fine; ValueError for a size that the stride does not divide."""
@@ -123,15 +123,15 @@ class VQVAE(DiscreteTokenizer):
         return [vectors for grid in self.grids() for vectors in grid.quantizer.codebooks()]
 
     @property
-    def rows_to_start_from(self) -> int:
+    def num_init_examples(self) -> int:
         """As many as have enough cells for k-means."""
         return max(1, VECTORS_SHOWN // math.prod(self.cells()[-1]))
 
     @torch.no_grad()
-    def start_from_data(self, pixel_values: Tensor) -> None:
-        """Put the codebooks on latents of the pictures `b c h w`; those of finer grids on what is left when coarser ones are coded."""
-        shown = pixel_values[: self.rows_to_start_from]
-        with evaluating(self):
+    def init_from_data(self, pixel_values: Tensor) -> None:
+        """Put the codebooks on latents of the images `b c h w`; those of finer grids on what is left when coarser ones are coded."""
+        shown = pixel_values[: self.num_init_examples]
+        with eval_mode(self):
             self._code(self._features(self.normalize(shown)), starting=True, reconstruct=False)
 
     @torch.no_grad()
@@ -143,23 +143,23 @@ class VQVAE(DiscreteTokenizer):
                 (`latent_search`), for the time of decoding forth and back.
 
         Raises:
-            ValueError: for pictures of another number of channels or of a size that the stride does not divide, for NaN, and for a number
+            ValueError: for images of another number of channels or of a size that the stride does not divide, for NaN, and for a number
                 of steps below 0.
         """
         target = self.normalize(pixel_values, finite=True)
         if search_steps < 0:
             raise ValueError(f"search_steps must be at least 0, got {search_steps}")
-        with torch.autocast(pixel_values.device.type, enabled=False), evaluating(self):
+        with torch.autocast(pixel_values.device.type, enabled=False), eval_mode(self):
             if search_steps and len(target):
                 encode = partial(self._search, num_steps=search_steps)
                 num_pixels = SEARCHED_PIXELS if target.device.type == "cpu" else SEARCHED_PIXELS_ON_GPU
                 at_once = max(1, num_pixels // (target.shape[2] * target.shape[3]))
-                return torch.cat([in_company(encode, some) for some in target.split(at_once)])
-            return in_company(
-                lambda some: in_sequence(self._code(self._features(some), reconstruct=False).codes), target
+                return torch.cat([batch_invariant_encode(encode, some) for some in target.split(at_once)])
+            return batch_invariant_encode(
+                lambda some: flatten_codes(self._code(self._features(some), reconstruct=False).codes), target
             )
 
-    def encode_for_training(self, pixel_values: Tensor) -> Tensor:
+    def encode_with_search(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, searched for by as many steps as the config's `search_steps`."""
         return self.encode(pixel_values, search_steps=self.config.search_steps)
 
@@ -168,16 +168,16 @@ class VQVAE(DiscreteTokenizer):
         """Codes `b n`, or the first of them where codes of a cell add up, -> `b c h w` in [0, 1].
 
         Args:
-            image_size: height and width of the pictures, where they are not those of the config.
+            image_size: height and width of the images, where they are not those of the config.
 
         Raises:
             ValueError: for codes of another number, type or range.
         """
         cells = self.cells(image_size)
-        lengths = [self.num_levels * rows * columns for rows, columns in cells]
-        self.check_codes(codes, prefix=self.prefixes_decode, num_codes=sum(lengths))
+        lengths = [self.num_quantizers * rows * columns for rows, columns in cells]
+        self.check_codes(codes, prefix=self.supports_prefix_decoding, num_codes=sum(lengths))
         context: Tensor | None = None
-        with torch.autocast(codes.device.type, enabled=False), checked_before():
+        with torch.autocast(codes.device.type, enabled=False), skip_validation():
             parts = codes.long().tensor_split(list(accumulate(lengths))[:-1], dim=1)
             for grid, some, (rows, columns) in zip(self.grids(), parts, cells, strict=True):
                 context = grid.decoder(
@@ -186,9 +186,9 @@ class VQVAE(DiscreteTokenizer):
             assert context is not None
             return self.normalize.inverse(context)
 
-    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
-        """The picture `b c h w` after each level of the codes `b n` that it can be shown after."""
-        step = self.code_groups[0] if self.prefixes_decode else self.num_codes
+    def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
+        """The image `b c h w` after each level of the codes `b n` that it can be shown after."""
+        step = self.positions_per_codebook[0] if self.supports_prefix_decoding else self.num_codes
         for last in range(step, codes.shape[1] + 1, step):
             yield self.decode(codes[:, :last])
 
@@ -196,11 +196,11 @@ class VQVAE(DiscreteTokenizer):
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
         target = self.normalize(pixel_values)
         coded = self._code(self._features(target))
-        measure = PIXEL_LOSSES[self.config.reconstruction] if reconstruction_loss is None else reconstruction_loss
+        measure = PIXEL_LOSSES[self.config.reconstruction_loss] if reconstruction_loss is None else reconstruction_loss
         return TokenizerOutput(
             loss=measure(coded.normalized, target) + coded.loss,
             reconstruction=self.normalize.inverse(coded.normalized),
-            codes=in_sequence(coded.codes),
+            codes=flatten_codes(coded.codes),
             metrics={"mse": self.normalize.squared_error(coded.normalized, target), **self._usage()},
         )
 
@@ -212,10 +212,10 @@ class VQVAE(DiscreteTokenizer):
         return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
 
     def _features(self, target: Tensor) -> list[Tensor]:
-        """Normalised pictures `b c h w` -> what the encoder sees in them at each grid, `b c h w`, coarse to fine."""
+        """Normalised images `b c h w` -> what the encoder sees in them at each grid, `b c h w`, coarse to fine."""
         features = [self.encoder(channels_last(target))]
         for coarser in self.coarser:
-            assert isinstance(coarser, CoarserGrid)
+            assert isinstance(coarser, TopGrid)
             features.append(coarser.down(features[-1]))
         return features[::-1]
 
@@ -226,8 +226,8 @@ class VQVAE(DiscreteTokenizer):
         *,
         starting: bool = False,
         reconstruct: bool = True,
-    ) -> Coded:
-        """What becomes of pictures with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid, and
+    ) -> QuantizedImages:
+        """What becomes of images with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid, and
         what codes leave of these is told then.
 
         What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
@@ -235,9 +235,9 @@ class VQVAE(DiscreteTokenizer):
         context: Tensor | None = None
         codes, losses, rests = [], [], []
         for grid, seen, offset in zip(self.grids(), features, offsets or [None] * len(features), strict=True):
-            latents = plus(steadily(grid.to_code, plus(seen, context)), offset)
+            latents = plus(batch_invariant_conv1x1(grid.to_code, plus(seen, context)), offset)
             if starting:
-                grid.quantizer.start_from_data(latents)
+                grid.quantizer.init_from_data(latents)
             quantized = grid.quantizer(latents)
             if reconstruct or grid is not self:
                 context = grid.decoder(plus(grid.from_code(quantized.quantized), context))
@@ -245,23 +245,23 @@ class VQVAE(DiscreteTokenizer):
             losses.append(quantized.loss)
             if offset is not None:
                 rests.append((latents - quantized.quantized).detach())
-        return Coded(features[-1] if context is None else context, codes, torch.stack(losses).sum(), rests)
+        return QuantizedImages(features[-1] if context is None else context, codes, torch.stack(losses).sum(), rests)
 
     def _search(self, target: Tensor, *, num_steps: int) -> Tensor:
-        """Codes `b n` of normalised pictures `b c h w`, the best of some steps."""
+        """Codes `b n` of normalised images `b c h w`, the best of some steps."""
         cells = self.cells((target.shape[2], target.shape[3]))
-        measure = PIXEL_LOSSES[self.config.reconstruction]
+        measure = PIXEL_LOSSES[self.config.reconstruction_loss]
         with torch.inference_mode(False):  # where what is copied may have gradients
             target = target.clone()
             offsets = [target.new_zeros(len(target), self.config.code_dim, *sides) for sides in cells]
             code = partial(self._code, self._features(target))
-            return in_sequence(search(code, target, offsets, measure=measure, num_steps=num_steps)[0])
+            return flatten_codes(search(code, target, offsets, measure=measure, num_steps=num_steps)[0])
 
     def _look_up(self, quantizer: Quantizer, codes: Tensor, rows: int, columns: int) -> Tensor:
         """Codes `b n` of a grid -> latents `b d h w`."""
         if not isinstance(quantizer, ResidualQuantizer):
             return quantizer.lookup(rearrange(codes, "b (h w) -> b h w", h=rows))
-        num_codes = self.num_levels * rows * columns
+        num_codes = self.num_quantizers * rows * columns
         known = torch.arange(num_codes, device=codes.device) < codes.shape[1]
         padded = F.pad(codes, (0, num_codes - codes.shape[1]))
         return quantizer.lookup(
@@ -275,7 +275,7 @@ def plus(x: Tensor, context: Tensor | None) -> Tensor:
     return x if context is None else x + context
 
 
-def in_sequence(codes: list[Tensor]) -> Tensor:
+def flatten_codes(codes: list[Tensor]) -> Tensor:
     """Codes of each grid, `b h w` or `b h w n`, -> `b n`, grid by grid and level by level."""
     return torch.cat(
         [each.flatten(1) if each.ndim == 3 else rearrange(each, "b h w n -> b (n h w)") for each in codes], dim=1

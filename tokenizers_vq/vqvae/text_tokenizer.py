@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..base import TokenizerOutput
 from ..modules.dilated_conv import DilatedBlock
-from ..modules.eval_mode import evaluating
-from ..quantization.code_usage import start_counting
+from ..modules.eval_mode import eval_mode
+from ..quantization.code_usage import reset_code_usage
 from ..quantization.configuration import QuantizerConfig, build_quantizer
 from ..quantization.kmeans import VECTORS_SHOWN
 from ..quantization.residual_quantizer import ResidualQuantizer
-from ..text_base import IGNORED, TextSpanConfig, TextSpanTokenizer
-from ..validation import check_counts, checked_before
+from ..text_base import IGNORE_INDEX, TextSpanConfig, TextSpanTokenizer
+from ..validation import check_counts, skip_validation
 
 
 class VQVAETextConfig(TextSpanConfig, QuantizerConfig):
@@ -25,7 +25,7 @@ class VQVAETextConfig(TextSpanConfig, QuantizerConfig):
     Attributes:
         max_length, span_length, span_unit, alphabet: see `TextSpanConfig`.
         hidden_channels, dilations: of the blocks of the encoder, and of those of the decoder.
-        num_levels: codes of a span, where the quantizer is residual.
+        num_quantizers: codes of a span, where the quantizer is residual.
     """
 
     model_type = "tok2img_vqvae_text"
@@ -79,7 +79,7 @@ class VQVAEForText(TextSpanTokenizer):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves; loading leaves what is not saved for us to set."""
-        start_counting(module)
+        reset_code_usage(module)
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -87,12 +87,12 @@ class VQVAEForText(TextSpanTokenizer):
         return (self.config.codes_per_vector, self.num_spans)
 
     @property
-    def code_groups(self) -> tuple[int, ...]:
+    def positions_per_codebook(self) -> tuple[int, ...]:
         """All spans read from one codebook at each level."""
         return (self.num_spans,) * self.config.codes_per_vector
 
     @property
-    def prefixes_decode(self) -> bool:
+    def supports_prefix_decoding(self) -> bool:
         """They do where all codes of a span add up."""
         return self.config.codes_per_vector > 1
 
@@ -102,11 +102,11 @@ class VQVAEForText(TextSpanTokenizer):
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> codes `b (n s)`."""
-        with evaluating(self):
+        with eval_mode(self):
             codes = self.quantizer(self._latents(symbols)).codes
-        return self._in_sequence(codes, self.live_spans(symbols))
+        return self._in_sequence(codes, self.valid_spans(symbols))
 
-    def symbols_given(self, codes: Tensor, given: Tensor) -> Tensor:
+    def decode_with_mask(self, codes: Tensor, given: Tensor) -> Tensor:
         """Codes `b (n s)`, of which some are `given`, -> symbols `b t`."""
         by_span, known = (rearrange(each, "b (n s) -> b s n", s=self.num_spans) for each in (codes, given))
         with torch.autocast(codes.device.type, enabled=False):
@@ -115,33 +115,33 @@ class VQVAEForText(TextSpanTokenizer):
     def forward(self, symbols: Tensor) -> TokenizerOutput:
         """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
         latents = self._latents(symbols)
-        live = self.live_spans(symbols)
+        live = self.valid_spans(symbols)
         if isinstance(self.quantizer, ResidualQuantizer):
             coded = self.quantizer(latents, live, self._known(len(live)))
         else:
             coded = self.quantizer(latents, live)
         logits = self._logits(torch.where(live[..., None], coded.quantized, self._after_the_end()))
-        target = symbols.where(self.live(symbols), IGNORED)
-        error = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED)
+        target = symbols.where(self.live(symbols), IGNORE_INDEX)
+        error = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE_INDEX)
         reconstruction = logits.detach().argmax(dim=2)
         metrics = {
-            "byte_accuracy": (reconstruction == target).sum() / (target != IGNORED).sum(),
+            "byte_accuracy": (reconstruction == target).sum() / (target != IGNORE_INDEX).sum(),
             "nats_per_byte": error.detach(),
             **(self.quantizer.metrics() if self.training else {}),
         }
         return TokenizerOutput(error + coded.loss, reconstruction, self._in_sequence(coded.codes, live), metrics)
 
     @property
-    def rows_to_start_from(self) -> int:
+    def num_init_examples(self) -> int:
         """As many as have enough spans for k-means."""
         return max(1, VECTORS_SHOWN // self.num_spans)
 
     @torch.no_grad()
-    def start_from_data(self, symbols: Tensor) -> None:
+    def init_from_data(self, symbols: Tensor) -> None:
         """Put the codebooks on the latents of `b t`."""
-        with evaluating(self):
-            shown = symbols[: self.rows_to_start_from]
-            self.quantizer.start_from_data(self._latents(shown)[self.live_spans(shown)])
+        with eval_mode(self):
+            shown = symbols[: self.num_init_examples]
+            self.quantizer.init_from_data(self._latents(shown)[self.valid_spans(shown)])
 
     def _latents(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> a vector for each span, `b s d`."""
@@ -155,7 +155,7 @@ class VQVAEForText(TextSpanTokenizer):
 
     def _look_up(self, codes: Tensor, known: Tensor) -> Tensor:
         """Codes `b s n` in range, of which some are `known`, -> vectors `b s d`."""
-        with checked_before():
+        with skip_validation():
             if isinstance(self.quantizer, ResidualQuantizer):
                 return self.quantizer.lookup(codes, known)
             return self.quantizer.lookup(codes.squeeze(2)) * known

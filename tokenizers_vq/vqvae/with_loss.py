@@ -11,11 +11,11 @@ from .image_tokenizer import VQVAE
 
 
 class TokenizerWithLoss(ModelWithLoss):
-    """A VQ-VAE that learns from another reconstruction loss than its config's: pictures in, loss out.
+    """A VQ-VAE that learns from another reconstruction loss than its config's: images in, loss out.
 
     Args:
         tokenizer: the model that learns.
-        reconstruction_loss: of normalised pictures; one that learns itself, such as `AdversarialLoss`, does so with the same optimizer.
+        reconstruction_loss: of normalised images; one that learns itself, such as `AdversarialLoss`, does so with the same optimizer.
     """
 
     kept = "tokenizer"

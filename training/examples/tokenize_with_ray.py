@@ -1,10 +1,10 @@
-"""Tokens by Ray Data, on whatever machines a Ray cluster has: captioned pictures in, Parquet of tokens out.
+"""Tokens by Ray Data, on whatever machines a Ray cluster has: captioned images in, Parquet of tokens out.
 
     pip install "tok2img[ray]"
     python training/examples/tokenize_with_ray.py DATA.parquet MODEL OUT [WORKERS]
 
 MODEL is a trained folder, or one of tokens: its tokenizers are taken. Codes are those of `tok2img tokenize`; Ray streams the rows through,
-so that neither pictures nor tokens have to fit into memory.
+so that neither images nor tokens have to fit into memory.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The whole job through the Python API: a data set of your own to pictures of your captions.
+"""The whole job through the Python API: a data set of your own to images of your captions.
 
     python training/examples/train_from_python.py DATA OUT [STEPS]
 
@@ -15,12 +15,12 @@ from tok2img.data.loading import held_out_split, load_captioned_images
 from tok2img.recipes.build_processor import build_processor
 from tok2img.recipes.build_tokenizer import build_tokenizer
 from tok2img.recipes.config import TokenizerRecipe
-from tok2img.trainer.datasets import PictureRows
+from tok2img.trainer.datasets import ImageDataset
 
 
 def main(data: str, out: Path, num_steps: int) -> None:
-    """Train a VQ-VAE and a prior on captioned pictures, and draw the first caption four times."""
-    rows, held_out = held_out_split(load_captioned_images(data), share=0.05, max_rows=500, seed=0)
+    """Train a VQ-VAE and a prior on captioned images, and draw the first caption four times."""
+    rows, held_out = held_out_split(load_captioned_images(data), share=0.05, max_samples=500, seed=0)
     image_tokenizer = build_tokenizer(TokenizerRecipe(tokenizer="vqvae"), rows)
     settings = {
         "max_steps": num_steps,
@@ -31,8 +31,8 @@ def main(data: str, out: Path, num_steps: int) -> None:
     tok2img.Trainer(
         image_tokenizer,
         TrainingArguments(str(out / "tokenizer"), learning_rate=3e-3, **settings),
-        train_dataset=PictureRows(rows, image_tokenizer),
-        eval_dataset=PictureRows(held_out, image_tokenizer),
+        train_dataset=ImageDataset(rows, image_tokenizer),
+        eval_dataset=ImageDataset(held_out, image_tokenizer),
     ).train()
 
     processor = build_processor(rows["caption"][:], image_tokenizer.eval())
@@ -46,7 +46,7 @@ def main(data: str, out: Path, num_steps: int) -> None:
 
     pipeline = tok2img.TextToImagePipeline(prior, processor)
     pipeline.save_pretrained(out / "model")
-    pipeline(rows[0]["caption"], num_images_per_prompt=4, guidance_scale=3, seed=0).images[0].save(out / "picture.png")
+    pipeline(rows[0]["caption"], num_images_per_prompt=4, guidance_scale=3, seed=0).images[0].save(out / "image.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python training/experiments/ablate_latent_optimization.py DATA ROWS MODEL
 
 Prints, for the first ROWS of the test split of DATA and searches of 0 (the encoder's own codes) to 20 steps: the mean squared error of
-pictures in pixels of [0, 1] and as a share of that without a search, the share of codes that are others, and CPU milliseconds a picture of
+images in pixels of [0, 1] and as a share of that without a search, the share of codes that are others, and CPU milliseconds an image of
 one thread.
 """
 
@@ -25,7 +25,7 @@ BATCH_SIZE = 250
 
 @dataclass
 class Searched:
-    """Codes `b n` of pictures, the squared error of each picture, `b`, and CPU seconds for all of them."""
+    """Codes `b n` of images, the squared error of each image, `b`, and CPU seconds for all of them."""
 
     codes: Tensor
     errors: Tensor
@@ -34,7 +34,7 @@ class Searched:
 
 @torch.no_grad()
 def measure(model: VQVAE, pixel_values: Tensor, search_steps: int) -> Searched:
-    """What so many steps find for pictures `b c h w`."""
+    """What so many steps find for images `b c h w`."""
     codes, errors, seconds = [], [], 0.0
     for batch in pixel_values.split(BATCH_SIZE):
         started = time.process_time()
@@ -49,7 +49,7 @@ def main(data: str, num_rows: int, path: str) -> None:
     model = load_image_tokenizer(path)
     if not isinstance(model, VQVAE):
         raise SystemExit(f"{path} holds a {type(model).__name__}, not a VQVAE")
-    rows = load_captioned_images(data, split="test", with_captions=False, max_rows=num_rows)
+    rows = load_captioned_images(data, split="test", with_captions=False, max_samples=num_rows)
     pixel_values = load_pixels(rows["image"][:], model)
     plain = measure(model, pixel_values, 0)
     for search_steps in SEARCH_STEPS:

@@ -2,7 +2,7 @@
 
     python training/experiments/ablate_position_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with `PlaceEmbeddings`, with ids of their own
+TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with `AxialPositionEmbeddings`, with ids of their own
 for every code, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out loss of
 a code, in nats, halfway and at the end, and the seconds of a step.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
-from tok2img.prior.position_embeddings import places_for
+from tok2img.prior.position_embeddings import build_position_embeddings
 from tok2img.tokenization.layout import SequenceLayout
 from tok2img.tokenization.token_dataset import load_tokens
 
@@ -27,7 +27,7 @@ BATCH_SIZE, DEPTH, LEARNING_RATE, NUM_HELD_OUT = 64, 3, 1e-3, 1000
 KINDS: dict[str, dict[str, Any]] = {
     "without places": {},
     "with places": {"with_places": True},
-    "own ids": {"with_own_ids": True},
+    "own ids": {"with_position_specific_ids": True},
     "GPT-2": {"architecture": "gpt2"},
 }
 
@@ -40,12 +40,12 @@ def train(
     seed: int,
     architecture: str = "qwen3",
     with_places: bool = False,
-    with_own_ids: bool = False,
+    with_position_specific_ids: bool = False,
 ) -> Iterator[float]:
     """Train one prior; its held-out losses, and at the end the CPU seconds of a step."""
-    layout = layout.with_own_ids() if with_own_ids else layout
+    layout = layout.with_position_specific_ids() if with_position_specific_ids else layout
     prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
-    places = places_for(prior, layout) if with_places else None
+    places = build_position_embeddings(prior, layout) if with_places else None
     model = PriorWithLoss(prior, layout, caption_dropout=0.1, places=places)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     generator, rows = torch.Generator().manual_seed(seed), tokens[:]

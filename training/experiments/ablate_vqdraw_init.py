@@ -26,12 +26,16 @@ STARTS = {
 }
 
 
-def train(pixels: Tensor, test: Tensor, *, from_data: bool, revive: bool, num_steps: int) -> VQDrawForImages:
+def train(
+    pixels: Tensor, test: Tensor, *, from_data: bool, replace_dead_options: bool, num_steps: int
+) -> VQDrawForImages:
     """Train one model, and measure it twice."""
     torch.manual_seed(0)
-    model = VQDrawForImages(VQDrawImageConfig.preset("mnist", revive=revive, num_aux_options=4)).train()
+    model = VQDrawForImages(
+        VQDrawImageConfig.preset("mnist", replace_dead_options=replace_dead_options, num_aux_options=4)
+    ).train()
     if from_data:
-        model.start_from_data(pixels[:4000])
+        model.init_from_data(pixels[:4000])
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
     for step in range(1, num_steps + 1):
@@ -59,14 +63,14 @@ def figures(model: VQDrawForImages, test: Tensor) -> str:
 
 
 def main(data: str, num_steps: int) -> None:
-    """Every start on the same pictures."""
+    """Every start on the same images."""
     reader = VQDrawForImages(VQDrawImageConfig.preset("mnist"))
-    rows = load_captioned_images(data, split="train", with_captions=False, max_rows=20_000)
-    test = load_captioned_images(data, split="test", with_captions=False, max_rows=1000)
+    rows = load_captioned_images(data, split="train", with_captions=False, max_samples=20_000)
+    test = load_captioned_images(data, split="test", with_captions=False, max_samples=1000)
     pixels, held_out = (load_pixels(each["image"][:], reader) for each in (rows, test))
-    for name, (from_data, revive) in STARTS.items():
+    for name, (from_data, replace_dead_options) in STARTS.items():
         print(name)
-        train(pixels, held_out, from_data=from_data, revive=revive, num_steps=num_steps)
+        train(pixels, held_out, from_data=from_data, replace_dead_options=replace_dead_options, num_steps=num_steps)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tok2img.data.loading import load_captioned_images
 from tokenizers_vq import VectorQuantizer
 from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.quantization.code_usage import perplexity
-from tokenizers_vq.vqvae.latent_optimization import Coded, search
+from tokenizers_vq.vqvae.latent_optimization import QuantizedImages, search
 
 IMAGE_SIZE, CODEBOOK_SIZE, CODE_DIM = 32, 512, 64
 COMMITMENT, DECAY = 0.25, 0.99
@@ -82,7 +82,9 @@ class OurQuantizer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quantizer = VectorQuantizer(CODEBOOK_SIZE, CODE_DIM, commitment=COMMITMENT, decay=DECAY, channel_axis=1)
+        self.quantizer = VectorQuantizer(
+            CODEBOOK_SIZE, CODE_DIM, commitment_weight=COMMITMENT, decay=DECAY, channel_axis=1
+        )
 
     def forward(self, x: Tensor) -> Quantized:
         """`b d h w` -> what `Quantized` says."""
@@ -140,7 +142,7 @@ class PeerQuantizer(nn.Module):
 
 @dataclass
 class Figures:
-    """Squared error over the variance of the pictures, that of codes searched for, codes that the test set uses, their perplexity, CPU
+    """Squared error over the variance of the images, that of codes searched for, codes that the test set uses, their perplexity, CPU
     seconds of training."""
 
     error: float
@@ -211,10 +213,10 @@ def searched_error(
 ) -> float:
     """Squared error over the variance of pixels `n c h w` with the best codes that are found for them."""
 
-    def code(latents: Tensor, offsets: list[Tensor]) -> Coded:
+    def code(latents: Tensor, offsets: list[Tensor]) -> QuantizedImages:
         moved = latents + offsets[0]
         quantized, codes, loss = quantizer(moved)
-        return Coded(decoder(quantized), [codes], loss, [(moved - quantized).detach()])
+        return QuantizedImages(decoder(quantized), [codes], loss, [(moved - quantized).detach()])
 
     def measure(reconstruction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(reconstruction, target) / variance
@@ -228,19 +230,19 @@ def searched_error(
     return torch.cat(least).mean().item()
 
 
-def load(data: str, split: str, max_rows: int | None = None) -> Tensor:
-    """Pictures of a split, `n c h w` in [-0.5, 0.5]."""
-    rows = load_captioned_images(data, split=split, with_captions=False, max_rows=max_rows)
+def load(data: str, split: str, max_samples: int | None = None) -> Tensor:
+    """Images of a split, `n c h w` in [-0.5, 0.5]."""
+    rows = load_captioned_images(data, split=split, with_captions=False, max_samples=max_samples)
     return pixels_from_images(load_images(rows["image"][:]), image_size=IMAGE_SIZE, num_channels=3) - 0.5
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Pictures with splits train and test, as `tok2img` reads them.")],
+    data: Annotated[str, typer.Argument(help="Images with splits train and test, as `tok2img` reads them.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from seed 0.")] = 3,
     search_steps: Annotated[int, typer.Option(min=0, help="Of the search for better codes.")] = 10,
     names: Annotated[list[str] | None, typer.Option("--only", help="A quantizer to train; all if left out.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="At most so many pictures of a split.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="At most so many images of a split.")] = None,
     peer: Annotated[
         list[Path] | None, typer.Option(exists=True, file_okay=False, help="Checkout of another project, to import.")
     ] = None,
@@ -251,7 +253,7 @@ def main(
     for name in names or []:
         if name not in builds:
             raise typer.BadParameter(f"no quantizer {name!r}; there are {', '.join(builds)}")
-    pixels, test = load(data, "train", max_rows), load(data, "test", max_rows)
+    pixels, test = load(data, "train", max_samples), load(data, "test", max_samples)
     runs: dict[str, list[Figures]] = {name: [] for name in names or builds}
     print(f"{'':32} {'error':>8} {'searched':>8} {'in use':>8} {'perplexity':>12} {'CPU s':>10}   ({steps} steps)")
     for seed in range(seeds):

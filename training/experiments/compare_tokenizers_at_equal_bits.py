@@ -1,11 +1,11 @@
-"""Image tokenizers of the same bits a picture and the same training time side by side: how near their pictures come.
+"""Image tokenizers of the same bits an image and the same training time side by side: how near their images come.
 
     python training/experiments/compare_tokenizers_at_equal_bits.py DATA SECONDS [BITS]
 
 One grid of codes, a residual quantizer, two grids (VQ-VAE-2), no codebook (FSQ) and VQ-DRAW, of 120 bits (unless told) or 240; each trains
-for so many CPU seconds with Muon on pictures of 32 pixels, in bfloat16 where the processor has instructions for it. Prints bits, squared
+for so many CPU seconds with Muon on images of 32 pixels, in bfloat16 where the processor has instructions for it. Prints bits, squared
 error in pixels of [0, 1], the same with codes that are searched for (ten steps of a VQ-VAE, a beam of 4 of VQ-DRAW), and the share of codes
-in use on unseen pictures.
+in use on unseen images.
 """
 
 import sys
@@ -20,8 +20,8 @@ from torch import Tensor
 from tok2img.data.images import load_pixels
 from tok2img.data.loading import load_captioned_images
 from tok2img.evaluation.metrics import evaluate_tokenizer
-from tok2img.evaluation.reports import open_unseen
-from tok2img.trainer.muon import Muon, hidden_matrices
+from tok2img.evaluation.reports import load_eval_split
+from tok2img.trainer.muon import Muon, muon_parameters
 from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
 
 IMAGE_SIZE, BATCH_SIZE = 32, 32
@@ -33,14 +33,14 @@ SHARED: dict[str, Any] = {
     "num_downsamples": 3,
     "search_steps": 10,
 }
-# By bits a picture, or a little less.
+# By bits an image, or a little less.
 VQVAES: dict[int, dict[str, dict[str, Any]]] = {
     120: {
         "one grid, 16 codes of 181": {"codebook_size": 181},
         "residual, 5 x 4 codes of 64": {
             "num_downsamples": 4,
             "quantizer": "residual",
-            "num_levels": 5,
+            "num_quantizers": 5,
             "codebook_size": 64,
         },
         "two grids, 4 + 16 codes of 64": {"num_grids": 2, "codebook_size": 64},
@@ -49,7 +49,7 @@ VQVAES: dict[int, dict[str, dict[str, Any]]] = {
     240: {
         "one grid, 16 codes of 32768": {"codebook_size": 32768},
         "one finer grid, 64 codes of 13": {"num_downsamples": 2, "codebook_size": 13},
-        "residual, 2 x 16 codes of 181": {"quantizer": "residual", "num_levels": 2, "codebook_size": 181},
+        "residual, 2 x 16 codes of 181": {"quantizer": "residual", "num_quantizers": 2, "codebook_size": 181},
         "two grids, 16 + 64 codes of 8": {"num_downsamples": 2, "num_grids": 2, "codebook_size": 8},
         "FSQ, 16 codes of 32768": {"quantizer": "fsq", "fsq_levels": [8, 8, 8, 8, 8]},
     },
@@ -70,16 +70,16 @@ def builders(bits: int) -> dict[str, Callable[[], DiscreteTokenizer]]:
 
 
 def searched_error(model: DiscreteTokenizer, pixel_values: Tensor) -> float:
-    """Mean squared error of pictures `b c h w` with the codes that a data set would be tokenized to."""
-    errors = [model.decode(model.encode_for_training(some)) - some for some in pixel_values.split(100)]
+    """Mean squared error of images `b c h w` with the codes that a data set would be tokenized to."""
+    errors = [model.decode(model.encode_with_search(some)) - some for some in pixel_values.split(100)]
     return torch.cat(errors).square().mean().item()
 
 
-def main(data: str, seconds: float, bits: int = 120, *, max_rows: int = 1000) -> dict[str, dict[str, Any]]:
+def main(data: str, seconds: float, bits: int = 120, *, max_samples: int = 1000) -> dict[str, dict[str, Any]]:
     """Train all, one after the other, and print a line each."""
     reader = VQVAE(VQVAEConfig(**SHARED))
     rows = load_captioned_images(data, split="train", with_captions=False)
-    unseen = open_unseen(data, with_captions=False, max_rows=max_rows)
+    unseen = load_eval_split(data, with_captions=False, max_samples=max_samples)
     pixels, test = (load_pixels(each["image"][:], reader) for each in (rows, unseen))
     pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
     reports: dict[str, dict[str, Any]] = {}
@@ -92,14 +92,14 @@ def main(data: str, seconds: float, bits: int = 120, *, max_rows: int = 1000) ->
             seconds=seconds,
             learning_rate=LEARNING_RATES[type(model)],
             batch_size=BATCH_SIZE,
-            rows_to_start_from=ROWS_TO_START_FROM,
+            num_init_examples=ROWS_TO_START_FROM,
             bf16=torch.cpu._is_avx512_bf16_supported(),
-            optimizer=Muon(model.parameters(), matrices=hidden_matrices(model)),
+            optimizer=Muon(model.parameters(), matrices=muon_parameters(model)),
         )
         report = evaluate_tokenizer(model.eval(), test.split(100))
         reports[name] = {"steps": steps, "mse_searched": searched_error(model, test), **report}
         print(
-            f"{name:34} {report['bits_per_picture']:6.0f} bits  MSE {report['mse']:.5f}"
+            f"{name:34} {report['bits_per_image']:6.0f} bits  MSE {report['mse']:.5f}"
             f"  searched {reports[name]['mse_searched']:.5f}  codes in use {report['code_usage']:.2f}"
             f"  {steps} steps",
             flush=True,

@@ -19,7 +19,7 @@ def train_for(
     seconds: float,
     learning_rate: float,
     batch_size: int,
-    rows_to_start_from: int,
+    num_init_examples: int,
     bf16: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
@@ -33,7 +33,7 @@ def train_for(
     """
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     started = time.process_time()
-    model.train().start_from_data(rows[:rows_to_start_from])
+    model.train().init_from_data(rows[:num_init_examples])
     for step in count():
         share = (time.process_time() - started) / seconds
         if share >= 1:

@@ -3,7 +3,7 @@
     python training/experiments/estimate_large_run.py
 
 Counts the operations of an encoder and of a step of a prior, and the CPU seconds of one core for them; then divides what a billion
-pictures need by what a GPU is assumed to reach.
+images need by what a GPU is assumed to reach.
 """
 
 import io
@@ -33,7 +33,7 @@ GPU_FLOPS = 0.4 * 989e12  # assumed: an H100's bfloat16 peak, and 40 % of it
 DOLLARS_PER_HOUR = 2.5  # assumed, of such a GPU
 DOLLARS_PER_CORE_HOUR = 0.04  # assumed
 DOLLARS_PER_TB_MONTH = 20  # assumed, object storage
-PICTURE_BYTES = 30_000  # assumed, of a JPEG of 256 pixels
+IMAGE_BYTES = 30_000  # assumed, of a JPEG of 256 pixels
 
 
 @dataclass
@@ -64,11 +64,11 @@ def rate_of(work: Callable[[], object], num_items: int) -> Rate:
     return Rate(counter.get_total_flops() / num_items, min(seconds) / num_items)
 
 
-def rate_of_encoding(tokenizer: DiscreteTokenizer, num_pictures: int) -> Rate:
-    """Of a picture's codes."""
+def rate_of_encoding(tokenizer: DiscreteTokenizer, num_images: int) -> Rate:
+    """Of an image's codes."""
     side, channels = tokenizer.config.image_size, tokenizer.config.num_channels
-    pictures = torch.rand(num_pictures, channels, side, side)
-    return rate_of(lambda: tokenizer.eval().encode(pictures), num_pictures)
+    images = torch.rand(num_images, channels, side, side)
+    return rate_of(lambda: tokenizer.eval().encode(images), num_images)
 
 
 def rate_of_training(layout: SequenceLayout, *, depth: int, batch_size: int) -> Rate:
@@ -86,17 +86,17 @@ def rate_of_training(layout: SequenceLayout, *, depth: int, batch_size: int) -> 
     return rate_of(step, batch_size * layout.sequence_length)
 
 
-def rate_of_reading(tokenizer: DiscreteTokenizer, num_pictures: int) -> Rate:
+def rate_of_reading(tokenizer: DiscreteTokenizer, num_images: int) -> Rate:
     """Of a JPEG of 320 x 256 pixels read for a tokenizer."""
     noise = np.random.default_rng(0).integers(0, 255, (8, 10, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((320, 256), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    pictures = [{"bytes": file.getvalue(), "path": None}] * num_pictures
-    return rate_of(lambda: load_pixels(pictures, tokenizer), num_pictures)
+    images = [{"bytes": file.getvalue(), "path": None}] * num_images
+    return rate_of(lambda: load_pixels(images, tokenizer), num_images)
 
 
 def token_bytes(layout: SequenceLayout, num_rows: int = 10_000) -> float:
-    """Bytes of a picture's tokens in a shard, at worst: all equally likely."""
+    """Bytes of an image's tokens in a shard, at worst: all equally likely."""
     generator = np.random.default_rng(0)
     text = generator.integers(0, layout.text_vocab_size, (num_rows, layout.text_length), dtype=layout.text_dtype)
     codes = generator.integers(0, layout.codebook_size, (num_rows, layout.num_codes), dtype=layout.code_dtype)
@@ -112,16 +112,16 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def plan(
-    *, num_pictures: float, reading: Rate, encoding: Rate, flops_per_token: float, tokens: int, row_bytes: float
+    *, num_images: float, reading: Rate, encoding: Rate, flops_per_token: float, tokens: int, row_bytes: float
 ) -> dict[str, str]:
     """The stages of a run and what each takes."""
-    core_hours = num_pictures * reading.seconds / 3600
-    on_cores = num_pictures * encoding.seconds / 3600
-    encode_hours = num_pictures * encoding.flops / GPU_FLOPS / 3600
-    train_hours = num_pictures * tokens * flops_per_token / GPU_FLOPS / 3600
-    stored = {"pictures": PICTURE_BYTES, "tokens": row_bytes}
+    core_hours = num_images * reading.seconds / 3600
+    on_cores = num_images * encoding.seconds / 3600
+    encode_hours = num_images * encoding.flops / GPU_FLOPS / 3600
+    train_hours = num_images * tokens * flops_per_token / GPU_FLOPS / 3600
+    stored = {"images": IMAGE_BYTES, "tokens": row_bytes}
     storage = {
-        f"store {name}": f"{size * num_pictures / 1e12:.3g} TB, ${size * num_pictures / 1e12 * DOLLARS_PER_TB_MONTH:,.0f} a month"
+        f"store {name}": f"{size * num_images / 1e12:.3g} TB, ${size * num_images / 1e12 * DOLLARS_PER_TB_MONTH:,.0f} a month"
         for name, size in stored.items()
     }
     return storage | {
@@ -146,7 +146,7 @@ def main() -> None:
         beam_size=1,
     )
     layout = SequenceLayout(
-        text_vocab_size=16_384, text_length=64, num_codes=256, codebook_size=8192, code_groups=(256,)
+        text_vocab_size=16_384, text_length=64, num_codes=256, codebook_size=8192, positions_per_codebook=(256,)
     )
     reading, encoding = rate_of_reading(vqvae, 32), rate_of_encoding(vqvae, 2)
     training = rate_of_training(layout, depth=6, batch_size=2)
@@ -162,7 +162,7 @@ def main() -> None:
     print(f"bytes of a row of tokens:   {(row_bytes := token_bytes(layout)):.0f}")
     print(f"parameters: {num_parameters(large):,}, FLOP a token: {flops_per_token:.3g}")
     stages = plan(
-        num_pictures=1e9,
+        num_images=1e9,
         reading=reading,
         encoding=encoding,
         flops_per_token=flops_per_token,

@@ -14,30 +14,30 @@ from tqdm import tqdm
 from tok2img.data.images import load_pixels
 from tok2img.data.loading import load_captioned_images
 from tok2img.evaluation.linear_probe import linear_probe
-from tok2img.recipes.build_processor import set_search
+from tok2img.recipes.build_processor import set_encode_search
 from tok2img.recipes.init_from import load_trained
 from tokenizers_vq import DiscreteTokenizer
 
 
 def codes_and_labels(
-    tokenizer: DiscreteTokenizer, data: str, split: str, max_rows: int
+    tokenizer: DiscreteTokenizer, data: str, split: str, max_samples: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes `b n` and labels `b` of the first rows of a split."""
-    rows = load_captioned_images(data, split=split, with_captions=False, max_rows=max_rows)
+    rows = load_captioned_images(data, split=split, with_captions=False, max_samples=max_samples)
     codes = [
-        tokenizer.encode_for_training(load_pixels(rows[first : first + 250]["image"], tokenizer))
+        tokenizer.encode_with_search(load_pixels(rows[first : first + 250]["image"], tokenizer))
         for first in tqdm(range(0, len(rows), 250), desc=split)
     ]
     labels: Any = rows["label"][:]
     return torch.cat(codes), torch.tensor(labels)
 
 
-def main(path: str, data: str, max_rows: int = 20_000, beam_size: int = 1) -> float:
+def main(path: str, data: str, max_samples: int = 20_000, beam_size: int = 1) -> float:
     """Measure, and say so."""
     tokenizer = load_trained(path)
     if hasattr(tokenizer.config, "beam_size"):
-        set_search(tokenizer, beam_size=beam_size)
-    train, test = (codes_and_labels(tokenizer, data, split, max_rows) for split in ("train", "test"))
+        set_encode_search(tokenizer, beam_size=beam_size)
+    train, test = (codes_and_labels(tokenizer, data, split, max_samples) for split in ("train", "test"))
     accuracy = linear_probe(*train, *test, codebook_size=tokenizer.codebook_size)
     print(f"{accuracy:.2%} of {len(test[1])} test rows, from the codes of {len(train[1])} training rows")
     return accuracy

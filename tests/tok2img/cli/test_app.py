@@ -21,7 +21,7 @@ from tokenizers_vq import load_image
 
 REPOSITORY = Path(__file__).parents[3]
 TINY_VQVAE = ["--model.hidden_channels", "16", "--model.num_decoder_blocks", "1", "--model.codebook_size", "8"]
-SHORT = ["--max-steps", "3", "--batch-size", "8", "--eval-every", "2", "--sample-every", "2", "--log-every", "1"]
+SHORT = ["--max-steps", "3", "--batch-size", "8", "--eval-steps", "2", "--sample-steps", "2", "--logging-steps", "1"]
 HELP_WITHOUT_TORCH = """
 import sys
 from tok2img.cli import app
@@ -70,10 +70,10 @@ def is_progress(line: str) -> bool:
 
 @pytest.fixture
 def data(tmp_path) -> str:
-    """Twenty-four 16x16 pictures of two kinds in a Parquet file."""
+    """Twenty-four 16x16 images of two kinds in a Parquet file."""
     shapes = shapes_dataset("train", num_rows=24)["image"]
     small = [shapes[row].resize((16, 16)).rotate(180 * (row % 2)) for row in range(24)]
-    captions = ["a picture upside down", "a picture that stands upright"] * 12
+    captions = ["an image upside down", "an image that stands upright"] * 12
     path = tmp_path / "train.parquet"
     Dataset.from_dict({"image": small, "caption": captions}).to_parquet(str(path))
     return str(path)
@@ -97,7 +97,7 @@ def test_every_command_does_its_part_of_the_whole_job(tok2img, data, tmp_path):
         ["train-tokenizer", "--data", data, "--out", tokenizer, *SHORT, *TINY_VQVAE],
         ["tokenize", data, "--tokenizer", tokenizer, "--out", tokens, "--vocab-size", "270"],
         ["train-prior", "--tokens", tokens, "--out", model, "--depth", "1", *SHORT],
-        ["generate", "a picture upside down", "--model", model, "--out", tmp_path / "one.png", "--seed", 1],
+        ["generate", "an image upside down", "--model", model, "--out", tmp_path / "one.png", "--seed", 1],
         ["generate", "a", "b", "--num-images", 3, "--model", model, "--out", tmp_path / "sheet.png", "--top-k", 4],
         ["generate", "a", "b", "--stages", "--model", model, "--out", tmp_path / "stages.png"],
         ["reconstruct", data, "--tokenizer", tokenizer, "--out", tmp_path / "both.png", "--num-images", 4],
@@ -125,19 +125,19 @@ def test_every_command_does_its_part_of_the_whole_job(tok2img, data, tmp_path):
     assert {
         "image_loss",
         "uniform_loss",
-        "caption_nats",
+        "caption_information_nats",
         "caption_accuracy",
         "frechet_distance",
-        "repeated_share",
+        "memorization_rate",
     } <= report.keys()
     assert not (model / "checkpoints").exists() and list((model / "samples").glob("*.png"))
     assert len(load_log(tokenizer)) > 3 and "eval_image_loss" in str(load_log(model))
-    drawn = {path.name for path in (tmp_path / "tokenizer_pictures").iterdir()}
+    drawn = {path.name for path in (tmp_path / "tokenizer_figures").iterdir()}
     assert drawn == {"reconstructions.png", "code_usage.png", "codebook.png", "curves.png"}
-    assert report["pictures"] == [str(tmp_path / "model_pictures" / name) for name in ("samples.png", "curves.png")]
+    assert report["figures"] == [str(tmp_path / "model_figures" / name) for name in ("samples.png", "curves.png")]
 
 
-def test_a_prior_can_be_trained_from_pictures_at_once(tok2img, data, tokenizer, tmp_path):
+def test_a_prior_can_be_trained_from_images_at_once(tok2img, data, tokenizer, tmp_path):
     keys = ["--data", data, "--image-tokenizer", tokenizer, "--vocab-size", "260", "--depth", "1"]
     _, complaint, code = tok2img("train-prior", *keys, "--out", tmp_path / "model", *SHORT)
     assert code == 0, complaint
@@ -179,10 +179,10 @@ def test_the_same_seed_writes_the_same_file(tok2img, model, tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_named_pictures_are_reconstructed(tok2img, tokenizer, pictures, tmp_path):
+def test_named_images_are_reconstructed(tok2img, tokenizer, pil_images, tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(2)]
-    for file, picture in zip(files, pictures, strict=False):
-        picture.save(file)
+    for file, image in zip(files, pil_images, strict=False):
+        image.save(file)
     _, complaint, code = tok2img("reconstruct", *files, "--tokenizer", tokenizer, "--out", tmp_path / "both.png")
     assert code == 0 and (tmp_path / "both.png").is_file(), complaint
 
@@ -231,9 +231,9 @@ class TestBadData:
     def test_an_image_column_that_is_not_there(self, refused, command, data):
         refused(*command(data), "--image-column", "photo", names="no column 'photo'")
 
-    def test_a_picture_that_does_not_decode(self, refused, command, tmp_path):
-        pictures = [Path(REPOSITORY, "LICENSE").read_bytes()] * 8
-        Dataset.from_dict({"image": pictures, "caption": ["a"] * 8}).to_parquet(str(tmp_path / "train.parquet"))
+    def test_an_image_that_does_not_decode(self, refused, command, tmp_path):
+        images = [Path(REPOSITORY, "LICENSE").read_bytes()] * 8
+        Dataset.from_dict({"image": images, "caption": ["a"] * 8}).to_parquet(str(tmp_path / "train.parquet"))
         refused(*command(str(tmp_path / "train.parquet")), names="row 0")
 
 
@@ -316,23 +316,32 @@ def test_a_recipe_value_out_of_range_is_refused_by_its_key(refused, rows, proces
 def test_an_unknown_schedule_is_refused_by_name(refused, rows, processor, tmp_path):
     save_tokens(rows, processor, tmp_path / "tokens")
     refused(
-        "train-prior", "--tokens", "tokens", "--out", "model", "--depth", 1, "--lr-schedule", "zigzag", names="zigzag"
+        "train-prior",
+        "--tokens",
+        "tokens",
+        "--out",
+        "model",
+        "--depth",
+        1,
+        "--lr-scheduler-type",
+        "zigzag",
+        names="zigzag",
     )
 
 
 def test_a_model_smaller_than_the_built_in_shapes_can_be_evaluated_on_them(tok2img, model, tmp_path):
-    words = ["--model", model, "--data", "shapes", "--split", "validation", "--max-rows", 8, "--num-images", 4]
+    words = ["--model", model, "--data", "shapes", "--split", "validation", "--max-samples", 8, "--num-images", 4]
     _, complaint, code = tok2img("evaluate", *words, "--out", tmp_path / "report.json")
     assert code == 0, complaint
 
 
 def test_the_built_in_shapes_are_evaluated_on_a_split_that_they_have(tok2img, tokenizer, tmp_path):
-    words = ["--tokenizer", tokenizer, "--data", "shapes", "--max-rows", 8, "--out", tmp_path / "report.json"]
+    words = ["--tokenizer", tokenizer, "--data", "shapes", "--max-samples", 8, "--out", tmp_path / "report.json"]
     _, complaint, code = tok2img("evaluate", *words)
     assert code == 0, complaint
 
 
-class TestBadRequestsForPictures:
+class TestBadRequestsForImages:
     def test_a_folder_that_is_no_model(self, refused, tmp_path):
         refused("generate", "a", "--model", tmp_path, "--out", "a.png", names=str(tmp_path))
 
@@ -364,7 +373,7 @@ class TestBadRequestsForPictures:
         refused("generate", "a", "--model", model, "--out", "a.png", names="these tokenizers need")
 
     @pytest.mark.parametrize("out", ["a.txt", "a", "a.parquet"])
-    def test_a_suffix_that_is_no_picture_format(self, refused, model, out):
+    def test_a_suffix_that_is_no_image_format(self, refused, model, out):
         refused("generate", "a", "--model", model, "--out", out, names=out)
 
     @pytest.mark.parametrize(
@@ -386,20 +395,20 @@ class TestBadRequestsForPictures:
     def test_a_caption_that_is_half_a_character(self, refused, model):
         refused("generate", "a\udcff", "--model", model, "--out", "a.png", names="row 0")
 
-    def test_a_picture_that_does_not_decode(self, refused, tokenizer, tmp_path):
-        (tmp_path / "bad.png").write_bytes(b"no picture")
+    def test_an_image_that_does_not_decode(self, refused, tokenizer, tmp_path):
+        (tmp_path / "bad.png").write_bytes(b"no image")
         refused("reconstruct", "bad.png", "--tokenizer", tokenizer, "--out", "a.png", names="bad.png")
 
-    def test_a_negative_number_of_pictures(self, refused, tokenizer, data):
+    def test_a_negative_number_of_images(self, refused, tokenizer, data):
         words = ["reconstruct", data, "--tokenizer", tokenizer, "--out", "a.png"]
         refused(*words, "--num-images", -2, names="num-images")
 
 
-def test_pictures_of_an_evaluation_go_to_the_folder_that_is_asked_for(tok2img, tokenizer, data, tmp_path):
+def test_images_of_an_evaluation_go_to_the_folder_that_is_asked_for(tok2img, tokenizer, data, tmp_path):
     words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
-    _, complaint, code = tok2img("evaluate", *words, "--pictures", tmp_path / "drawn")
+    _, complaint, code = tok2img("evaluate", *words, "--figures", tmp_path / "drawn")
     assert code == 0, complaint
-    assert (tmp_path / "drawn" / "codebook.png").is_file() and not (tmp_path / "report_pictures").exists()
+    assert (tmp_path / "drawn" / "codebook.png").is_file() and not (tmp_path / "report_figures").exists()
 
 
 def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_out(
@@ -409,8 +418,8 @@ def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_ou
     words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
     _, said, code = tok2img("evaluate", *words)
     assert code == 0 and "left out code_usage.png, codebook.png" in said and "tok2img[eval]" in said
-    sheet = str(tmp_path / "report_pictures" / "reconstructions.png")
-    assert json.loads((tmp_path / "report.json").read_text())["pictures"] == [sheet]
+    sheet = str(tmp_path / "report_figures" / "reconstructions.png")
+    assert json.loads((tmp_path / "report.json").read_text())["figures"] == [sheet]
 
 
 def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer, data, tmp_path, monkeypatch):
@@ -423,12 +432,12 @@ def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer,
     assert "psnr" in json.loads((tmp_path / "report.json").read_text())
 
 
-def test_a_model_is_judged_by_the_captions_it_is_evaluated_on(tok2img, model, pictures, tmp_path):
-    columns = {"image": pictures[:4], "caption": ["x", "y"] * 2, "title": ["cat", "dog"] * 2}
+def test_a_model_is_judged_by_the_captions_it_is_evaluated_on(tok2img, model, pil_images, tmp_path):
+    columns = {"image": pil_images[:4], "caption": ["x", "y"] * 2, "title": ["cat", "dog"] * 2}
     for split in ("train", "test"):
         Dataset.from_dict(columns).to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
     words = ["--model", model, "--data", tmp_path / "data", "--num-images", 2, "--out", tmp_path / "report.json"]
-    _, complaint, code = tok2img("evaluate", *words, "--caption-column", "title", "--judge", tmp_path / "judge")
+    _, complaint, code = tok2img("evaluate", *words, "--caption-column", "title", "--verifier", tmp_path / "judge")
     assert code == 0, complaint
     assert CaptionClassifier.load(tmp_path / "judge").captions == ["cat", "dog"]
 
@@ -500,7 +509,7 @@ def test_random_codes_refuse_what_only_a_prior_can_do(refused, model, choice):
     refused("generate", "--random-codes", choice, "2", "--model", model, "--out", "o.png", names="there is no prior")
 
 
-def test_pictures_are_shown_stage_by_stage(tok2img, sharpening, data, tmp_path):
+def test_images_are_shown_stage_by_stage(tok2img, sharpening, data, tmp_path):
     from PIL import Image
 
     _, complaint, code = tok2img(
@@ -549,17 +558,15 @@ def test_a_search_that_a_tokenizer_does_not_know_is_refused(refused, data, token
 
 
 def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):
-    words = ["--depth", "1", "--vocab-size", "260", "--max-steps", "1", "--batch-size", "4", "--eval-every", "0"]
+    words = ["--depth", "1", "--vocab-size", "260", "--max-steps", "1", "--batch-size", "4", "--eval-steps", "0"]
     assert tok2img("train-ranker", "--data", data, "--out", tmp_path / "ranker", *words)[2] == 0
     for rank in ([], ["--ranker", tmp_path / "ranker"]):
-        picture = tmp_path / "picture.png"
-        printed, complaint, code = tok2img(
-            "generate", "a dog", "--best-of", 3, *rank, "--model", model, "--out", picture
-        )
-        assert code == 0 and load_image(picture).size == (8, 8), complaint
+        image = tmp_path / "image.png"
+        printed, complaint, code = tok2img("generate", "a dog", "--best-of", 3, *rank, "--model", model, "--out", image)
+        assert code == 0 and load_image(image).size == (8, 8), complaint
 
 
 def test_a_choice_of_none_and_a_ranker_that_is_none_are_refused(refused, model, tmp_path):
-    words = ["generate", "a dog", "--model", model, "--out", "picture.png"]
+    words = ["generate", "a dog", "--model", model, "--out", "image.png"]
     refused(*words, "--best-of", 0, names="best_of must be at least 1")
     refused(*words, "--best-of", 2, "--ranker", tmp_path, names=f"cannot load a CLIP model from {tmp_path}")

@@ -22,18 +22,18 @@ def draws(num: int, **fixed: float) -> torch.Tensor:
     return made
 
 
-def test_half_of_the_pictures_are_mirrored_and_none_changed_otherwise(pixels):
+def test_half_of_the_images_are_mirrored_and_none_changed_otherwise(pixels):
     made = Augmentation(flip=True)(pixels, torch.tensor([[0.1], [0.6], [0.49], [0.5]]).expand(4, 4))
     assert made.equal(torch.stack([pixels[0].flip(-1), pixels[1], pixels[2].flip(-1), pixels[3]]))
 
 
-def test_the_whole_of_a_picture_is_the_picture(pixels):
+def test_the_whole_of_an_image_is_the_image(pixels):
     made = Augmentation(crop=0.3)(pixels, draws(4, side=1))
     torch.testing.assert_close(made, pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("column", "row", "corner"), [(0, 0, (0, 0)), (1, 0, (0, 4)), (0, 1, (4, 0)), (1, 1, (4, 4))])
-def test_half_of_the_sides_is_a_quarter_of_the_picture_enlarged(column, row, corner):
+def test_half_of_the_sides_is_a_quarter_of_the_image_enlarged(column, row, corner):
     pixels = torch.zeros(1, 1, 8, 8)
     top, left = corner
     pixels[..., top : top + 4, left : left + 4] = 1
@@ -52,10 +52,10 @@ def test_crops_keep_at_least_their_share_of_the_sides():
     ("column", "row", "moved"), [(0, 0, (2, 2)), (1, 0.5, (0, -2)), (0.5, 1, (-2, 0)), (0.74, 0.51, (0, -1))]
 )
 def test_a_shift_moves_by_whole_pixels_and_mirrors_the_edges(column, row, moved):
-    picture = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
-    wide = torch.cat([picture.flip(-1), picture, picture.flip(-1)], dim=-1)
+    image = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    wide = torch.cat([image.flip(-1), image, image.flip(-1)], dim=-1)
     wide = torch.cat([wide.flip(-2), wide, wide.flip(-2)], dim=-2)
-    made = Augmentation(shift=2)(picture, draws(1, column=column, row=row))
+    made = Augmentation(shift=2)(image, draws(1, column=column, row=row))
     torch.testing.assert_close(made, wide.roll(moved, dims=(-2, -1))[..., 6:12, 8:16], atol=1e-5, rtol=0)
 
 
@@ -68,12 +68,12 @@ def test_shifts_reach_every_place_within_them():
 
 
 def warped(pixels: torch.Tensor, matrix: list[float], *, warp: float = 0.2) -> torch.Tensor:
-    """Pictures by a matrix of which so much, times `warp`, is more than the identity, unbent."""
+    """Images by a matrix of which so much, times `warp`, is more than the identity, unbent."""
     chosen = torch.tensor([0.9, 1, 0.5, 0.5, 0.1, *((1 + value) / 2 for value in matrix), *[0.5] * 32])
     return Augmentation(warp=warp)(pixels, chosen.expand(len(pixels), -1))
 
 
-def test_a_warp_by_the_identity_is_the_picture(pixels):
+def test_a_warp_by_the_identity_is_the_image(pixels):
     torch.testing.assert_close(warped(pixels, [0, 0, 0, 0]), pixels, atol=1e-5, rtol=0)
 
 
@@ -98,7 +98,7 @@ def test_a_warp_bends_what_is_straight():
     assert made[:, 0].max() == 0 and made.sum().item() == pytest.approx(line.sum().item(), rel=0.1)
 
 
-def test_a_warp_leaves_half_of_the_pictures_as_they_are(pixels):
+def test_a_warp_leaves_half_of_the_images_as_they_are(pixels):
     many = pixels.repeat(100, 1, 1, 1)
     made = Augmentation(warp=0.2)(many, torch.rand(400, 41, generator=torch.Generator().manual_seed(1)))
     assert 160 < (made == many).flatten(1).all(dim=1).sum() < 240
@@ -113,7 +113,7 @@ def test_a_warp_changes_nothing_of_what_else_is_done(pixels):
 
 
 @pytest.mark.parametrize("warp", [-0.1, 0.25, float("nan")])
-def test_a_warp_that_could_fold_a_picture_up_is_refused(warp):
+def test_a_warp_that_could_fold_an_image_up_is_refused(warp):
     with pytest.raises(ValueError, match="warp must be at least 0 and below 0.25, got"):
         Augmentation(warp=warp)
 
@@ -131,12 +131,19 @@ def test_a_share_that_is_none_is_refused(crop):
 
 @pytest.fixture
 def recipe(rows, tmp_path):
-    """A run on twelve pictures, in a folder of its own."""
+    """A run on twelve images, in a folder of its own."""
     concatenate_datasets([rows] * 2).to_parquet(str(tmp_path / "train.parquet"))
 
     def build(name: str, **settings) -> TokenizerRecipe:
         tiny = {"hidden_channels": 8, "num_decoder_blocks": 1, "codebook_size": 8, "code_dim": 4}
-        short = {"max_steps": 6, "batch_size": 4, "eval_every": 0, "sample_every": 0, "log_every": 1, "warmup_steps": 1}
+        short = {
+            "max_steps": 6,
+            "batch_size": 4,
+            "eval_steps": 0,
+            "sample_steps": 0,
+            "logging_steps": 1,
+            "warmup_steps": 1,
+        }
         data = {"data": str(tmp_path / "train.parquet"), "out": str(tmp_path / name)}
         return TokenizerRecipe(**data | short | {"model": tiny} | settings)
 
@@ -148,15 +155,15 @@ def losses(recipe: TokenizerRecipe) -> list[float]:
     return [line["loss"] for line in load_log(recipe.out) if "loss" in line]
 
 
-def test_a_recipe_trains_on_changed_pictures_and_any_workers_see_the_same(recipe):
+def test_a_recipe_trains_on_changed_images_and_any_workers_see_the_same(recipe):
     plain, changed = losses(recipe("plain")), losses(recipe("changed", flip=True, crop=0.5, shift=3, warp=0.1))
     assert len(plain) == len(changed) == 6 and all(ours != theirs for ours, theirs in zip(plain, changed, strict=True))
-    assert losses(recipe("again", flip=True, crop=0.5, shift=3, warp=0.1, num_workers=2)) == changed
+    assert losses(recipe("again", flip=True, crop=0.5, shift=3, warp=0.1, dataloader_num_workers=2)) == changed
 
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"crop": 0.9}, {"shift": 2}, {"warp": 0.1}], ids=str)
 def test_text_is_neither_mirrored_nor_cropped(recipe, settings):
     with pytest.raises(
-        ValueError, match="keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of pictures, got 'bpe'"
+        ValueError, match="keys 'flip', 'crop', 'shift' and 'warp' are for tokenizers of images, got 'bpe'"
     ):
         train_tokenizer(recipe("text", tokenizer="bpe", model={}, **settings))

@@ -19,7 +19,7 @@ from tok2img.data.loading import held_out_split, load_captioned_images
 from tokenizers_vq.images.loading import ImageError, load_image
 
 
-def picture(level: int = 0, image_format: str = "PNG") -> bytes:
+def image(level: int = 0, image_format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (level, 0, 0)).save(buffer, image_format)
     return buffer.getvalue()
@@ -27,7 +27,7 @@ def picture(level: int = 0, image_format: str = "PNG") -> bytes:
 
 def write_parquet(path: Path, captions: Sequence[object], **columns: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(len(captions))]
+    images = [{"bytes": image(i), "path": f"{i}.png"} for i in range(len(captions))]
     pq.write_table(pa.table({"image": images, "caption": captions} | columns), path)
     return path
 
@@ -44,7 +44,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def write_pairs(folder: Path, *names: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / f"{name}.png").write_bytes(picture())
+        (folder / f"{name}.png").write_bytes(image())
         (folder / f"{name}.txt").write_text(f"caption of {name}\n")
     return folder
 
@@ -68,7 +68,7 @@ def _private_cache_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "odd [name] *?.parquet"])
-def test_a_parquet_file_gives_undecoded_pictures_and_captions(tmp_path: Path, name: str) -> None:
+def test_a_parquet_file_gives_undecoded_images_and_captions(tmp_path: Path, name: str) -> None:
     path = write_parquet(tmp_path / name, ["a", "b"], label=[3, 4], more=[0, 0])
     rows = load_captioned_images(str(path))
     assert rows.column_names == ["image", "caption", "label"]
@@ -78,8 +78,8 @@ def test_a_parquet_file_gives_undecoded_pictures_and_captions(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "datasets"])
-def test_pictures_may_be_stored_in_any_usual_way(tmp_path: Path, kind: str) -> None:
-    path, data = tmp_path / "a.parquet", [picture(7), picture(8)]
+def test_images_may_be_stored_in_any_usual_way(tmp_path: Path, kind: str) -> None:
+    path, data = tmp_path / "a.parquet", [image(7), image(8)]
     cells = {
         "binary": lambda: pa.array(data, pa.binary()),
         "large_binary": lambda: pa.array(data, pa.large_binary()),
@@ -96,9 +96,9 @@ def test_pictures_may_be_stored_in_any_usual_way(tmp_path: Path, kind: str) -> N
 
 
 def test_columns_are_named_or_the_only_ones_that_fit(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"photo": [picture()], "alt": ["a cat"], "size": [3]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"photo": [image()], "alt": ["a cat"], "size": [3]}), tmp_path / "a.parquet")
     assert captions(tmp_path / "a.parquet") == ["a cat"]
-    path = write_parquet(tmp_path / "b.parquet", ["a"], photo=[picture(9)], alt=["c"])
+    path = write_parquet(tmp_path / "b.parquet", ["a"], photo=[image(9)], alt=["c"])
     rows = load_captioned_images(str(path), image_column="photo", caption_column="alt")
     assert (load_image(rows[0]["image"]).getpixel((0, 0)), rows[0]["caption"]) == ((9, 0, 0), "c")
 
@@ -106,15 +106,15 @@ def test_columns_are_named_or_the_only_ones_that_fit(tmp_path: Path) -> None:
 def test_captions_can_be_left_out(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [None])
     assert load_captioned_images(str(path), with_captions=False).column_names == ["image"]
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(picture())
-    assert load_captioned_images(str(tmp_path / "pictures"), with_captions=False).column_names == ["image"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(image())
+    assert load_captioned_images(str(tmp_path / "images"), with_captions=False).column_names == ["image"]
 
 
 def test_max_rows_keeps_the_first_and_checks_no_more(tmp_path: Path) -> None:
-    assert captions(write_parquet(tmp_path / "a.parquet", ["a", "b", None]), max_rows=2) == ["a", "b"]
-    assert captions(tmp_path / "a.parquet", max_rows=1) == ["a"]
-    assert "max_rows" in refusal(tmp_path / "a.parquet", max_rows=0)
+    assert captions(write_parquet(tmp_path / "a.parquet", ["a", "b", None]), max_samples=2) == ["a", "b"]
+    assert captions(tmp_path / "a.parquet", max_samples=1) == ["a"]
+    assert "max_samples" in refusal(tmp_path / "a.parquet", max_samples=0)
 
 
 @pytest.mark.parametrize("place", ["{split}-00000-of-00001.parquet", "data/{split}_0.parquet", "{split}/0000.parquet"])
@@ -148,10 +148,10 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     datasets.enable_progress_bars()
     load_captioned_images(str(write_parquet(tmp_path / "a.parquet", ["a"])))
-    cells = {"image": [picture()], "text": pa.array(["a"], pa.large_string())}
+    cells = {"image": [image()], "text": pa.array(["a"], pa.large_string())}
     pq.write_table(pa.table(cells), tmp_path / "large.parquet")
     load_captioned_images(str(tmp_path / "large.parquet"))
-    load_captioned_images(str(write_tar(tmp_path / "a.tar", {"a.png": picture(), "a.txt": b"a"})))
+    load_captioned_images(str(write_tar(tmp_path / "a.tar", {"a.png": image(), "a.txt": b"a"})))
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:100])
     refusal(tmp_path / "cut.parquet")
     assert capfd.readouterr() == ("", "")
@@ -163,7 +163,7 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_a_folder_with_metadata(tmp_path: Path, kind: str) -> None:
     (tmp_path / "in").mkdir()
     for name in ("b.png", "in/a.jpg"):
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(image())
     rows = [
         {"file_name": "b.png", "text": 'a "b", c', "label": "x"},
         {"file_name": "in/a.jpg", "text": "ä\nb", "label": "y"},
@@ -183,13 +183,13 @@ def test_a_folder_with_metadata(tmp_path: Path, kind: str) -> None:
 def test_metadata_above_split_folders_serves_each(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
-        (tmp_path / split / "a.png").write_bytes(picture())
+        (tmp_path / split / "a.png").write_bytes(image())
     (tmp_path / "metadata.csv").write_text("file_name,caption\ntrain/a.png,one\ntest/a.png,two\n")
     assert (captions(tmp_path), captions(tmp_path, split="test")) == (["one"], ["two"])
     assert "only test, train" in refusal(tmp_path, split="validation")
 
 
-def test_a_folder_of_pictures_and_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_images_and_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pairs(tmp_path / "mnist" / "sub", "b")
     write_pairs(tmp_path / "mnist", "a")
     (tmp_path / "mnist" / "._a.png").write_bytes(b"what a Mac leaves")
@@ -200,7 +200,7 @@ def test_a_folder_of_pictures_and_texts(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_image(rows[0]["image"]).size == (4, 4)
 
 
-def test_a_broken_picture_is_named_when_it_is_used(tmp_path: Path) -> None:
+def test_a_broken_image_is_named_when_it_is_used(tmp_path: Path) -> None:
     (write_pairs(tmp_path, "a") / "a.png").write_bytes(b"broken")
     rows = load_captioned_images(str(tmp_path))
     with pytest.raises(ImageError, match=r"a\.png"):
@@ -212,14 +212,14 @@ def test_a_broken_picture_is_named_when_it_is_used(tmp_path: Path) -> None:
     [("txt", b"a cat", None), ("json", b'{"caption": "a cat", "n": 1}', None), ("json", b'{"alt": "a cat"}', "alt")],
 )
 def test_webdataset_tars(tmp_path: Path, extension: str, data: bytes, caption_column: str | None) -> None:
-    write_tar(tmp_path / "test-0.tar", {"x/a.jpg": picture(image_format="JPEG"), f"x/a.{extension}": data})
+    write_tar(tmp_path / "test-0.tar", {"x/a.jpg": image(image_format="JPEG"), f"x/a.{extension}": data})
     rows = load_captioned_images(str(tmp_path), split="test", caption_column=caption_column)
     assert (rows.column_names, list(rows["caption"])) == (["image", "caption"], ["a cat"])
     assert load_image(rows[0]["image"]).size == (4, 4)
 
 
 def test_the_built_in_shapes() -> None:
-    rows = load_captioned_images("shapes", split="validation", max_rows=3)
+    rows = load_captioned_images("shapes", split="validation", max_samples=3)
     assert (len(rows), rows.column_names) == (3, ["image", "caption"])
     assert load_image(rows[0]["image"]).mode == "RGB"
 
@@ -247,7 +247,7 @@ def test_a_corrupt_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", ["text", "cut"])
 def test_a_corrupt_tar_is_named(tmp_path: Path, damage: str) -> None:
-    path = write_tar(tmp_path / "a.tar", {"a.png": picture(), "a.txt": b"a", "b.png": picture(), "b.txt": b"b"})
+    path = write_tar(tmp_path / "a.tar", {"a.png": image(), "a.txt": b"a", "b.png": image(), "b.txt": b"b"})
     path.write_bytes(b"no tar" if damage == "text" else path.read_bytes()[:1600])
     assert refusal(path).startswith(f"{path}: cannot be read")
 
@@ -257,8 +257,8 @@ def test_no_rows_are_refused(tmp_path: Path) -> None:
     assert "no rows" in refusal(write_tar(tmp_path / "a.tar", {}))
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith(f"{tmp_path}: no pictures")
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path).startswith(f"{tmp_path}: no images")
     (tmp_path / "a.zip").touch()
     assert refusal(tmp_path / "a.zip") == f"{tmp_path / 'a.zip'}: expected a folder, a .parquet or a .tar file"
 
@@ -273,11 +273,11 @@ def test_a_missing_column_is_named_beside_the_others(tmp_path: Path, option: str
 
 def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"first": [picture()], "second": [picture()], "x": ["a"], "y": ["b"]}), path)
+    pq.write_table(pa.table({"first": [image()], "second": [image()], "x": ["a"], "y": ["b"]}), path)
     assert "no column 'image', only 'first', 'second', 'x', 'y'" in refusal(path)
     assert "no column 'caption'" in refusal(path, image_column="first")
     path = write_parquet(tmp_path / "b.parquet", ["a"], size=[3])
-    assert "column 'size' holds Value('int64'), not pictures" in refusal(path, image_column="size")
+    assert "column 'size' holds Value('int64'), not images" in refusal(path, image_column="size")
 
 
 @pytest.mark.parametrize(("cells", "row"), [(["a", "b", None], 2), ([3, 4], 0), ([None, None], 0), ([["a"], ["b"]], 0)])
@@ -286,7 +286,7 @@ def test_a_caption_that_is_not_text_is_named_by_its_row(tmp_path: Path, cells: l
     assert f"row {row}: its caption is {cells[row]}, not text" in message
 
 
-def test_a_picture_without_caption_is_named(tmp_path: Path) -> None:
+def test_an_image_without_caption_is_named(tmp_path: Path) -> None:
     (write_pairs(tmp_path, "a", "b") / "b.txt").unlink()
     assert refusal(tmp_path).startswith(f"{tmp_path / 'b.png'}: no caption")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
@@ -317,13 +317,13 @@ def test_a_picture_without_caption_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_bad_metadata_is_named_by_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     (tmp_path / name).write_text(text)
     assert message in refusal(tmp_path)
 
 
 def test_an_example_of_a_tar_without_caption_is_refused(tmp_path: Path) -> None:
-    members = {f"{i}.{kind}": picture() if kind == "png" else b"a" for i in range(7) for kind in ("png", "txt")}
+    members = {f"{i}.{kind}": image() if kind == "png" else b"a" for i in range(7) for kind in ("png", "txt")}
     del members["6.txt"]
     path = write_tar(tmp_path / "a.tar", members)
     assert refusal(path) == f"{path}: row 6: its caption is None, not text"
@@ -331,19 +331,19 @@ def test_an_example_of_a_tar_without_caption_is_refused(tmp_path: Path) -> None:
 
 def test_held_out_rows_are_a_fixed_part_of_all() -> None:
     rows = Dataset.from_dict({"caption": [str(i) for i in range(100)]})
-    kept, held_out = held_out_split(rows, share=0.1, max_rows=50, seed=0)
+    kept, held_out = held_out_split(rows, share=0.1, max_samples=50, seed=0)
     assert (len(kept), len(held_out)) == (90, 10)
     assert sorted([*kept["caption"], *held_out["caption"]]) == sorted(rows["caption"])
-    assert list(held_out["caption"]) == list(held_out_split(rows, share=0.1, max_rows=50, seed=0)[1]["caption"])
-    assert list(held_out["caption"]) != list(held_out_split(rows, share=0.1, max_rows=50, seed=1)[1]["caption"])
+    assert list(held_out["caption"]) == list(held_out_split(rows, share=0.1, max_samples=50, seed=0)[1]["caption"])
+    assert list(held_out["caption"]) != list(held_out_split(rows, share=0.1, max_samples=50, seed=1)[1]["caption"])
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "share", "max_rows", "expected"), [(2, 0.01, 9, 1), (2, 0.99, 9, 1), (100, 0.5, 3, 3)]
+    ("num_rows", "share", "max_samples", "expected"), [(2, 0.01, 9, 1), (2, 0.99, 9, 1), (100, 0.5, 3, 3)]
 )
-def test_both_parts_of_a_split_have_rows(num_rows: int, share: float, max_rows: int, expected: int) -> None:
+def test_both_parts_of_a_split_have_rows(num_rows: int, share: float, max_samples: int, expected: int) -> None:
     rows = Dataset.from_dict({"caption": np.arange(num_rows)})
-    kept, held_out = held_out_split(rows, share=share, max_rows=max_rows, seed=0)
+    kept, held_out = held_out_split(rows, share=share, max_samples=max_samples, seed=0)
     assert (len(held_out), len(kept)) == (expected, num_rows - expected)
     with pytest.raises(ValueError, match="cannot hold out"):
-        held_out_split(rows, share=round(share), max_rows=max_rows, seed=0)
+        held_out_split(rows, share=round(share), max_samples=max_samples, seed=0)

@@ -86,7 +86,7 @@ def held_out_scenes() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def readings() -> list[Reading]:
-    """Scenes of every kind, each with what the judge reads from its picture."""
+    """Scenes of every kind, each with what the judge reads from its image."""
     rng = Random(0)
     scenes = [random_scene(split, rng) for split in ("train", "unseen_pairs") for _ in range(550)]
     return [(scene, read_scene(draw(scene, rng))) for scene in scenes]
@@ -136,7 +136,7 @@ def test_an_unknown_split_or_no_rows_are_refused() -> None:
         shapes_dataset("train", 0)
 
 
-def test_rows_are_png_pictures_with_captions() -> None:
+def test_rows_are_png_images_with_captions() -> None:
     rows = shapes_dataset("train", 2)
     assert rows.column_names == ["image", "caption"]
     assert rows[0]["image"].size == (IMAGE_SIZE, IMAGE_SIZE) and rows[0]["image"].mode == "RGB"
@@ -220,7 +220,7 @@ def test_the_judge_refuses_captions_with_one_thing_wrong(readings: list[Reading]
     assert len(verdicts) >= 1000 and not any(verdicts)
 
 
-def test_the_verdict_follows_the_reading_of_stored_pictures() -> None:
+def test_the_verdict_follows_the_reading_of_stored_images() -> None:
     rng = Random(2)
     for row in shapes_dataset("validation", 40):
         scene = parse_caption(row["caption"])
@@ -230,10 +230,10 @@ def test_the_verdict_follows_the_reading_of_stored_pictures() -> None:
 
 
 def test_the_judge_accepts_both_phrasings_of_a_relation() -> None:
-    picture = draw(Scene((RED, BLUE), "above"), Random(0))
-    assert judge(picture, "a large red square above a small blue ring")
-    assert judge(picture, "a small blue ring below a large red square")
-    assert not judge(picture, "a small blue ring above a large red square")
+    image = draw(Scene((RED, BLUE), "above"), Random(0))
+    assert judge(image, "a large red square above a small blue ring")
+    assert judge(image, "a small blue ring below a large red square")
+    assert not judge(image, "a small blue ring above a large red square")
 
 
 def test_the_judge_forgives_slight_blur_and_noise() -> None:
@@ -244,13 +244,13 @@ def test_the_judge_forgives_slight_blur_and_noise() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_a_blank_picture_shows_nothing(level: int) -> None:
+def test_a_blank_image_shows_nothing(level: int) -> None:
     assert read_scene(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (level, level, level))) is None
 
 
 def test_noise_shows_nothing() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    assert all(read_scene(Image.fromarray(picture)) is None for picture in noise)
+    assert all(read_scene(Image.fromarray(image)) is None for image in noise)
 
 
 @pytest.mark.parametrize("item", OBJECTS[:6] + OBJECTS[48:54], ids=str)
@@ -279,7 +279,7 @@ def test_a_colour_of_no_palette_is_refused(colour: tuple[int, int, int]) -> None
 
 
 @pytest.mark.parametrize("patch_size", [3, 5])
-def test_a_third_thing_in_the_picture_is_refused(patch_size: int) -> None:
+def test_a_third_thing_in_the_image_is_refused(patch_size: int) -> None:
     pixels = pixels_of(draw(Scene((RED, BLUE), "above"), Random(0)))
     pixels[:patch_size, :patch_size] = COLOURS["green"]
     assert read_scene(Image.fromarray(pixels)) is None
@@ -298,13 +298,13 @@ def test_an_object_between_the_places_is_refused() -> None:
     assert read_scene(Image.fromarray(np.roll(pixels, 10, axis=1))) is None
 
 
-def test_a_picture_of_another_size_is_an_error() -> None:
+def test_an_image_of_another_size_is_an_error() -> None:
     with pytest.raises(ValueError, match=re.escape("(64, 64)")):
         judge(Image.new("RGB", (64, 64)), "a small red circle in the centre")
 
 
-def test_stored_pictures_are_lossless() -> None:
+def test_stored_images_are_lossless() -> None:
     rng = Random("train/0/0")
-    picture = draw(random_scene("train", rng), rng)
+    image = draw(random_scene("train", rng), rng)
     stored = shapes_dataset("train", 1).data.table["image"][0]["bytes"].as_py()
-    assert (pixels_of(Image.open(io.BytesIO(stored))) == pixels_of(picture)).all()
+    assert (pixels_of(Image.open(io.BytesIO(stored))) == pixels_of(image)).all()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tok2img.data.loading import load_captioned_images
 from tok2img.data.streaming import StreamedRows, stream_captioned_images
-from tok2img.recipes.build_processor import fit_text
+from tok2img.recipes.build_processor import fit_text_tokenizer
 from tok2img.tokenization import token_dataset as tokenized
 from tok2img.tokenization.token_dataset import load_tokens, save_tokens
 from tokenizers_vq import load_image
@@ -54,7 +54,7 @@ def write_tar(path: Path, rows: range, *, as_json: bool) -> None:
 
 @pytest.fixture(scope="module", params=["parquet", "tar of texts", "tar of json"])
 def folder(request, tmp_path_factory) -> Path:
-    """Forty captioned pictures in three files of a kind."""
+    """Forty captioned images in three files of a kind."""
     folder = tmp_path_factory.mktemp("packed")
     for number, rows in enumerate((range(0, 17), range(17, 18), range(18, 40))):
         if request.param == "parquet":
@@ -86,7 +86,7 @@ def test_any_rows_in_any_batches_are_those_that_datasets_reads(folder, whole, fi
 
 
 def test_captions_can_be_read_again_and_again(folder, whole):
-    rows = stream_captioned_images(str(folder), max_rows=25)
+    rows = stream_captioned_images(str(folder), max_samples=25)
     assert len(rows) == 25 and list(rows.captions) == list(rows.captions) == [caption for _, caption in whole[:25]]
 
 
@@ -108,7 +108,7 @@ def test_a_job_goes_on_while_its_files_are_the_same(folder, processor, tmp_path)
     def job(**settings):
         return stream_captioned_images(str(folder), **settings).fingerprint
 
-    assert job() == job() != job(max_rows=39)
+    assert job() == job() != job(max_samples=39)
     before = job()
     file = next(path for path in folder.iterdir() if path.stem == "train-1")
     kept = file.read_bytes()
@@ -116,10 +116,10 @@ def test_a_job_goes_on_while_its_files_are_the_same(folder, processor, tmp_path)
     assert job() != before
 
 
-def test_a_job_goes_on_while_the_pictures_of_a_folder_are_the_same(tmp_path, pictures):
+def test_a_job_goes_on_while_the_images_of_a_folder_are_the_same(tmp_path, pil_images):
     (tmp_path / "folder").mkdir()
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / "folder" / f"{number}.png")
+    for number, image in enumerate(pil_images):
+        image.save(tmp_path / "folder" / f"{number}.png")
         (tmp_path / "folder" / f"{number}.txt").write_text("a caption")
 
     def job():
@@ -127,15 +127,15 @@ def test_a_job_goes_on_while_the_pictures_of_a_folder_are_the_same(tmp_path, pic
 
     before = job()
     assert job() == before
-    pictures[0].save(tmp_path / "folder" / "1.png")
+    pil_images[0].save(tmp_path / "folder" / "1.png")
     assert job() != before
 
 
 def test_text_is_fitted_alike_in_runs_and_whole(folder, whole, monkeypatch):
     captions = [caption for _, caption in whole]
     monkeypatch.setattr(tokenized, "ROWS_PER_SHARD", 3)
-    tokenizer, length = fit_text(stream_captioned_images(str(folder)).captions, vocab_size=280)
-    other, same = fit_text(captions, vocab_size=280)
+    tokenizer, length = fit_text_tokenizer(stream_captioned_images(str(folder)).captions, vocab_size=280)
+    other, same = fit_text_tokenizer(captions, vocab_size=280)
     assert tokenizer.state() == other.state() and length == same == max(tokenizer.lengths(captions, max_length=64))
 
 
@@ -155,7 +155,7 @@ def test_no_more_than_some_pages_are_in_memory(tmp_path):
 class TestWhatIsNotThere:
     @pytest.fixture
     def tar(self, tmp_path) -> Path:
-        """Six rows: one without a picture, one without a caption, three whose JSON is none."""
+        """Six rows: one without an image, one without a caption, three whose JSON is none."""
         parts = {"0.png": encoded(0), "0.json": b'{"caption": "a"}', "1.json": b'{"caption": "b"}', "2.png": encoded(2)}
         parts |= {"2.json": b"{}", "3.png": encoded(3), "3.json": b"[", "._4.png": b"", "README": b"no row"}
         parts |= {"5.png": encoded(5), "5.json": b"[" * 200_000, "6.png": encoded(6), "6.json": b"\xff"}
@@ -166,7 +166,7 @@ class TestWhatIsNotThere:
                 tar.addfile(member, io.BytesIO(content))
         return tmp_path / "train.tar"
 
-    def test_a_row_without_a_picture_or_a_caption_is_skipped_and_listed(self, tar, processor, tmp_path):
+    def test_a_row_without_an_image_or_a_caption_is_skipped_and_listed(self, tar, processor, tmp_path):
         manifest = save_tokens(stream_captioned_images(str(tar)), processor, tmp_path / "tokens")
         assert manifest["rows"] == 1 and [each["row"] for each in manifest["skipped"]] == [1, 2, 3, 4, 5]
         assert len(load_tokens(tmp_path / "tokens")[0]) == 1
@@ -177,8 +177,8 @@ class TestWhatIsNotThere:
 
     def test_a_number_of_rows_that_is_none(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", range(3), row_group_size=5)
-        with pytest.raises(ValueError, match="max_rows must be at least 1, got -5"):
-            stream_captioned_images(str(tmp_path), max_rows=-5)
+        with pytest.raises(ValueError, match="max_samples must be at least 1, got -5"):
+            stream_captioned_images(str(tmp_path), max_samples=-5)
 
     def test_a_folder_without_any_row(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", range(0), row_group_size=5)
@@ -227,7 +227,7 @@ def test_a_tar_whose_first_row_has_no_caption_is_refused_by_its_name(tmp_path):
         stream_captioned_images(str(tmp_path))
 
 
-def test_a_folder_of_pictures_is_read_as_before(tmp_path):
+def test_a_folder_of_images_is_read_as_before(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(encoded(ord(name)))
         (tmp_path / f"{name}.txt").write_text(name)

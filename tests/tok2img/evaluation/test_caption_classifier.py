@@ -60,7 +60,7 @@ def test_the_head_maps_features_to_logits(classifier: CaptionClassifier) -> None
 
 
 @pytest.mark.parametrize("image_size", [8, 28, 33, 64])
-def test_pictures_of_any_size_give_one_logit_a_caption(image_size: int) -> None:
+def test_images_of_any_size_give_one_logit_a_caption(image_size: int) -> None:
     classifier = CaptionClassifier(num_channels=3, image_size=image_size, captions=["a", "b", "c"]).eval()
     assert classifier(torch.rand(2, 3, image_size, image_size)).shape == (2, 3)
 
@@ -107,7 +107,7 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_one_alone() ->
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_undecoded_rows_train_like_pictures() -> None:
+def test_undecoded_rows_train_like_images() -> None:
     def encoded(row: dict) -> dict:
         content = io.BytesIO()
         row["image"].save(content, format="png")

@@ -14,20 +14,20 @@ from tok2img.evaluation.metrics import (
     code_histogram,
     evaluate_tokenizer,
     frechet_distance,
-    repeated_share,
+    memorization_rate,
     unigram_entropy,
 )
 
 
 class BrightnessTokenizer(nn.Module):
-    """Each quadrant of a picture becomes the nearest of `codebook_size` evenly spaced grays."""
+    """Each quadrant of an image becomes the nearest of `codebook_size` evenly spaced grays."""
 
     num_codes = 4
     device = torch.device("cpu")
 
     def __init__(self, codebook_size: int = 5, groups: tuple[int, ...] = (4,), overshoot: float = 0.0) -> None:
         super().__init__()
-        self.codebook_size, self.code_groups, self.overshoot = codebook_size, groups, overshoot
+        self.codebook_size, self.positions_per_codebook, self.overshoot = codebook_size, groups, overshoot
         self.eval()
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -38,73 +38,73 @@ class BrightnessTokenizer(nn.Module):
         grays = rearrange(codes / (self.codebook_size - 1) + self.overshoot, "b (p q) -> b 1 p q", p=2)
         return grays.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
-    def decode_stages(self, codes: Tensor) -> Iterator[Tensor]:
+    def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
         yield self.decode(codes)
 
 
 @pytest.fixture
-def pictures() -> Tensor:
-    """Pictures `b c h w` that the tokenizer reproduces exactly: position n of picture b shows code (b + n) % 5."""
+def pil_images() -> Tensor:
+    """Images `b c h w` that the tokenizer reproduces exactly: position n of image b shows code (b + n) % 5."""
     return BrightnessTokenizer().decode((torch.arange(10)[:, None] + torch.arange(4)) % 5)
 
 
-def test_pictures_that_survive_their_codes_have_no_error(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(), [pictures])
+def test_images_that_survive_their_codes_have_no_error(pil_images: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(), [pil_images])
     assert (metrics["mse"], metrics["psnr"]) == (0, math.inf)
     assert metrics["ssim"] == pytest.approx(1)
 
 
-def test_mse_and_psnr_measure_a_known_offset(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(), [pictures.clamp(0.1, 0.9)])
+def test_mse_and_psnr_measure_a_known_offset(pil_images: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(), [pil_images.clamp(0.1, 0.9)])
     assert metrics["mse"] == pytest.approx(0.4 * 0.1**2)  # two of the five grays are 0.1 off
     assert metrics["psnr"] == pytest.approx(-10 * math.log10(0.004), rel=1e-5)
 
 
-def test_reconstructions_are_clamped_before_they_are_measured(pictures: Tensor) -> None:
-    white = torch.ones_like(pictures)
+def test_reconstructions_are_clamped_before_they_are_measured(pil_images: Tensor) -> None:
+    white = torch.ones_like(pil_images)
     assert evaluate_tokenizer(BrightnessTokenizer(overshoot=0.5), [white])["mse"] == 0
 
 
-def test_metrics_do_not_depend_on_how_pictures_are_batched(pictures: Tensor) -> None:
-    noisy = (pictures + 0.05 * torch.rand(pictures.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+def test_metrics_do_not_depend_on_how_images_are_batched(pil_images: Tensor) -> None:
+    noisy = (pil_images + 0.05 * torch.rand(pil_images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     whole = evaluate_tokenizer(BrightnessTokenizer(), [noisy])
     assert evaluate_tokenizer(BrightnessTokenizer(), noisy.split([3, 6, 1])) == pytest.approx(whole, rel=1e-4)
 
 
-def test_ssim_is_left_out_without_torchmetrics(pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssim_is_left_out_without_torchmetrics(pil_images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "ssim" not in evaluate_tokenizer(BrightnessTokenizer(), [pictures])
+    assert "ssim" not in evaluate_tokenizer(BrightnessTokenizer(), [pil_images])
 
 
-def test_shared_codes_are_counted_together(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(codebook_size=5), [pictures[:1]])
+def test_shared_codes_are_counted_together(pil_images: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(codebook_size=5), [pil_images[:1]])
     assert metrics["code_usage"] == pytest.approx(4 / 5)
     assert metrics["perplexity"] == pytest.approx(4)
     assert not [name for name in metrics if name.endswith(("_per_position", "_per_group"))]
 
 
-def test_codes_of_their_own_positions_are_counted_apart(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 1, 1, 1)), [pictures[:2], pictures[2:4]])
+def test_codes_of_their_own_positions_are_counted_apart(pil_images: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 1, 1, 1)), [pil_images[:2], pil_images[2:4]])
     assert metrics["code_usage"] == pytest.approx(4 / 5)
     assert metrics["perplexity"] == pytest.approx(4)
     assert metrics["entropy_per_position"] == pytest.approx([math.log(4)] * 4)
 
 
-def test_codes_of_groups_are_counted_by_group(pictures: Tensor) -> None:
-    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 3)), [pictures[:1], pictures[5:6]])
+def test_codes_of_groups_are_counted_by_group(pil_images: Tensor) -> None:
+    metrics = evaluate_tokenizer(BrightnessTokenizer(groups=(1, 3)), [pil_images[:1], pil_images[5:6]])
     assert metrics["code_usage"] == pytest.approx((1 + 3) / 10)
     assert metrics["perplexity"] == pytest.approx((1 + 3) / 2)
     assert metrics["entropy_per_group"] == pytest.approx([0, math.log(3)])
     assert metrics["used_per_group"] == [1, 3] and "used_per_position" not in metrics
 
 
-def test_bits_per_picture_follow_from_length_and_codebook(pictures: Tensor) -> None:
-    assert evaluate_tokenizer(BrightnessTokenizer(), [pictures])["bits_per_picture"] == pytest.approx(4 * math.log2(5))
+def test_bits_per_image_follow_from_length_and_codebook(pil_images: Tensor) -> None:
+    assert evaluate_tokenizer(BrightnessTokenizer(), [pil_images])["bits_per_image"] == pytest.approx(4 * math.log2(5))
 
 
-def test_a_tokenizer_in_training_mode_is_refused(pictures: Tensor) -> None:
+def test_a_tokenizer_in_training_mode_is_refused(pil_images: Tensor) -> None:
     with pytest.raises(ValueError, match="eval()"):
-        evaluate_tokenizer(BrightnessTokenizer().train(), [pictures])
+        evaluate_tokenizer(BrightnessTokenizer().train(), [pil_images])
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
@@ -153,18 +153,18 @@ def test_frechet_distance_needs_two_rows() -> None:
 def test_repeated_share_counts_whole_rows() -> None:
     training = torch.tensor([[1, 2, 3], [4, 5, 6]])
     codes = torch.tensor([[1, 2, 3], [4, 5, 7], [2, 3, 4], [4, 5, 6]])
-    assert repeated_share(codes, training) == 0.5
+    assert memorization_rate(codes, training) == 0.5
 
 
 def test_repeated_share_ignores_the_integer_type() -> None:
     codes = torch.tensor([[1, 255, 0], [0, 1, 0]])
-    assert repeated_share(codes, codes.to(torch.uint8)) == 1
-    assert repeated_share(codes.to(torch.uint8), codes[:1].to(torch.int16)) == 0.5
+    assert memorization_rate(codes, codes.to(torch.uint8)) == 1
+    assert memorization_rate(codes.to(torch.uint8), codes[:1].to(torch.int16)) == 0.5
 
 
 def test_repeated_share_refuses_rows_of_another_length() -> None:
     with pytest.raises(ValueError, match="one length"):
-        repeated_share(torch.zeros(2, 3), torch.zeros(2, 4))
+        memorization_rate(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_unigram_entropy_tells_positions_apart_unless_they_share_codes() -> None:
@@ -195,11 +195,11 @@ def test_caption_accuracy_is_the_share_the_judge_agrees_with() -> None:
 
 
 def test_caption_accuracy_refuses_captions_that_do_not_pair_up() -> None:
-    with pytest.raises(ValueError, match="1 pictures and 2 captions"):
+    with pytest.raises(ValueError, match="1 images and 2 captions"):
         caption_accuracy(["red"], ["red", "blue"], lambda image, caption: True)
 
 
-def test_a_picture_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images):
+def test_an_image_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images):
     report = evaluate_tokenizer(tiny_vqdraw, images.split(4))
     codes = tiny_vqdraw.encode(images)
     expected = [(tiny_vqdraw.decode(codes[:, :count]) - images).square().mean().item() for count in (1, 2, 3, 4)]
@@ -226,7 +226,7 @@ def test_a_batch_is_looked_at_once_and_its_codes_never(tokenizer, images, reques
     assert looks.count == len(images.split(4)) > 1
 
 
-def test_pictures_that_are_none_are_refused(tiny_vqdraw, images):
+def test_images_that_are_none_are_refused(tiny_vqdraw, images):
     with pytest.raises(ValueError, match="got NaN or infinity"):
         evaluate_tokenizer(tiny_vqdraw, [images, images.clone().fill_(math.nan)])
     with pytest.raises(ValueError, match=r"codes must lie in 0\.\."):  # no check is left out afterwards

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from tok2img.evaluation.reports import open_unseen, save_report
+from tok2img.evaluation.reports import load_eval_split, save_report
 
 
 def write(folder, *splits, image=b"content"):
@@ -17,17 +17,17 @@ def write(folder, *splits, image=b"content"):
 @pytest.mark.parametrize("splits", [("train", "validation"), ("train", "validation", "test")])
 def test_unseen_rows_are_of_the_test_split_or_else_of_validation(tmp_path, splits):
     write(tmp_path, *splits)
-    assert open_unseen(str(tmp_path))["caption"][:] == [splits[-1]]
+    assert load_eval_split(str(tmp_path))["caption"][:] == [splits[-1]]
 
 
 def test_what_is_wrong_with_the_test_split_is_said(tmp_path):
     write(tmp_path, "train", "test")
     with pytest.raises(ValueError, match="no column 'titel'"):
-        open_unseen(str(tmp_path), caption_column="titel")
+        load_eval_split(str(tmp_path), caption_column="titel")
     write(tmp_path, "validation")
     (tmp_path / "test-0.parquet").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="test-0.parquet: cannot be read"):
-        open_unseen(str(tmp_path))
+        load_eval_split(str(tmp_path))
 
 
 def test_data_of_the_hub_without_a_test_split_has_its_validation_rows(monkeypatch):
@@ -37,7 +37,7 @@ def test_data_of_the_hub_without_a_test_split_has_its_validation_rows(monkeypatc
         return Dataset.from_dict({"image": [b"content"], "caption": [split]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert open_unseen("somebody/pictures")["caption"][:] == ["validation"]
+    assert load_eval_split("somebody/images")["caption"][:] == ["validation"]
 
 
 def test_a_report_is_json_where_an_error_is_none_and_its_psnr_infinite(tmp_path):

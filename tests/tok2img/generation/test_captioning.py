@@ -44,13 +44,15 @@ def both_ways(prior, layout, text_ids, codes, *, num: int) -> torch.Tensor:
 
 
 def test_the_loss_of_both_directions_is_the_masked_cross_entropy(prior, layout, text_ids, codes):
-    model = PriorWithLoss(prior, layout, caption_share=0.5, caption_dropout=0.0).train()
+    model = PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=0.0).train()
     torch.testing.assert_close(model(text_ids, codes).loss, both_ways(prior, layout, text_ids, codes, num=2))
 
 
 def test_the_gradients_of_both_directions_are_those_of_the_masked_cross_entropy(prior, layout, text_ids, codes):
     plain = copy.deepcopy(prior)
-    PriorWithLoss(prior, layout, caption_share=0.5, caption_dropout=0.0).train()(text_ids, codes).loss.backward()
+    PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=0.0).train()(
+        text_ids, codes
+    ).loss.backward()
     both_ways(plain, layout, text_ids, codes, num=2).backward()
     for (name, ours), theirs in zip(prior.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name, atol=1e-6, rtol=1e-4)
@@ -60,36 +62,36 @@ def test_the_gradients_of_both_directions_are_those_of_the_masked_cross_entropy(
 class TestShares:
     def test_in_eval_mode_all_rows_are_measured_in_both_directions(self, prior, layout, text_ids, codes):
         drawing = PriorWithLoss(prior, layout).eval()(text_ids, codes)
-        both = PriorWithLoss(prior, layout, caption_share=0.25).eval()(text_ids, codes)
+        both = PriorWithLoss(prior, layout, image_to_text_fraction=0.25).eval()(text_ids, codes)
         reading = plain_caption_loss(prior, layout, text_ids, codes)
         torch.testing.assert_close(both.metrics["caption_loss"], reading)
         assert both.metrics["image_loss"] == pytest.approx(drawing.metrics["image_loss"].item())
         torch.testing.assert_close(both.loss, 0.75 * drawing.loss + 0.25 * reading)
 
     def test_a_share_of_zero_is_the_loss_of_drawing(self, prior, layout, text_ids, codes):
-        output = PriorWithLoss(prior, layout, caption_share=0.0).train()(text_ids, codes)
+        output = PriorWithLoss(prior, layout, image_to_text_fraction=0.0).train()(text_ids, codes)
         assert output.metrics.keys() == {"text_loss", "image_loss"}
 
     def test_about_the_wanted_share_of_rows_captions(self, prior, layout):
-        model = PriorWithLoss(prior, layout, caption_share=0.3).train()
+        model = PriorWithLoss(prior, layout, image_to_text_fraction=0.3).train()
         numbers = [model.num_captioning(4, torch.rand(())) for _ in range(500)]
         assert set(numbers) == {1, 2} and 1.1 < sum(numbers) / 500 < 1.3
 
     @pytest.mark.parametrize("share", [0.001, 0.999])
     def test_a_batch_of_one_row_has_a_finite_loss(self, prior, layout, text_ids, codes, share):
-        model = PriorWithLoss(prior, layout, caption_share=share).train()
+        model = PriorWithLoss(prior, layout, image_to_text_fraction=share).train()
         assert model(text_ids[:1], codes[:1]).loss.isfinite()
 
-    def test_pictures_that_caption_keep_their_text_when_captions_are_dropped(self, prior, layout, text_ids, codes):
-        model = PriorWithLoss(prior, layout, caption_share=0.5, caption_dropout=1.0).train()
+    def test_images_that_caption_keep_their_text_when_captions_are_dropped(self, prior, layout, text_ids, codes):
+        model = PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=1.0).train()
         metrics = model(text_ids, codes).metrics
         assert metrics["text_loss"] == 0
         torch.testing.assert_close(metrics["caption_loss"], plain_caption_loss(prior, layout, text_ids[:2], codes[:2]))
 
 
 def test_a_share_of_all_rows_is_refused():
-    with pytest.raises(ValueError, match="'caption_share' must be below 1"):
-        PriorRecipe(caption_share=1.0)
+    with pytest.raises(ValueError, match="'image_to_text_fraction' must be below 1"):
+        PriorRecipe(image_to_text_fraction=1.0)
 
 
 def test_the_two_sequences_hold_the_same_ids_in_another_order(layout, text_ids, codes):
@@ -142,14 +144,14 @@ class TestCaption:
             steps.append(1)
             return torch.full((len(logits),), layout.pad_id)
 
-        monkeypatch.setattr("tok2img.generation.captioning.draw_codes", all_ended)
-        assert caption(prior, layout, codes).equal(layout.without_caption(4)) and len(steps) == 1
+        monkeypatch.setattr("tok2img.generation.captioning.sample_codes", all_ended)
+        assert caption(prior, layout, codes).equal(layout.null_text_ids(4)) and len(steps) == 1
 
     @one_prior
     def test_guidance_and_a_wrong_number_of_indices_are_refused(self, prior, layout, codes):
         with pytest.raises(ValueError, match="without guidance, got guidance_scale 3"):
             caption(prior, layout, codes, sampling=Sampling(guidance_scale=3.0))
-        with pytest.raises(ValueError, match="got 1 indices for 4 pictures"):
+        with pytest.raises(ValueError, match="got 1 indices for 4 images"):
             caption(prior, layout, codes, indices=[0])
 
 
@@ -158,10 +160,10 @@ def both(processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
     return processor.encode_text(rows["caption"][:]), processor.encode_images(rows["image"][:])
 
 
-def test_one_model_learns_to_draw_and_to_caption(processor, both, pictures, rows):
+def test_one_model_learns_to_draw_and_to_caption(processor, both, pil_images, rows):
     layout = processor.layout
     prior = build_prior(layout, depth=1)
-    model = PriorWithLoss(prior, layout, caption_share=0.5, caption_dropout=0.0).train()
+    model = PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=0.0).train()
     optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 120)
     for _ in range(120):
@@ -173,7 +175,7 @@ def test_one_model_learns_to_draw_and_to_caption(processor, both, pictures, rows
     setattr(prior.generation_config, CAPTION_KEY, True)
     measured = report_on_captions(TextToImagePipeline(prior, processor), rows)
     assert measured == {"caption_exact_match": 1.0, "caption_token_accuracy": 1.0}
-    assert ImageToTextPipeline(prior, processor)(pictures) == [processor.decode_text(text) for text in both[0]]
+    assert ImageToTextPipeline(prior, processor)(pil_images) == [processor.decode_text(text) for text in both[0]]
     assert generate(prior, layout, both[0], sampling=Sampling(temperature=0)).equal(both[1])
 
 
@@ -182,9 +184,9 @@ class TestCommand:
     def model(self, processor, rows, tmp_path) -> str:
         """A model that a recipe has trained in both directions for a few steps."""
         save_tokens(rows.select([row % 6 for row in range(24)]), processor, tmp_path / "tokens")
-        keys = {"max_steps": 3, "batch_size": 8, "eval_every": 2, "log_every": 1, "sample_every": 0}
+        keys = {"max_steps": 3, "batch_size": 8, "eval_steps": 2, "logging_steps": 1, "sample_steps": 0}
         folder, tokens = str(tmp_path / "model"), str(tmp_path / "tokens")
-        train_prior(PriorRecipe(tokens=tokens, out=folder, depth=1, caption_share=0.5, **keys))
+        train_prior(PriorRecipe(tokens=tokens, out=folder, depth=1, image_to_text_fraction=0.5, **keys))
         return folder
 
     @pytest.fixture
@@ -201,32 +203,32 @@ class TestCommand:
 
         return run
 
-    def test_it_prints_a_caption_a_line(self, run, model, pictures, tmp_path):
+    def test_it_prints_a_caption_a_line(self, run, model, pil_images, tmp_path):
         files = [tmp_path / f"{number}.png" for number in range(3)]
-        for file, picture in zip(files, pictures, strict=False):
-            picture.save(file)
+        for file, image in zip(files, pil_images, strict=False):
+            image.save(file)
         said, _, code = run(*files, "--model", model)
         expected = ImageToTextPipeline.from_pretrained(model)(files)
         assert (code, said) == (0, [" ".join(text.split()) for text in expected])
         drawn = [run(*files, "--model", model, "--temperature", 1, "--seed", seed)[0] for seed in (1, 1)]
         assert drawn[0] == drawn[1]
 
-    def test_a_bad_picture_is_one_line_with_its_name(self, run, model, tmp_path):
-        (tmp_path / "bad.png").write_bytes(b"no picture")
+    def test_a_bad_image_is_one_line_with_its_name(self, run, model, tmp_path):
+        (tmp_path / "bad.png").write_bytes(b"no image")
         said, complaint, code = run(tmp_path / "bad.png", "--model", model)
         assert (code, said, len(complaint)) == (2, [], 1) and "bad.png" in complaint[0]
 
-    def test_a_model_that_has_not_learned_to_caption_is_refused(self, run, processor, pictures, tmp_path):
+    def test_a_model_that_has_not_learned_to_caption_is_refused(self, run, processor, pil_images, tmp_path):
         TextToImagePipeline(build_prior(processor.layout, depth=1), processor).save_pretrained(tmp_path / "drawer")
-        pictures[0].save(tmp_path / "one.png")
+        pil_images[0].save(tmp_path / "one.png")
         said, complaint, code = run(tmp_path / "one.png", "--model", tmp_path / "drawer")
         assert (code, said, len(complaint)) == (2, [], 1) and "has not learned to caption" in complaint[0]
-        assert re.search(r"--caption-share", complaint[0])
+        assert re.search(r"--image-to-text-fraction", complaint[0])
 
     def test_captions_are_measured_with_the_rest_where_a_model_writes_any(self, model, processor, rows, tmp_path):
         judge = Judge(lambda image, caption: True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tok2img.evaluation.reports.find_judge", lambda *_, **__: judge)
+            patch.setattr("tok2img.evaluation.reports.find_verifier", lambda *_, **__: judge)
             report, _ = report_on_model(model, rows, data="", num_images=2)
             TextToImagePipeline(build_prior(processor.layout, depth=1), processor).save_pretrained(tmp_path / "drawer")
             silent, _ = report_on_model(tmp_path / "drawer", rows, data="", num_images=2)

@@ -1,4 +1,4 @@
-"""What other samplers of pictures get wrong: guidance lost after the first code, batches that change pictures, texts that are not seen."""
+"""What other samplers of images get wrong: guidance lost after the first code, batches that change images, texts that are not seen."""
 
 import warnings
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tok2img.generation.generate import fitting_batch, generate
+from tok2img.generation.generate import generate, max_batch_size
 from tok2img.generation.sampling import Sampling
 from tok2img.pipelines.text_to_image import TextToImagePipeline
 from tok2img.prior.model import build_prior, trunk
@@ -38,7 +38,7 @@ def pipeline(processor) -> TextToImagePipeline:
 @pytest.mark.parametrize("layout", [(4,), (1, 1, 1, 1)], indirect=True)
 @pytest.mark.parametrize("size", [1, 3, 8, 32])
 @pytest.mark.parametrize("sampling", [Sampling(), GUIDED], ids=["plain", "guided"])
-def test_pictures_of_mixed_captions_depend_neither_on_batch_nor_order(prior, layout, texts, sampling, size):
+def test_images_of_mixed_captions_depend_neither_on_batch_nor_order(prior, layout, texts, sampling, size):
     whole = generate(prior, layout, texts, sampling=sampling, seed=3)
     order = torch.randperm(NUM)
     for rows in order.split(size):
@@ -62,10 +62,10 @@ def test_a_schedule_of_one_scale_is_that_scale(prior, layout, texts):
 
 def test_a_schedule_guides_each_code_by_its_own_scale(prior, layout, texts):
     ends_plain = generate(prior, layout, texts, sampling=Sampling(guidance_scale=(3, 3, 1, 1)), seed=1)
-    guided, plain = (generate(prior, layout, texts, sampling=each, seed=1) for each in (GUIDED, Sampling()))
-    assert ends_plain[:, :2].equal(guided[:, :2]) and not ends_plain[:, :2].equal(plain[:, :2])
+    apply_guidance, plain = (generate(prior, layout, texts, sampling=each, seed=1) for each in (GUIDED, Sampling()))
+    assert ends_plain[:, :2].equal(apply_guidance[:, :2]) and not ends_plain[:, :2].equal(plain[:, :2])
     first = torch.tensor([True, True, False, False])
-    assert ends_plain.equal(generate(prior, layout, texts, seed=1, given_codes=guided, keep=first))
+    assert ends_plain.equal(generate(prior, layout, texts, seed=1, given_codes=apply_guidance, keep=first))
 
 
 def test_every_text_position_is_seen_and_sees(prior, layout, texts):
@@ -86,7 +86,7 @@ def test_given_streams_stand_for_those_of_a_seed(prior, layout, texts):
     assert not codes.equal(generate(prior, layout, texts))
 
 
-def test_two_seeds_lead_from_the_picture_of_one_to_that_of_the_other(pipeline):
+def test_two_seeds_lead_from_the_image_of_one_to_that_of_the_other(pipeline):
     prompts = ["a dog", "a red disc"]
     path = pipeline(prompts, 5, seed=(3, 8)).codes
     first, last = (pipeline(prompts, seed=seed).codes for seed in (3, 8))
@@ -117,17 +117,17 @@ def test_batches_are_as_large_as_a_gigabyte_of_keys_and_values_allows():
     def fits(num_codes: int, **settings) -> tuple[int, int]:
         layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=num_codes, codebook_size=6)
         prior = build_prior(layout, depth=2, **settings)
-        return fitting_batch(prior, layout, guidance=False), fitting_batch(prior, layout, guidance=True)
+        return max_batch_size(prior, layout, guidance=False), max_batch_size(prior, layout, guidance=True)
 
     assert fits(10) == (256, 256)
-    bytes_per_picture = 2 * 2 * 128 * (8187 + 5) * 4
-    assert fits(8187) == (2**30 // bytes_per_picture, 2**30 // bytes_per_picture // 2)
+    bytes_per_image = 2 * 2 * 128 * (8187 + 5) * 4
+    assert fits(8187) == (2**30 // bytes_per_image, 2**30 // bytes_per_image // 2)
     assert fits(2**21) == (1, 1)
     assert fits(8187, num_key_value_heads=1)[0] == 2 * fits(8187)[0]
     assert fits(8187, architecture="gpt2") == fits(8187)
 
 
-def test_many_pictures_come_in_as_many_batches_as_they_need(pipeline, monkeypatch):
+def test_many_images_come_in_as_many_batches_as_they_need(pipeline, monkeypatch):
     sizes = []
 
     def spy(prior, layout, text_ids, **settings):

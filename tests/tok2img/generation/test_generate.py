@@ -6,7 +6,7 @@ from transformers import LogitsProcessorList
 
 from tok2img.generation import generate as generation
 from tok2img.generation.generate import LayoutLogitsProcessor, generate
-from tok2img.generation.sampling import Sampling, draw_codes, keep_likeliest, uniform_streams
+from tok2img.generation.sampling import Sampling, sample_codes, top_k_top_p_filter, uniform_noise
 
 GREEDY = Sampling(temperature=0.0)
 only_qwen = pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
@@ -28,9 +28,9 @@ def logits_drawn_from(monkeypatch) -> list[torch.Tensor]:
 
     def spy(logits, uniforms, sampling):
         seen.append(logits)
-        return draw_codes(logits, uniforms, sampling)
+        return sample_codes(logits, uniforms, sampling)
 
-    monkeypatch.setattr(generation, "draw_codes", spy)
+    monkeypatch.setattr(generation, "sample_codes", spy)
     return seen
 
 
@@ -50,7 +50,7 @@ def test_logits_during_generation_are_the_teacher_forced_ones(prior, layout, tex
 def test_guided_logits_are_the_teacher_forced_ones_moved_on(prior, layout, text_ids, logits_drawn_from):
     codes = generate(prior, layout, text_ids, sampling=Sampling(guidance_scale=3.0))
     with_caption = teacher_forced(prior, layout, text_ids, codes)
-    without = teacher_forced(prior, layout, layout.without_caption(len(text_ids)), codes)
+    without = teacher_forced(prior, layout, layout.null_text_ids(len(text_ids)), codes)
     for drawn, one, other in zip(logits_drawn_from, with_caption, without, strict=True):
         torch.testing.assert_close(drawn, other + 3 * (one - other), atol=1e-3, rtol=1e-3)
 
@@ -92,7 +92,7 @@ def test_guidance_leads_away_from_the_negative_text(prior, layout, text_ids, log
 
 @only_qwen
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_a_picture_does_not_depend_on_its_batch(prior, layout, text_ids, scale):
+def test_an_image_does_not_depend_on_its_batch(prior, layout, text_ids, scale):
     sampling = Sampling(guidance_scale=scale)
     whole = generate(prior, layout, text_ids, sampling=sampling, seed=3)
     for runs in (torch.arange(8).split(1), torch.arange(8).split(3), [torch.tensor([5, 0, 7, 2, 6, 1, 4, 3])]):
@@ -102,14 +102,14 @@ def test_a_picture_does_not_depend_on_its_batch(prior, layout, text_ids, scale):
 
 
 @only_qwen
-def test_another_seed_or_index_gives_another_picture(prior, layout):
+def test_another_seed_or_index_gives_another_image(prior, layout):
     text_ids = torch.ones(8, 3, dtype=torch.int64)
     one, other = (generate(prior, layout, text_ids, sampling=Sampling(temperature=9.0), seed=seed) for seed in (0, 1))
     assert not one.equal(other) and len(one.unique(dim=0)) > 4
 
 
 def test_streams_of_different_seeds_and_indices_differ():
-    streams = [uniform_streams(seed, range(20), 4) for seed in (0, 1, -1, 2**63)]
+    streams = [uniform_noise(seed, range(20), 4) for seed in (0, 1, -1, 2**63)]
     assert len(torch.cat(streams).unique(dim=0)) == 80
 
 
@@ -152,7 +152,7 @@ def test_every_code_is_shown_as_it_is_drawn(prior, layout, text_ids):
 def test_top_k_counts_codes():
     probabilities = torch.rand(50, 16, dtype=torch.float64)
     for top_k in (1, 5, 16, 40):
-        kept = keep_likeliest(probabilities, Sampling(top_k=top_k))
+        kept = top_k_top_p_filter(probabilities, Sampling(top_k=top_k))
         assert ((kept > 0).sum(dim=1) == min(top_k, 16)).all()
         assert kept.amax(dim=1).equal(probabilities.amax(dim=1))
 
@@ -160,7 +160,7 @@ def test_top_k_counts_codes():
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     probabilities = torch.rand(200, 12, dtype=torch.float64).softmax(dim=-1)
     for top_p in (0.01, 0.3, 0.9):
-        kept = keep_likeliest(probabilities, Sampling(top_p=top_p))
+        kept = top_k_top_p_filter(probabilities, Sampling(top_p=top_p))
         smallest = torch.where(kept > 0, kept, math.inf).amin(dim=1)
         assert (kept.sum(dim=1) >= top_p).all() and (kept.sum(dim=1) - smallest < top_p).all()
         dropped = torch.where(kept > 0, 0, probabilities).amax(dim=1)
@@ -169,8 +169,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 def test_drawn_codes_are_as_frequent_as_they_are_likely():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -30.0]])
-    uniforms = uniform_streams(7, [0], 20_000)[0]
-    counts = draw_codes(logits.expand(20_000, 5), uniforms, Sampling(temperature=1.5)).bincount(minlength=5)
+    uniforms = uniform_noise(7, [0], 20_000)[0]
+    counts = sample_codes(logits.expand(20_000, 5), uniforms, Sampling(temperature=1.5)).bincount(minlength=5)
     expected = (logits[0].double() / 1.5).softmax(dim=0) * 20_000
     chi_square = ((counts[:4] - expected[:4]) ** 2 / expected[:4]).sum()
     assert chi_square < 16.3 and counts[4] == 0  # 99.9 % of samples with 3 degrees of freedom lie below
@@ -181,13 +181,13 @@ def test_a_code_that_is_left_out_is_never_drawn(uniform):
     logits = torch.tensor([[-math.inf, 1.0, 0.0, 0.5, -math.inf]])
     for sampling in (Sampling(), Sampling(top_k=2), Sampling(top_p=0.7)):
         allowed = (1, 2, 3) if sampling == Sampling() else (1, 3)
-        assert draw_codes(logits, torch.tensor([uniform], dtype=torch.float64), sampling).item() in allowed
+        assert sample_codes(logits, torch.tensor([uniform], dtype=torch.float64), sampling).item() in allowed
 
 
 def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_always():
-    logits, uniforms = torch.randn(100, 9), uniform_streams(0, [0], 100)[0]
-    assert draw_codes(logits, uniforms, GREEDY).equal(logits.argmax(dim=1))
-    assert draw_codes(logits, uniforms, Sampling(temperature=1e-4)).equal(logits.argmax(dim=1))
+    logits, uniforms = torch.randn(100, 9), uniform_noise(0, [0], 100)[0]
+    assert sample_codes(logits, uniforms, GREEDY).equal(logits.argmax(dim=1))
+    assert sample_codes(logits, uniforms, Sampling(temperature=1e-4)).equal(logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("name", ["guidance_scale", "temperature", "top_k", "top_p"])
@@ -210,7 +210,7 @@ def test_text_of_another_length_is_refused(prior, layout):
 
 
 @only_qwen
-def test_a_negative_text_for_another_number_of_pictures_is_refused(prior, layout, text_ids):
+def test_a_negative_text_for_another_number_of_images_is_refused(prior, layout, text_ids):
     with pytest.raises(ValueError, match="negative"):
         generate(prior, layout, text_ids, sampling=Sampling(guidance_scale=2.0), negative_text_ids=text_ids[:1])
 

@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tok2img.generation.generate import generate, next_state
-from tok2img.generation.kv_cache import RoomyLayer, empty_cache
+from tok2img.generation.generate import generate, next_hidden_state
+from tok2img.generation.kv_cache import PreallocatedLayer, make_cache
 from tok2img.generation.sampling import Sampling
 from tok2img.prior.model import build_prior
 
@@ -17,24 +17,24 @@ def states_of(prior, layout, text_ids, codes, cache) -> list[torch.Tensor]:
     """The state after the prompt, after one more code, and after two more at once."""
     prompt = layout.prompt(text_ids)
     ids = layout.image.codes_to_ids(codes)
-    return [next_state(prior, some, cache) for some in (prompt, ids[:, :1], ids[:, 1:3])]
+    return [next_hidden_state(prior, some, cache) for some in (prompt, ids[:, :1], ids[:, 1:3])]
 
 
 def test_states_are_those_with_a_cache_that_grows(prior, layout, text_ids, codes):
     roomy, growing = (
         states_of(prior, layout, text_ids, codes, cache)
-        for cache in (empty_cache(prior, layout.sequence_length), DynamicCache(config=prior.config))
+        for cache in (make_cache(prior, layout.sequence_length), DynamicCache(config=prior.config))
     )
     for ours, theirs in zip(roomy, growing, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_what_is_remembered_stays_where_it_was_written(prior, layout, text_ids, codes):
-    cache = empty_cache(prior, layout.sequence_length)
+    cache = make_cache(prior, layout.sequence_length)
     states_of(prior, layout, text_ids, codes, cache)
     layer: Any = cache.layers[0]
     address = layer.keys.data_ptr(), layer.values.data_ptr()
-    next_state(prior, layout.image.codes_to_ids(codes)[:, 3:], cache)
+    next_hidden_state(prior, layout.image.codes_to_ids(codes)[:, 3:], cache)
     assert (layer.keys.data_ptr(), layer.values.data_ptr()) == address
     assert cache.get_seq_length() == layer.keys.shape[2] == layout.sequence_length
 
@@ -42,14 +42,14 @@ def test_what_is_remembered_stays_where_it_was_written(prior, layout, text_ids, 
 @pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
 def test_positions_beyond_the_room_are_refused(prior, layout, text_ids, codes):
     with pytest.raises(RuntimeError):
-        states_of(prior, layout, text_ids, codes, empty_cache(prior, layout.prompt_length))
+        states_of(prior, layout, text_ids, codes, make_cache(prior, layout.prompt_length))
 
 
 def test_layers_that_look_back_over_a_window_keep_their_own_kind(layout):
     settings = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
     prior = build_prior(layout, architecture="qwen3", depth=2, use_sliding_window=True, **settings)
-    kinds = [type(layer) for layer in empty_cache(prior, layout.sequence_length).layers]
-    assert kinds == [RoomyLayer, DynamicSlidingWindowLayer]
+    kinds = [type(layer) for layer in make_cache(prior, layout.sequence_length).layers]
+    assert kinds == [PreallocatedLayer, DynamicSlidingWindowLayer]
 
 
 @pytest.fixture

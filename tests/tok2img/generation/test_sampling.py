@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tok2img.generation.sampling import Sampling, guided, streams_between, uniform_streams
+from tok2img.generation.sampling import Sampling, apply_guidance, slerp_noise, uniform_noise
 
 
 @pytest.mark.parametrize(
@@ -49,30 +49,30 @@ def test_a_function_that_returns_no_scale_is_refused():
 
 def test_scale_one_is_the_caption_alone_and_zero_none():
     logits = torch.randn(6, 4)
-    assert guided(logits, 1).equal(logits[:3]) and guided(logits, 0).equal(logits[3:])
+    assert apply_guidance(logits, 1).equal(logits[:3]) and apply_guidance(logits, 0).equal(logits[3:])
 
 
 def test_a_path_between_streams_ends_exactly_at_both():
-    first, last = uniform_streams(3, [0, 1], 50)
+    first, last = uniform_noise(3, [0, 1], 50)
     first[0], last[1] = 0.0, math.nextafter(1, 0)
-    path = streams_between(first, last, 7)
+    path = slerp_noise(first, last, 7)
     assert path[0].equal(first) and path[-1].equal(last) and path.shape == (7, 50)
     assert (path >= 0).all() and (path < 1).all()
 
 
 def test_every_step_of_a_path_is_uniform():
-    first, last = uniform_streams(0, [0, 1], 20_000)
-    for step in streams_between(first, last, 5):
+    first, last = uniform_noise(0, [0, 1], 20_000)
+    for step in slerp_noise(first, last, 5):
         counts = torch.histc(step, bins=10, min=0, max=1)
         assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # 99.9 % of samples with 9 degrees of freedom lie below
 
 
 def test_neighbours_on_a_path_are_nearer_than_its_ends():
-    first, last = uniform_streams(0, [0, 1], 500)
-    path = streams_between(first, last, 11)
+    first, last = uniform_noise(0, [0, 1], 500)
+    path = slerp_noise(first, last, 11)
     assert (path[1:] - path[:-1]).abs().mean(dim=1).max() < 0.3 * (first - last).abs().mean()
 
 
 def test_a_path_of_one_step_is_refused():
     with pytest.raises(ValueError, match="at least 2 steps"):
-        streams_between(torch.rand(3), torch.rand(3), 1)
+        slerp_noise(torch.rand(3), torch.rand(3), 1)

@@ -7,8 +7,8 @@ from datasets import concatenate_datasets
 from transformers import AutoTokenizer, CLIPModel
 
 from tok2img.generation.generate import generate
-from tok2img.generation.likelihood import best_of_each, likelihood_gain, log_likelihood
-from tok2img.generation.sampling import uniform_streams
+from tok2img.generation.likelihood import argmax_per_group, log_likelihood, pointwise_mutual_information
+from tok2img.generation.sampling import uniform_noise
 from tok2img.pipelines.clip_ranker import ClipRanker
 from tok2img.recipes.config import RankerRecipe
 from tok2img.recipes.train_ranker import RankerWithLoss, build_ranker, patch_size, train_ranker
@@ -33,21 +33,21 @@ def test_the_likelihood_is_that_of_stock_logits_among_each_positions_codes(prior
 
 def test_the_gain_of_no_caption_is_nothing_and_of_a_caption_something(prior, layout):
     text_ids, codes = torch.tensor([[1, 5, 10], [layout.pad_id] * 3]).repeat(40, 1), torch.randint(6, (80, 4))
-    gain = likelihood_gain(prior, layout, text_ids, codes)
+    gain = pointwise_mutual_information(prior, layout, text_ids, codes)
     assert gain.shape == (80,) and gain[1::2].abs().max() < 1e-4 and gain[::2].abs().min() > 1e-4
     expected = log_likelihood(prior, layout, text_ids, codes) - log_likelihood(
-        prior, layout, layout.without_caption(80), codes
+        prior, layout, layout.null_text_ids(80), codes
     )
     torch.testing.assert_close(gain, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_best_of_each_is_the_first_of_the_highest_scores():
-    assert best_of_each(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 4.0]), 3).tolist() == [1, 3]
+    assert argmax_per_group(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 4.0]), 3).tolist() == [1, 3]
 
 
 def test_a_score_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="not finite"):
-        best_of_each(torch.tensor([1.0, float("nan")]), 2)
+        argmax_per_group(torch.tensor([1.0, float("nan")]), 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -55,14 +55,14 @@ def test_the_best_candidates_by_the_priors_own_likelihood_are_kept(pipeline, bat
     output = pipeline(PROMPTS, 2, seed=3, best_of=4, batch_size=batch_size)
     layout = pipeline.processor.layout
     text_ids = pipeline.processor.encode_text([prompt for prompt in PROMPTS for _ in range(8)])
-    candidates = generate(pipeline.prior, layout, text_ids, uniforms=uniform_streams(3, range(24), 4))
-    scores = likelihood_gain(pipeline.prior, layout, text_ids, candidates)
-    best = best_of_each(scores, 4)
+    candidates = generate(pipeline.prior, layout, text_ids, uniforms=uniform_noise(3, range(24), 4))
+    scores = pointwise_mutual_information(pipeline.prior, layout, text_ids, candidates)
+    best = argmax_per_group(scores, 4)
     assert output.codes.equal(candidates[best]) and len(output.images) == 6
     torch.testing.assert_close(output.scores, scores[best], atol=1e-4, rtol=1e-4)
 
 
-def test_any_function_of_captions_and_pictures_ranks(pipeline):
+def test_any_function_of_captions_and_images_ranks(pipeline):
     seen = []
 
     def brightness(captions, images):
@@ -94,10 +94,10 @@ def test_a_choice_that_cannot_be_made_is_refused(pipeline, settings, message):
         pipeline("a dog", 2, **settings)
 
 
-def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pictures, tmp_path):
+def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pil_images, tmp_path):
     clip.save_pretrained(tmp_path)
-    scores = clip(captions, pictures)
-    assert scores.equal(ClipRanker.from_pretrained(tmp_path)(captions, pictures))
+    scores = clip(captions, pil_images)
+    assert scores.equal(ClipRanker.from_pretrained(tmp_path)(captions, pil_images))
     assert isinstance(CLIPModel.from_pretrained(tmp_path), CLIPModel)
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|endoftext|>"
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == [0.5] * 3
@@ -105,7 +105,7 @@ def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pictur
 
 
 @pytest.mark.parametrize("settings", [{"image_mean": []}, {"image_std": [0.5, 0, 0.5]}, {"image_std": None}])
-def test_pictures_cannot_be_normalised_by_anything(clip, tmp_path, settings):
+def test_images_cannot_be_normalised_by_anything(clip, tmp_path, settings):
     clip.save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -113,17 +113,17 @@ def test_pictures_cannot_be_normalised_by_anything(clip, tmp_path, settings):
         ClipRanker.from_pretrained(tmp_path)
 
 
-def test_a_score_does_not_depend_on_the_batch(clip, captions, pictures):
-    alone = torch.cat([clip([caption], [picture]) for caption, picture in zip(captions, pictures, strict=True)])
-    torch.testing.assert_close(clip(captions, pictures), alone)
+def test_a_score_does_not_depend_on_the_batch(clip, captions, pil_images):
+    alone = torch.cat([clip([caption], [image]) for caption, image in zip(captions, pil_images, strict=True)])
+    torch.testing.assert_close(clip(captions, pil_images), alone)
 
 
-def test_a_clip_model_reads_what_every_word_says(clip, pictures):
-    scores = clip(["a red square", "a red disc", "a dog"], pictures[:1] * 3)
+def test_a_clip_model_reads_what_every_word_says(clip, pil_images):
+    scores = clip(["a red square", "a red disc", "a dog"], pil_images[:1] * 3)
     assert len(scores.unique()) == 3
 
 
-def test_pictures_of_equal_captions_are_no_opposites(clip):
+def test_images_of_equal_captions_are_no_opposites(clip):
     text = clip.encode_text(["a dog"] * 3)
     output = RankerWithLoss(clip.model)(**text, pixel_values=torch.randn(1, 3, 8, 8).repeat(3, 1, 1, 1))
     assert output.metrics["accuracy"] == 1 and output.loss.item() == pytest.approx(math.log(3), rel=1e-5)
@@ -134,7 +134,7 @@ def test_a_ranker_learns_to_tell_its_captions(rows, tmp_path):
     many.to_parquet(str(tmp_path / "train.parquet"))
     recipe = RankerRecipe(
         data=str(tmp_path / "train.parquet"), out=str(tmp_path / "ranker"), depth=1, max_steps=30, batch_size=16,
-        warmup_steps=5, eval_every=0, learning_rate=3e-3, vocab_size=270,
+        warmup_steps=5, eval_steps=0, learning_rate=3e-3, vocab_size=270,
     )  # fmt: skip
     train_ranker(recipe)
     ranker = ClipRanker.from_pretrained(tmp_path / "ranker")
@@ -149,5 +149,5 @@ def test_a_folder_without_a_clip_model_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "size"), [(28, 4), (64, 8), (8, 1), (32, 4), (36, 6)])
-def test_patches_cut_a_picture_into_eight_columns_or_fewer(side, size):
+def test_patches_cut_an_image_into_eight_columns_or_fewer(side, size):
     assert patch_size(side) == size

@@ -3,7 +3,7 @@ import torch
 
 from tok2img.generation.generate import generate
 from tok2img.generation.sampling import Sampling
-from tok2img.pipelines.image_conditioning import codes_to_keep, kept_positions
+from tok2img.pipelines.image_conditioning import encode_init_images, keep_mask
 from tokenizers_vq.images.processing import images_from_pixels
 
 MASKS = [[True, True, False, False], [False, True, True, False], [True, False, True, True], [False] * 4]
@@ -27,7 +27,7 @@ def test_kept_codes_stay_and_a_cache_changes_none_of_the_others(prior, layout, t
 
 
 @pytest.mark.parametrize("keep", MASKS)
-def test_a_picture_completed_by_the_same_seed_comes_out_as_it_was_drawn(prior, layout, text_ids, keep):
+def test_an_image_completed_by_the_same_seed_comes_out_as_it_was_drawn(prior, layout, text_ids, keep):
     drawn = generate(prior, layout, text_ids, seed=2)
     assert generate(prior, layout, text_ids, seed=2, given_codes=drawn, keep=torch.tensor(keep)).equal(drawn)
 
@@ -69,14 +69,14 @@ def test_given_codes_that_do_not_fit_are_refused(prior, layout, text_ids, given,
 
 
 def test_a_number_keeps_the_first_codes_and_truth_values_those_that_they_say(tiny_vqvae):
-    assert kept_positions(2, tiny_vqvae).tolist() == [True, True, False, False]
+    assert keep_mask(2, tiny_vqvae).tolist() == [True, True, False, False]
     for keep in ([True, False, False, True], torch.tensor([[True, False], [False, True]])):
-        assert kept_positions(keep, tiny_vqvae).tolist() == [True, False, False, True]
+        assert keep_mask(keep, tiny_vqvae).tolist() == [True, False, False, True]
 
 
 def test_the_top_is_the_upper_half_of_a_grid_and_of_each_of_its_levels(tiny_vqvae, tiny_residual):
-    assert kept_positions("top", tiny_vqvae).int().tolist() == [1, 1, 0, 0]
-    assert kept_positions("top", tiny_residual).int().tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+    assert keep_mask("top", tiny_vqvae).int().tolist() == [1, 1, 0, 0]
+    assert keep_mask("top", tiny_residual).int().tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -93,48 +93,50 @@ def test_the_top_is_the_upper_half_of_a_grid_and_of_each_of_its_levels(tiny_vqva
 )
 def test_what_says_not_which_codes_stay_is_refused(tiny_vqvae, keep, message):
     with pytest.raises(ValueError, match=message):
-        kept_positions(keep, tiny_vqvae)
+        keep_mask(keep, tiny_vqvae)
 
 
 def test_stages_have_no_top(tiny_vqdraw):
     with pytest.raises(ValueError, match="no one grid with a top"):
-        kept_positions("top", tiny_vqdraw)
+        keep_mask("top", tiny_vqdraw)
 
 
-def test_the_top_of_a_picture_is_completed(pipeline, pictures):
-    output = pipeline(["a dog", "a red disc"], 3, seed=0, image=pictures[0], keep="top")
-    codes = pipeline.processor.encode_images(pictures[:1])
+def test_the_top_of_an_image_is_completed(pipeline, pil_images):
+    output = pipeline(["a dog", "a red disc"], 3, seed=0, image=pil_images[0], keep="top")
+    codes = pipeline.processor.encode_images(pil_images[:1])
     assert output.codes[:, :2].equal(codes[:, :2].expand(6, 2)) and len(output.codes.unique(dim=0)) > 1
 
 
-def test_every_prompt_may_have_a_picture_of_its_own(pipeline, pictures):
-    output = pipeline(["a dog", "a red disc"], 2, seed=0, image=pictures[:2], keep=3, guidance_scale=2.0, batch_size=3)
-    codes = pipeline.processor.encode_images(pictures[:2])
+def test_every_prompt_may_have_an_image_of_its_own(pipeline, pil_images):
+    output = pipeline(
+        ["a dog", "a red disc"], 2, seed=0, image=pil_images[:2], keep=3, guidance_scale=2.0, batch_size=3
+    )
+    codes = pipeline.processor.encode_images(pil_images[:2])
     assert output.codes[:, :3].equal(codes[[0, 0, 1, 1], :3])
 
 
-def test_codes_are_varied_without_a_picture(pipeline):
+def test_codes_are_varied_without_an_image(pipeline):
     codes = torch.tensor([3, 1, 4, 1])
     output = pipeline("a dog", 5, seed=0, image=codes, keep=[False, True, False, True])
     assert output.codes[:, [1, 3]].eq(1).all()
 
 
-def test_a_picture_of_another_size_is_refused_before_any_work(pipeline, pictures, monkeypatch):
+def test_an_image_of_another_size_is_refused_before_any_work(pipeline, pil_images, monkeypatch):
     monkeypatch.setattr(type(pipeline.processor), "encode_text", lambda *given: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="is 9x8, the model draws 8x8"):
-        pipeline("a dog", image=pictures[0].resize((9, 8)), keep=1)
+        pipeline("a dog", image=pil_images[0].resize((9, 8)), keep=1)
 
 
-def test_another_number_of_pictures_than_prompts_is_refused(pipeline, pictures):
-    with pytest.raises(ValueError, match="got 2 pictures to keep codes of for 3 prompts"):
-        pipeline(["a", "b", "c"], image=pictures[:2], keep=1)
+def test_another_number_of_images_than_prompts_is_refused(pipeline, pil_images):
+    with pytest.raises(ValueError, match="got 2 images to keep codes of for 3 prompts"):
+        pipeline(["a", "b", "c"], image=pil_images[:2], keep=1)
 
 
 @pytest.mark.parametrize("given", [{"keep": 1}, {"image": images_from_pixels(torch.rand(1, 3, 8, 8))[0]}])
-def test_a_picture_and_what_stays_of_it_go_together(pipeline, given):
+def test_an_image_and_what_stays_of_it_go_together(pipeline, given):
     with pytest.raises(ValueError, match="image and keep go together"):
         pipeline("a dog", **given)
 
 
 def test_codes_of_the_model_pass_as_they_are(processor):
-    assert codes_to_keep(torch.arange(4), processor, 3).tolist() == [[0, 1, 2, 3]] * 3
+    assert encode_init_images(torch.arange(4), processor, 3).tolist() == [[0, 1, 2, 3]] * 3

@@ -35,12 +35,12 @@ def pipeline(request) -> TextToImagePipeline:
     return TextToImagePipeline(prior, processor)
 
 
-def test_a_caption_becomes_a_picture(pipeline):
-    (picture,) = pipeline("a red square", seed=0).images
-    assert isinstance(picture, Image.Image) and picture.size == (8, 8)
+def test_a_caption_becomes_an_image(pipeline):
+    (image,) = pipeline("a red square", seed=0).images
+    assert isinstance(image, Image.Image) and image.size == (8, 8)
 
 
-def test_pictures_are_the_decoded_codes(pipeline):
+def test_images_are_the_decoded_codes(pipeline):
     output = pipeline(["a dog", "a red disc"], seed=0)
     expected = pipeline.processor.decode_images(output.codes)
     assert [each.tobytes() for each in output.images] == [each.tobytes() for each in expected]
@@ -94,13 +94,13 @@ def test_none_means_the_models_own_default_and_a_value_overrides_it(pipeline):
     assert len(pipeline("a dog", 6, seed=0, temperature=1.0).codes.unique(dim=0)) > 1
 
 
-def test_pictures_of_a_prompt_follow_one_another(pipeline):
+def test_images_of_a_prompt_follow_one_another(pipeline):
     prompts = ["a dog", "a red disc"]
     output = pipeline(prompts, num_images_per_prompt=3, seed=1)
     assert output.codes.equal(pipeline([prompts[0]] * 3 + [prompts[1]] * 3, seed=1).codes) and len(output.images) == 6
 
 
-def test_the_batch_size_changes_no_picture(pipeline):
+def test_the_batch_size_changes_no_image(pipeline):
     codes = [pipeline("a dog", 7, seed=2, guidance_scale=2.0, batch_size=size).codes for size in (64, 3, 1)]
     assert codes[0].equal(codes[1]) and codes[0].equal(codes[2])
 
@@ -120,11 +120,11 @@ def test_without_a_seed_every_call_draws_anew(pipeline):
     assert not pipeline("a dog", 8).codes.equal(pipeline("a dog", 8).codes)
 
 
-def test_numpy_pictures_are_floats_of_the_same_pixels(pipeline):
-    pictures, arrays = (pipeline("a dog", 2, seed=0, output_type=kind).images for kind in ("pil", "np"))
+def test_numpy_images_are_floats_of_the_same_pixels(pipeline):
+    images, arrays = (pipeline("a dog", 2, seed=0, output_type=kind).images for kind in ("pil", "np"))
     assert arrays.shape == (2, 8, 8, 3) and arrays.dtype == np.float32 and 0 <= arrays.min() <= arrays.max() <= 1
     np.testing.assert_array_equal(
-        (arrays * 255).round().astype(np.uint8), np.stack([np.asarray(each) for each in pictures])
+        (arrays * 255).round().astype(np.uint8), np.stack([np.asarray(each) for each in images])
     )
 
 
@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("num", "size"), [(1, 64), (64, 64), (65, 64), (7, 3), (9, 1)])
-def test_batches_cover_every_picture_once_and_are_nearly_equal(num, size):
+def test_batches_cover_every_image_once_and_are_nearly_equal(num, size):
     runs = list(batches(num, size))
     assert [row for rows in runs for row in rows] == list(range(num)) and max(map(len, runs)) <= size
     assert len(runs) == -(-num // size)
@@ -197,7 +197,7 @@ def test_a_pipeline_leaves_its_models_in_eval_mode(pipeline):
     assert torch.is_grad_enabled()
 
 
-def test_previews_are_the_pictures_of_the_codes_so_far(stage_processor):
+def test_previews_are_the_images_of_the_codes_so_far(stage_processor):
     pipeline = TextToImagePipeline(build_prior(stage_processor.layout, depth=1), stage_processor)
     seen = []
     output = pipeline(
@@ -208,9 +208,9 @@ def test_previews_are_the_pictures_of_the_codes_so_far(stage_processor):
         on_preview=lambda *what: seen.append(what),
     )
     assert [(count, list(rows)) for _, count, rows in seen] == [(1, [0, 1]), (3, [0, 1]), (1, [2]), (3, [2])]
-    for pictures, count, rows in seen:
+    for images, count, rows in seen:
         expected = stage_processor.decode_images(output.codes[list(rows), :count])
-        assert [each.tobytes() for each in pictures] == [each.tobytes() for each in expected]
+        assert [each.tobytes() for each in images] == [each.tobytes() for each in expected]
     assert output.codes.equal(pipeline(["a dog", "a cat", "a disc"], seed=0).codes)
 
 
@@ -226,5 +226,5 @@ def test_previews_that_cannot_be_are_refused(stage_processor, preview_after, mes
 
 def test_codes_of_a_grid_give_no_previews(processor):
     pipeline = TextToImagePipeline(build_prior(processor.layout, depth=1), processor)
-    with pytest.raises(ValueError, match="first codes of a VQVAE give no picture"):
+    with pytest.raises(ValueError, match="first codes of a VQVAE give no image"):
         pipeline("a dog", preview_after={1}, on_preview=print)

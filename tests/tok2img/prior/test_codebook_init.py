@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tok2img.prior.codebook_init import codebooks_of, start_from_codebook
+from tok2img.prior.codebook_init import codebooks_of, init_from_codebook
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.train_prior import train_prior
@@ -12,7 +12,9 @@ from tok2img.tokenization.layout import SequenceLayout
 @pytest.fixture
 def layout() -> SequenceLayout:
     """Two groups of 32 codes each."""
-    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=5, codebook_size=32, code_groups=(1, 4))
+    return SequenceLayout(
+        text_vocab_size=11, text_length=3, num_codes=5, codebook_size=32, positions_per_codebook=(1, 4)
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def test_codes_are_as_far_apart_as_their_vectors(layout, codebooks):
     prior = build_prior(layout, depth=1)
-    start_from_codebook(prior, layout, codebooks)
+    init_from_codebook(prior, layout, codebooks)
     for rows, vectors in zip(image_rows(prior, layout), codebooks, strict=True):
         assert correlation(torch.pdist(rows), torch.pdist(vectors)) > 0.9999
 
@@ -47,7 +49,7 @@ def test_codes_are_as_far_apart_as_their_vectors(layout, codebooks):
 def test_vectors_longer_than_the_prior_is_wide_stay_nearly_as_far_apart(layout):
     prior = build_prior(layout, depth=1)
     clusters = [10 * torch.randn(4, 200).repeat(8, 1) + torch.randn(32, 200) for _ in range(2)]
-    start_from_codebook(prior, layout, clusters)
+    init_from_codebook(prior, layout, clusters)
     for rows, vectors in zip(image_rows(prior, layout), clusters, strict=True):
         assert correlation(torch.pdist(rows), torch.pdist(vectors)) > 0.95
 
@@ -55,7 +57,7 @@ def test_vectors_longer_than_the_prior_is_wide_stay_nearly_as_far_apart(layout):
 def test_every_group_is_spread_as_wide_as_the_rows_that_were_there(layout, codebooks):
     prior = build_prior(layout, depth=1)
     before = torch.cat(image_rows(prior, layout)).std()
-    start_from_codebook(prior, layout, codebooks)
+    init_from_codebook(prior, layout, codebooks)
     for rows in image_rows(prior, layout):
         torch.testing.assert_close(rows.std(), before)
         torch.testing.assert_close(rows.mean(dim=0), torch.zeros(64), atol=1e-6, rtol=0)
@@ -63,7 +65,7 @@ def test_every_group_is_spread_as_wide_as_the_rows_that_were_there(layout, codeb
 
 def test_nothing_else_of_the_prior_is_touched(layout, codebooks):
     prior, untouched = build_prior(layout, depth=1), build_prior(layout, depth=1)
-    start_from_codebook(prior, layout, codebooks)
+    init_from_codebook(prior, layout, codebooks)
     image = slice(layout.image.offset, layout.image.offset + layout.image.num_ids)
     assert (embeddings(prior)[image] != embeddings(untouched)[image]).any(dim=1).all()
     prior.get_input_embeddings().weight.data[image] = embeddings(untouched)[image]
@@ -76,7 +78,7 @@ def test_the_seed_alone_decides_the_projection(layout, codebooks):
     for seed in (1, 1, 2):
         prior = build_prior(layout, depth=1)
         torch.rand(3)
-        start_from_codebook(prior, layout, codebooks, seed=seed)
+        init_from_codebook(prior, layout, codebooks, seed=seed)
         started.append(embeddings(prior))
     assert started[0].equal(started[1]) and not started[0].equal(started[2])
 
@@ -84,7 +86,7 @@ def test_the_seed_alone_decides_the_projection(layout, codebooks):
 def test_a_codebook_of_one_code_leaves_no_nan():
     layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=1)
     prior = build_prior(layout, depth=1)
-    start_from_codebook(prior, layout, [torch.ones(1, 8)])
+    init_from_codebook(prior, layout, [torch.ones(1, 8)])
     assert embeddings(prior).isfinite().all()
 
 
@@ -95,23 +97,23 @@ def test_a_tokenizer_without_vectors_is_refused_by_its_name(tiny_vqdraw):
 
 class TestRecipe:
     @pytest.fixture
-    def recipe(self, pictures, captions, tiny_vqvae, tmp_path) -> PriorRecipe:
-        """Two steps on twelve pictures, so slow that the weights stay about where they start."""
-        data = Dataset.from_dict({"image": pictures * 4, "caption": captions * 4})
+    def recipe(self, pil_images, captions, tiny_vqvae, tmp_path) -> PriorRecipe:
+        """Two steps on twelve images, so slow that the weights stay about where they start."""
+        data = Dataset.from_dict({"image": pil_images * 4, "caption": captions * 4})
         data.to_parquet(str(tmp_path / "train.parquet"))
         tiny_vqvae.save_pretrained(str(tmp_path / "tokenizer"))
         return PriorRecipe(
             data=str(tmp_path / "train.parquet"),
             image_tokenizer=str(tmp_path / "tokenizer"),
             out=str(tmp_path / "model"),
-            start_from_codebook=True,
+            init_from_codebook=True,
             learning_rate=1e-7,
             max_steps=2,
             batch_size=4,
             depth=1,
             vocab_size=270,
-            eval_every=0,
-            sample_every=0,
+            eval_steps=0,
+            sample_steps=0,
         )
 
     def test_a_recipe_starts_from_the_codebook(self, recipe, tiny_vqvae):
@@ -122,6 +124,6 @@ class TestRecipe:
 
     def test_a_tokenizer_without_vectors_is_refused_before_anything_is_tokenized(self, recipe, tiny_vqdraw, tmp_path):
         tiny_vqdraw.save_pretrained(recipe.image_tokenizer)
-        with pytest.raises(ValueError, match="leave start_from_codebook false"):
+        with pytest.raises(ValueError, match="leave init_from_codebook false"):
             train_prior(recipe)
         assert not (tmp_path / "model" / "tokens").exists()

@@ -69,14 +69,14 @@ def test_the_compiler_itself_gives_the_same_loss_and_gradients(layout, text_ids,
 
 
 def recipe(data, image_tokenizer, out, **changed) -> PriorRecipe:
-    settings = {"max_steps": 4, "batch_size": 8, "eval_every": 2, "eval_rows": 1, "sample_every": 2, "depth": 1}
+    settings = {"max_steps": 4, "batch_size": 8, "eval_steps": 2, "max_eval_samples": 1, "sample_steps": 2, "depth": 1}
     return PriorRecipe(**settings | {"out": str(out), "data": data, "image_tokenizer": image_tokenizer} | changed)
 
 
 def test_a_compiled_run_ends_as_a_plain_one(data, image_tokenizer, tmp_path, traced):
     plain = train_prior(recipe(data, image_tokenizer, tmp_path / "plain", dropout=0.0))
     assert not traced
-    compiled = train_prior(recipe(data, image_tokenizer, tmp_path / "compiled", dropout=0.0, compile=True))
+    compiled = train_prior(recipe(data, image_tokenizer, tmp_path / "compiled", dropout=0.0, torch_compile=True))
     assert traced
     assert not any("forward" in vars(layer) for layer in layers_of(compiled.prior))
     for name, tensor in plain.prior.state_dict().items():
@@ -84,5 +84,5 @@ def test_a_compiled_run_ends_as_a_plain_one(data, image_tokenizer, tmp_path, tra
 
 
 def test_a_dry_run_compiles_too(data, image_tokenizer, tmp_path, traced):
-    assert estimate_prior(recipe(data, image_tokenizer, tmp_path / "none", compile=True)).seconds_per_step > 0
+    assert estimate_prior(recipe(data, image_tokenizer, tmp_path / "none", torch_compile=True)).seconds_per_step > 0
     assert traced

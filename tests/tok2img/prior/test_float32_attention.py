@@ -5,7 +5,7 @@ from tok2img.prior.float32_attention import FLOAT32, attend_in_float32
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior, load_prior
 from tok2img.recipes.config import PriorRecipe
-from tok2img.recipes.train_prior import make_prior
+from tok2img.recipes.train_prior import init_prior
 from tok2img.tokenization.layout import SequenceLayout
 
 LAYOUT = SequenceLayout(11, text_length=3, num_codes=4, codebook_size=6, codes_shared=True)
@@ -61,7 +61,7 @@ def test_attention_is_in_float32_under_autocast(monkeypatch):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of CPUs alone")
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_recipe_in_bfloat16_has_it_on_a_cpu(processor, bf16):
-    prior = make_prior(PriorRecipe(bf16=bf16, depth=1), processor)
+    prior = init_prior(PriorRecipe(bf16=bf16, depth=1), processor)
     assert (prior.config._attn_implementation == FLOAT32) is bf16
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tok2img.pipelines.text_to_image import TextToImagePipeline
-from tok2img.prior.from_language_model import extend_prior, text_rows
+from tok2img.prior.from_language_model import base_vocab_size, extend_prior
 from tok2img.prior.lora import add_lora, merge_lora
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import load_prior
-from tok2img.prior.position_embeddings import places_for, with_own_ids
+from tok2img.prior.position_embeddings import build_position_embeddings, with_position_specific_ids
 from tok2img.recipes.build_processor import build_processor
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.train_prior import train_prior
@@ -100,11 +100,11 @@ def steps(model: PriorWithLoss, batch: tuple[torch.Tensor, torch.Tensor], num: i
 @every_kind
 def test_a_base_learns_places_and_is_plain_in_the_end(base, layout, batch):
     prior = extend_prior(base, layout)
-    model = PriorWithLoss(prior, layout, places=places_for(prior, layout)).train()
+    model = PriorWithLoss(prior, layout, places=build_position_embeddings(prior, layout)).train()
     steps(model, batch)
     expected = model.eval()(*batch).metrics
-    plain = with_own_ids(prior, layout, model.places)
-    found = PriorWithLoss(plain, layout.with_own_ids()).eval()(*batch).metrics
+    plain = with_position_specific_ids(prior, layout, model.places)
+    found = PriorWithLoss(plain, layout.with_position_specific_ids()).eval()(*batch).metrics
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     assert plain.get_input_embeddings().weight[:ROWS].equal(prior.get_input_embeddings().weight[:ROWS])
@@ -211,7 +211,7 @@ class TestLora:
             add_lora(extend_prior(base, layout), layout, rank=2)
 
     def test_it_is_for_a_base(self):
-        with pytest.raises(ValueError, match="'lora_rank' is for a pretrained 'base'"):
+        with pytest.raises(ValueError, match="'lora_rank' is for a pretrained 'base_model'"):
             PriorRecipe(lora_rank=4)
 
 
@@ -245,7 +245,7 @@ class TestWhatDoesNotFit:
             (tmp_path / "config.json").write_text((folder / "config.json").read_text())
             with pytest.raises(ValueError, match="text tokenizer"):
                 build_processor(TEXTS, tiny_vqvae, base=str(tmp_path))
-            assert text_rows(tmp_path) == ROWS, kind
+            assert base_vocab_size(tmp_path) == ROWS, kind
 
     def test_an_image_tokenizer_is_no_base(self, layout, tiny_vqvae, tmp_path):
         tiny_vqvae.save_pretrained(str(tmp_path))
@@ -266,7 +266,7 @@ class TestWhatDoesNotFit:
             extend_prior(tmp_path, layout)
 
 
-SHORT = {"max_steps": 3, "batch_size": 8, "sample_every": 2, "log_every": 1, "eval_every": 2}
+SHORT = {"max_steps": 3, "batch_size": 8, "sample_steps": 2, "logging_steps": 1, "eval_steps": 2}
 
 
 @tied_and_untied
@@ -276,7 +276,7 @@ def test_a_run_leaves_a_plain_folder_whose_text_ids_are_those_of_the_base(
 ):
     out = tmp_path / "model"
     recipe = PriorRecipe(
-        data=data, image_tokenizer=image_tokenizer, out=str(out), base=str(base), lora_rank=lora_rank, **SHORT
+        data=data, image_tokenizer=image_tokenizer, out=str(out), base_model=str(base), lora_rank=lora_rank, **SHORT
     )
     pipeline = train_prior(recipe)
     layout = pipeline.processor.layout
@@ -292,9 +292,9 @@ def test_a_run_leaves_a_plain_folder_whose_text_ids_are_those_of_the_base(
 
 @one_kind
 def test_a_run_can_start_from_the_codebook(base, data, image_tokenizer, tmp_path):
-    keys = {"data": data, "image_tokenizer": image_tokenizer, "base": str(base), **SHORT}
+    keys = {"data": data, "image_tokenizer": image_tokenizer, "base_model": str(base), **SHORT}
     starts = [
-        train_prior(PriorRecipe(out=str(tmp_path / name), start_from_codebook=start, learning_rate=0.0, **keys))
+        train_prior(PriorRecipe(out=str(tmp_path / name), init_from_codebook=start, learning_rate=0.0, **keys))
         for name, start in (("noise", False), ("codebook", True))
     ]
     image = starts[0].processor.layout.image
@@ -305,8 +305,8 @@ def test_a_run_can_start_from_the_codebook(base, data, image_tokenizer, tmp_path
 
 
 @one_kind
-def test_what_does_not_fit_is_found_before_any_picture_is_tokenized(base, data, image_tokenizer, tmp_path):
-    recipe = PriorRecipe(data=data, image_tokenizer=image_tokenizer, base=str(base), text_length=30, **SHORT)
+def test_what_does_not_fit_is_found_before_any_image_is_tokenized(base, data, image_tokenizer, tmp_path):
+    recipe = PriorRecipe(data=data, image_tokenizer=image_tokenizer, base_model=str(base), text_length=30, **SHORT)
     recipe.out = str(tmp_path / "model")
     with pytest.raises(ValueError, match="give a text_length of 18 at most"):
         train_prior(recipe)
@@ -319,11 +319,20 @@ def test_the_command_line_trains_on_a_base_from_shapes_and_from_tokens(
 ):
     from tok2img.cli.app import main
 
-    tokens, keys = str(tmp_path / "tokens"), ["--base", str(base), "--max-steps", "2", "--batch-size", "8"]
-    shapes = ["--data", "shapes", "--max-rows", "24", "--text-length", "9", "--image-tokenizer", image_tokenizer]
+    tokens, keys = str(tmp_path / "tokens"), ["--base-model", str(base), "--max-steps", "2", "--batch-size", "8"]
+    shapes = [
+        "--data",
+        "shapes",
+        "--max-train-samples",
+        "24",
+        "--text-length",
+        "9",
+        "--image-tokenizer",
+        image_tokenizer,
+    ]
     for words in (
         ["train-prior", *shapes, *keys, "--out", str(tmp_path / "one")],
-        ["tokenize", data, "--tokenizer", image_tokenizer, "--base", str(base), "--out", tokens],
+        ["tokenize", data, "--tokenizer", image_tokenizer, "--base-model", str(base), "--out", tokens],
         ["train-prior", "--tokens", tokens, *keys, "--lora-rank", "2", "--out", str(tmp_path / "two")],
         ["generate", "a dog", "--model", str(tmp_path / "two"), "--out", str(tmp_path / "dog.png")],
     ):

@@ -44,8 +44,8 @@ import sys
 import tok2img
 assert not {"torch", "transformers"} & sys.modules.keys()
 from transformers import pipeline
-(picture,) = pipeline("text-to-image", model=sys.argv[1])("a dog", seed=0)
-print(picture.size)
+(image,) = pipeline("text-to-image", model=sys.argv[1])("a dog", seed=0)
+print(image.size)
 """
 
 
@@ -82,8 +82,8 @@ def test_the_task_of_transformers_draws_what_our_pipeline_draws(pipeline, folder
     assert [each.tobytes() for each in task(PROMPTS, num_images_per_prompt=2, seed=3)] == [
         each.tobytes() for each in expected
     ]
-    (picture,) = task("a dog", seed=0, guidance_scale=1.0, temperature=0.5)
-    assert picture.tobytes() == pipeline("a dog", seed=0, guidance_scale=1.0, temperature=0.5).images[0].tobytes()
+    (image,) = task("a dog", seed=0, guidance_scale=1.0, temperature=0.5)
+    assert image.tobytes() == pipeline("a dog", seed=0, guidance_scale=1.0, temperature=0.5).images[0].tobytes()
 
 
 def test_importing_tok2img_is_all_that_transformers_needs_to_find_the_task(folder):
@@ -169,4 +169,4 @@ def test_a_model_card_shows_a_sample_and_code_that_runs(pipeline, tmp_path, monk
     assert "(samples.png)" in body and load_image(tmp_path / "model" / "samples.png").width > 96
     monkeypatch.chdir(tmp_path)
     exec(body.split("```python\n")[1].split("```")[0], {})
-    assert load_image("picture.png").size == (8, 8)
+    assert load_image("image.png").size == (8, 8)

@@ -65,7 +65,7 @@ def test_the_gradients_are_those_of_the_masked_cross_entropy(prior, layout, text
 
 
 def test_metrics_are_the_parts_of_the_loss(prior, layout, text_ids, codes):
-    output = PriorWithLoss(prior, layout, image_weight=3.0).eval()(text_ids, codes)
+    output = PriorWithLoss(prior, layout, image_loss_weight=3.0).eval()(text_ids, codes)
     torch.testing.assert_close(output.loss, (output.metrics["text_loss"] + 3 * output.metrics["image_loss"]) / 4)
 
 
@@ -90,7 +90,7 @@ def test_each_position_gets_the_logits_of_its_own_codes(prior, architecture, lay
 
 
 def test_a_batch_without_a_word_of_text_has_a_finite_loss(prior, layout, codes):
-    output = PriorWithLoss(prior, layout).eval()(layout.without_caption(4), codes)
+    output = PriorWithLoss(prior, layout).eval()(layout.null_text_ids(4), codes)
     assert output.metrics["text_loss"] == 0 and output.loss.isfinite()
 
 
@@ -119,7 +119,7 @@ class TestWhatTrainingHides:
         model.train()(text_ids, codes)
         model.eval()(text_ids, codes)
         shown = [input_ids[:, 1 : 1 + layout.text_length] for input_ids in read[-2:]]
-        assert shown[0].equal(layout.without_caption(4)) and shown[1].equal(text_ids)
+        assert shown[0].equal(layout.null_text_ids(4)) and shown[1].equal(text_ids)
 
     def test_about_the_wanted_share_of_captions_is_dropped(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_dropout=0.25).train()

@@ -10,7 +10,11 @@ from tok2img.generation.sampling import Sampling
 from tok2img.pipelines.text_to_image import TextToImagePipeline
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
-from tok2img.prior.position_embeddings import PlaceEmbeddings, places_for, with_own_ids
+from tok2img.prior.position_embeddings import (
+    AxialPositionEmbeddings,
+    build_position_embeddings,
+    with_position_specific_ids,
+)
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.train_prior import train_prior
 from tok2img.tokenization.layout import SequenceLayout
@@ -19,13 +23,15 @@ from tok2img.tokenization.processor import Tok2ImgProcessor
 
 @pytest.fixture(params=[(4,), (2, 2), (1, 3)], ids=["shared", "levels", "grids"])
 def layout(request) -> SequenceLayout:
-    return SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, code_groups=request.param)
+    return SequenceLayout(
+        text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, positions_per_codebook=request.param
+    )
 
 
 @pytest.fixture
-def places(layout) -> PlaceEmbeddings:
+def places(layout) -> AxialPositionEmbeddings:
     """Far from zero, as if learned."""
-    learned = PlaceEmbeddings(layout, width=64)
+    learned = AxialPositionEmbeddings(layout, width=64)
     for parameter in learned.parameters():
         parameter.data.normal_()
     return learned
@@ -36,28 +42,28 @@ def model_with(prior, layout, places, **settings) -> PriorWithLoss:
 
 
 def test_rows_and_columns_of_the_next_code_are_added_to_each():
-    places = PlaceEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
+    places = AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
     places.rows[0].data, places.columns[0].data = torch.tensor([[1.0, 0], [2, 0]]), torch.tensor([[0, 10.0], [0, 20]])
     assert places().tolist() == [[1, 20], [2, 10], [2, 20], [0, 0]]
 
 
 def test_each_group_has_a_grid_of_its_own():
-    layout = SequenceLayout(11, 3, num_codes=7, codebook_size=6, code_groups=(4, 3))
-    places = PlaceEmbeddings(layout, width=2)
+    layout = SequenceLayout(11, 3, num_codes=7, codebook_size=6, positions_per_codebook=(4, 3))
+    places = AxialPositionEmbeddings(layout, width=2)
     assert [len(rows) for rows in places.rows] == [2, 1]
     assert [len(columns) for columns in places.columns] == [2, 3]
     assert places().shape == (7, 2)
 
 
 def test_a_prior_begins_as_it_does_without_places(prior, layout, text_ids, codes):
-    new = PlaceEmbeddings(layout, width=64)
+    new = AxialPositionEmbeddings(layout, width=64)
     without = model_with(prior, layout, None)(text_ids, codes).loss
     assert model_with(prior, layout, new)(text_ids, codes).loss.equal(without)
 
 
 @pytest.mark.parametrize("num_captioning", [0, 4], ids=["drawing", "captioning"])
 def test_places_learn_in_either_direction(prior, layout, places, text_ids, codes, num_captioning):
-    model = model_with(prior, layout, places, caption_share=0.5).train()
+    model = model_with(prior, layout, places, image_to_text_fraction=0.5).train()
     (batch,) = model.prepare([{"text_ids": text_ids, "image_codes": codes}])
     model(**batch | {"num_captioning": num_captioning}).loss.backward()
     for table in (places.rows[-1], places.columns[-1]):
@@ -65,9 +71,11 @@ def test_places_learn_in_either_direction(prior, layout, places, text_ids, codes
 
 
 def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(prior, layout, places, text_ids, codes):
-    plain = with_own_ids(prior, layout, places)
-    expected = model_with(prior, layout, places, caption_share=0.5)(text_ids, codes)
-    found = PriorWithLoss(plain, layout.with_own_ids(), caption_share=0.5).eval()(text_ids, codes)
+    plain = with_position_specific_ids(prior, layout, places)
+    expected = model_with(prior, layout, places, image_to_text_fraction=0.5)(text_ids, codes)
+    found = PriorWithLoss(plain, layout.with_position_specific_ids(), image_to_text_fraction=0.5).eval()(
+        text_ids, codes
+    )
     for name, value in expected.metrics.items():
         torch.testing.assert_close(found.metrics[name], value)
     torch.testing.assert_close(found.loss, expected.loss)
@@ -78,14 +86,14 @@ def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, la
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with_own_ids(prior, layout, places)
+    with_position_specific_ids(prior, layout, places)
     assert torch.rand(2).equal(expected)
     for name, parameter in prior.named_parameters():
         assert parameter.equal(before[name]), name
 
 
 def test_the_plain_model_is_the_same_each_time(prior, layout, places):
-    one, other = (with_own_ids(prior, layout, places).state_dict() for _ in range(2))
+    one, other = (with_position_specific_ids(prior, layout, places).state_dict() for _ in range(2))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
@@ -93,25 +101,27 @@ def test_a_head_with_biases_keeps_them(layout, places, text_ids, codes):
     sizes = {"n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
     prior = build_prior(layout, architecture="gptj", depth=1, **sizes).eval()
     prior.get_output_embeddings().bias.data.normal_()
-    plain = with_own_ids(prior, layout, places)
+    plain = with_position_specific_ids(prior, layout, places)
     expected = model_with(prior, layout, places)(text_ids, codes).loss
-    torch.testing.assert_close(PriorWithLoss(plain, layout.with_own_ids()).eval()(text_ids, codes).loss, expected)
+    torch.testing.assert_close(
+        PriorWithLoss(plain, layout.with_position_specific_ids()).eval()(text_ids, codes).loss, expected
+    )
 
 
 def test_codes_with_ids_of_their_own_have_no_need_of_places():
-    with pytest.raises(ValueError, match="leave place_embeddings false"):
-        PlaceEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=False), width=64)
+    with pytest.raises(ValueError, match="leave axial_position_embeddings false"):
+        AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=False), width=64)
 
 
 def test_embeddings_that_are_more_than_a_table_are_refused(layout):
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
     prior = build_prior(layout, architecture="gemma3_text", depth=1, **sizes)
     with pytest.raises(ValueError, match="gemma3_text models change embeddings after their table"):
-        places_for(prior, layout)
+        build_position_embeddings(prior, layout)
 
 
 def test_a_processor_takes_the_layout_of_its_tokenizers_or_the_finer_one(processor):
-    own = processor.layout.with_own_ids()
+    own = processor.layout.with_position_specific_ids()
     parts = processor.image_tokenizer, processor.text_tokenizer
     assert Tok2ImgProcessor(*parts, own).layout == own
     with pytest.raises(ValueError, match="these tokenizers need"):
@@ -119,8 +129,8 @@ def test_a_processor_takes_the_layout_of_its_tokenizers_or_the_finer_one(process
 
 
 def recipe(data, image_tokenizer, out, **changed) -> PriorRecipe:
-    settings = {"max_steps": 6, "batch_size": 8, "eval_every": 3, "eval_rows": 1, "sample_every": 3, "depth": 1}
-    settings |= {"out": str(out), "data": data, "image_tokenizer": image_tokenizer, "place_embeddings": True}
+    settings = {"max_steps": 6, "batch_size": 8, "eval_steps": 3, "max_eval_samples": 1, "sample_steps": 3, "depth": 1}
+    settings |= {"out": str(out), "data": data, "image_tokenizer": image_tokenizer, "axial_position_embeddings": True}
     return PriorRecipe(**settings | changed)
 
 
@@ -172,12 +182,12 @@ def stop_after(step: int, monkeypatch) -> None:
 
 
 def test_places_caption_too(data, image_tokenizer, tmp_path):
-    trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", caption_share=0.5))
+    trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", image_to_text_fraction=0.5))
     codes = torch.randint(trained.processor.layout.codebook_size, (2, trained.processor.layout.num_codes))
     assert caption(trained.prior, trained.processor.layout, codes).shape == (2, trained.processor.layout.text_length)
 
 
-@pytest.mark.parametrize("other", [{"fsdp": True}, {"base": "lm", "lora_rank": 4}])
+@pytest.mark.parametrize("other", [{"fsdp": True}, {"base_model": "lm", "lora_rank": 4}])
 def test_what_places_do_not_go_with_is_said(other):
-    with pytest.raises(ValueError, match="place_embeddings"):
-        PriorRecipe(place_embeddings=True, **other)
+    with pytest.raises(ValueError, match="axial_position_embeddings"):
+        PriorRecipe(axial_position_embeddings=True, **other)

@@ -1,9 +1,17 @@
 import dataclasses
+import re
 
 import pytest
 
 from tok2img.recipes.config import PriorRecipe, TokenizerRecipe, require
-from tok2img.recipes.parsing import as_yaml, describe_keys, parse_arguments, read_recipe
+from tok2img.recipes.parsing import (
+    RENAMED_KEYS,
+    RENAMED_MODEL_KEYS,
+    as_yaml,
+    describe_keys,
+    parse_arguments,
+    read_recipe,
+)
 
 
 @pytest.fixture
@@ -32,8 +40,8 @@ def test_the_command_line_wins_over_the_file(write):
 
 def test_a_setting_of_the_model_joins_those_of_the_file(write):
     path = write("model:\n  codebook_size: 64\n  code_dim: 8\n")
-    recipe = read_recipe(TokenizerRecipe, path, {"model.codebook_size": 32, "model.ema": False})
-    assert recipe.model == {"codebook_size": 32, "code_dim": 8, "ema": False}
+    recipe = read_recipe(TokenizerRecipe, path, {"model.codebook_size": 32, "model.ema_update": False})
+    assert recipe.model == {"codebook_size": 32, "code_dim": 8, "ema_update": False}
 
 
 def test_recipes_do_not_share_their_model_settings():
@@ -139,7 +147,7 @@ def test_a_file_cannot_run_code(write):
         (["--out", ""], (None, {"out": ""})),
         (["--out="], (None, {"out": ""})),
         (["--learning-rate", "-1"], (None, {"learning_rate": -1})),
-        (["--model", "{ema: false}"], (None, {"model": {"ema": False}})),
+        (["--model", "{ema_update: false}"], (None, {"model": {"ema_update": False}})),
         (["--out", "a: b: c"], (None, {"out": "a: b: c"})),
         (["--out", "2024-01-01"], (None, {"out": "2024-01-01"})),
     ],
@@ -177,8 +185,8 @@ def test_help_names_every_key(kind):
 
 @pytest.mark.parametrize(
     ("key", "least"),
-    [("max_steps", 1), ("batch_size", 1), ("log_every", 1), ("gradient_accumulation_steps", 1)]
-    + [("eval_every", 0), ("learning_rate", 0), ("max_rows", 0), ("seed", 0)],
+    [("max_steps", 1), ("batch_size", 1), ("logging_steps", 1), ("gradient_accumulation_steps", 1)]
+    + [("eval_steps", 0), ("learning_rate", 0), ("max_train_samples", 0), ("seed", 0)],
 )
 def test_counts_below_their_least_are_refused_by_their_key(key, least):
     assert getattr(read_recipe(PriorRecipe, None, {key: least}), key) == least
@@ -186,17 +194,36 @@ def test_counts_below_their_least_are_refused_by_their_key(key, least):
         read_recipe(PriorRecipe, None, {key: least - 1})
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_recipe_key_with_an_old_name_is_an_error_that_names_the_new_one(old, new, tmp_path):
+    kinds = (PriorRecipe, TokenizerRecipe)
+    assert any(new in {each.name for each in dataclasses.fields(kind)} for kind in kinds)
+    (tmp_path / "old.yaml").write_text(f"{old}: 3\n")
+    for kind in kinds:
+        with pytest.raises(ValueError, match=f"old.yaml: key '{old}' is now called '{new}'"):
+            read_recipe(kind, tmp_path / "old.yaml")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_MODEL_KEYS.items())
+def test_model_setting_with_an_old_name_is_an_error_that_names_the_new_one(old, new, tmp_path):
+    (tmp_path / "old.yaml").write_text(f"model:\n  {old}: 3\n")
+    with pytest.raises(ValueError, match=re.escape(f"old.yaml: model.{old} is now called {new}")):
+        read_recipe(TokenizerRecipe, tmp_path / "old.yaml")
+    with pytest.raises(ValueError, match=re.escape(f"the command line: model.{old} is now called {new}")):
+        read_recipe(TokenizerRecipe, None, {f"model.{old}": 3})
+
+
 def test_a_bpe_has_no_settings_of_a_model():
     with pytest.raises(ValueError, match="key 'model' is not for the tokenizer 'bpe'"):
         TokenizerRecipe(tokenizer="bpe", model={"code_dim": 3})
 
 
-@pytest.mark.parametrize("key", ["adversarial_start", "perceptual"])
+@pytest.mark.parametrize("key", ["disc_start", "perceptual_model"])
 def test_losses_of_a_vqvae_are_refused_for_other_tokenizers(key):
     with pytest.raises(ValueError, match=f"key '{key}' is for the tokenizer 'vqvae', got 'vqdraw'"):
         read_recipe(TokenizerRecipe, None, {"tokenizer": "vqdraw", key: 3})
 
 
 def test_a_discriminator_that_would_never_start_is_refused():
-    with pytest.raises(ValueError, match="key 'adversarial_start' must be below max_steps 10, got 10"):
-        read_recipe(TokenizerRecipe, None, {"adversarial_start": 10, "max_steps": 10})
+    with pytest.raises(ValueError, match="key 'disc_start' must be below max_steps 10, got 10"):
+        read_recipe(TokenizerRecipe, None, {"disc_start": 10, "max_steps": 10})

@@ -69,7 +69,7 @@ def test_a_tokenizer_is_estimated_with_all_that_it_learns_from(data):
     model = {"hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 8}
     keys = {"data": data, "batch_size": 8, "max_steps": 100, "model": model}
     plain = estimate_tokenizer(TokenizerRecipe(**keys))
-    adversarial = estimate_tokenizer(TokenizerRecipe(adversarial_start=50, **keys))
+    adversarial = estimate_tokenizer(TokenizerRecipe(disc_start=50, **keys))
     assert adversarial.parameters > plain.parameters > 0 and plain.num_steps == 100
 
 

@@ -14,7 +14,7 @@ REFERENCE = Path(__file__).parents[4] / "shared" / "reference" / "vqdraw_mnist_6
 
 def recipe(data, out, **changed) -> TokenizerRecipe:
     """Steps so small that nothing moves, unless told otherwise."""
-    settings = {"max_steps": 2, "batch_size": 8, "eval_every": 0, "sample_every": 0, "learning_rate": 0.0}
+    settings = {"max_steps": 2, "batch_size": 8, "eval_steps": 0, "sample_steps": 0, "learning_rate": 0.0}
     return TokenizerRecipe(**settings | {"data": data, "out": str(out)} | changed)
 
 
@@ -30,20 +30,20 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def test_a_vqvae_goes_on_from_its_weights_and_codebook(data, image_tokenizer, tiny_vqvae, tmp_path):
-    model = train_tokenizer(recipe(data, tmp_path / "out", start_from=image_tokenizer))
+    model = train_tokenizer(recipe(data, tmp_path / "out", init_from=image_tokenizer))
     for name, tensor in weights(tiny_vqvae).items():
         assert weights(model)[name].equal(tensor), name
     assert model.config.to_dict()["codebook_size"] == tiny_vqvae.config.codebook_size
 
 
 def test_a_vqdraw_keeps_its_biases_where_a_new_one_takes_them_from_data(data, vqdraw, tiny_vqdraw, tmp_path):
-    model = train_tokenizer(recipe(data, tmp_path / "out", tokenizer="vqdraw", start_from=vqdraw))
+    model = train_tokenizer(recipe(data, tmp_path / "out", tokenizer="vqdraw", init_from=vqdraw))
     for name, tensor in weights(tiny_vqdraw).items():
         assert weights(model)[name].equal(tensor), name
 
 
 def test_steps_change_the_weights(data, vqdraw, tiny_vqdraw, tmp_path):
-    settings = {"tokenizer": "vqdraw", "start_from": vqdraw, "learning_rate": 0.01}
+    settings = {"tokenizer": "vqdraw", "init_from": vqdraw, "learning_rate": 0.01}
     model = train_tokenizer(recipe(data, tmp_path / "out", **settings))
     assert any(not weights(model)[name].equal(tensor) for name, tensor in weights(tiny_vqdraw).items())
 
@@ -51,14 +51,14 @@ def test_steps_change_the_weights(data, vqdraw, tiny_vqdraw, tmp_path):
 def test_a_text_model_goes_on(rows, data, tmp_path):
     settings = {"tokenizer": "vqdraw_text", "model": {"hidden_channels": 8, "num_stages": 2, "codebook_size": 4}}
     first = train_tokenizer(recipe(data, tmp_path / "first", **settings))
-    settings |= {"model": {}, "start_from": str(tmp_path / "first")}
+    settings |= {"model": {}, "init_from": str(tmp_path / "first")}
     model = train_tokenizer(recipe(data, tmp_path / "second", **settings))
     for name, tensor in weights(first).items():
         assert weights(model)[name].equal(tensor), name
 
 
 def test_settings_that_leave_the_weights_alone_may_change(data, vqdraw, tmp_path):
-    settings = {"tokenizer": "vqdraw", "start_from": vqdraw, "model": {"num_aux_options": 2, "epsilon": 0.5}}
+    settings = {"tokenizer": "vqdraw", "init_from": vqdraw, "model": {"num_aux_options": 2, "epsilon": 0.5}}
     model = train_tokenizer(recipe(data, tmp_path / "out", **settings))
     assert model.config.num_aux_options == 2 and model.draw.epsilon == 0.5
 
@@ -70,20 +70,20 @@ def test_settings_that_leave_the_weights_alone_may_change(data, vqdraw, tmp_path
         ({"tokenizer": "vqdraw", "model": {"hiden_channels": 24}}, "hidden_channels"),
         ({"tokenizer": "vqvae"}, "holds a VQDrawForImages, not a VQVAE"),
         ({"tokenizer": "vqdraw_text"}, "holds no model of text"),
-        ({"tokenizer": "bpe"}, "'start_from' is not for the tokenizer 'bpe'"),
-        ({"tokenizer": "vqdraw", "start_from": "nowhere"}, "nowhere"),
+        ({"tokenizer": "bpe"}, "'init_from' is not for the tokenizer 'bpe'"),
+        ({"tokenizer": "vqdraw", "init_from": "nowhere"}, "nowhere"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(data, vqdraw, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
-        train_tokenizer(recipe(data, tmp_path / "out", **{"start_from": vqdraw} | changed))
+        train_tokenizer(recipe(data, tmp_path / "out", **{"init_from": vqdraw} | changed))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_published_model_goes_on(data, tmp_path):
     if not REFERENCE.is_file():
         pytest.skip(f"{REFERENCE} is not there")
-    settings = {"tokenizer": "vqdraw", "start_from": str(REFERENCE), "model": {"num_aux_options": 4}}
+    settings = {"tokenizer": "vqdraw", "init_from": str(REFERENCE), "model": {"num_aux_options": 4}}
     model = train_tokenizer(recipe(data, tmp_path / "out", **settings, max_steps=1, batch_size=2))
     published = VQDrawForImages.from_vq_draw_checkpoint(REFERENCE)
     assert isinstance(model.config, VQDrawImageConfig) and model.config.refiner == "mnist"
@@ -93,7 +93,7 @@ def test_the_published_model_goes_on(data, tmp_path):
 
 def prior_recipe(out, **changed) -> PriorRecipe:
     """A short run, without dropout, whose steps move nothing unless told otherwise."""
-    settings = {"max_steps": 2, "batch_size": 8, "eval_every": 0, "sample_every": 0, "depth": 1, "dropout": 0.0}
+    settings = {"max_steps": 2, "batch_size": 8, "eval_steps": 0, "sample_steps": 0, "depth": 1, "dropout": 0.0}
     return PriorRecipe(**settings | {"learning_rate": 0.0, "out": str(out)} | changed)
 
 
@@ -104,7 +104,7 @@ def model(data, image_tokenizer, tmp_path, request) -> str:
         "data": data,
         "image_tokenizer": image_tokenizer,
         "learning_rate": 0.01,
-        "place_embeddings": request.param,
+        "axial_position_embeddings": request.param,
     }
     train_prior(prior_recipe(tmp_path / "model", **settings))
     return str(tmp_path / "model")
@@ -113,7 +113,7 @@ def model(data, image_tokenizer, tmp_path, request) -> str:
 @pytest.mark.parametrize("source", ["data", "tokens"])
 def test_a_prior_goes_on_with_its_weights_and_tokenizers(data, model, tmp_path, source):
     given = {"data": data} if source == "data" else {"tokens": f"{model}/tokens"}
-    again = train_prior(prior_recipe(tmp_path / "again", start_from=model, depth=7, **given))
+    again = train_prior(prior_recipe(tmp_path / "again", init_from=model, depth=7, **given))
     before = TextToImagePipeline.from_pretrained(model)
     for name, tensor in before.prior.state_dict().items():
         assert again.prior.state_dict()[name].equal(tensor), name
@@ -124,17 +124,17 @@ def test_tokens_of_other_tokenizers_are_refused(data, model, tiny_vqdraw, tmp_pa
     tiny_vqdraw.save_pretrained(str(tmp_path / "other"))
     train_prior(prior_recipe(tmp_path / "second", data=data, image_tokenizer=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="made by other tokenizers"):
-        train_prior(prior_recipe(tmp_path / "third", start_from=model, tokens=str(tmp_path / "second" / "tokens")))
+        train_prior(prior_recipe(tmp_path / "third", init_from=model, tokens=str(tmp_path / "second" / "tokens")))
 
 
 def test_a_prior_begins_anew_or_goes_on():
-    with pytest.raises(ValueError, match="'start_from' goes neither with"):
-        PriorRecipe(start_from="model", base="language-model")
+    with pytest.raises(ValueError, match="'init_from' goes neither with"):
+        PriorRecipe(init_from="model", base_model="language-model")
 
 
 def test_a_prior_that_goes_on_searches_as_widely_as_it_is_told(data, vqdraw, tmp_path):
     train_prior(prior_recipe(tmp_path / "model", data=data, image_tokenizer=vqdraw))
-    settings = {"start_from": str(tmp_path / "model"), "beam_size": 2}
+    settings = {"init_from": str(tmp_path / "model"), "beam_size": 2}
     again = train_prior(prior_recipe(tmp_path / "again", data=data, **settings))
     assert again.processor.image_tokenizer.config.to_dict()["beam_size"] == 2
     tokens = str(tmp_path / "again" / "tokens")

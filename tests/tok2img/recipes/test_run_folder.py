@@ -8,8 +8,8 @@ from tok2img.recipes import train_tokenizer as runs
 from tok2img.recipes import training_run
 from tok2img.recipes.config import PriorRecipe, TokenizerRecipe
 from tok2img.recipes.run_folder import checkpoints_of, close_run, goes_on, open_run
-from tok2img.recipes.train_prior import open_source
-from tok2img.trainer.checkpointing import by_step, newest_whole
+from tok2img.recipes.train_prior import load_training_source
+from tok2img.trainer.checkpointing import latest_valid_checkpoint, list_checkpoints
 from tok2img.trainer.trainer import Trainer
 
 
@@ -26,19 +26,21 @@ def test_a_run_goes_on_from_checkpoints_of_its_own_recipe_alone(tmp_path, recipe
 
 
 def test_keys_that_change_nothing_may_change(recipe):
-    assert goes_on(replace(recipe, log_every=7, num_workers=2, sample_every=0))
+    assert goes_on(replace(recipe, logging_steps=7, dataloader_num_workers=2, sample_steps=0))
 
 
 def test_checkpoints_of_another_recipe_are_refused_with_the_key_and_the_way_out(recipe):
-    with pytest.raises(ValueError, match=r"learning_rate 0.001, this one has 0.002: give --resume false"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate 0.001, this one has 0.002: give --resume-from-checkpoint false"
+    ):
         goes_on(replace(recipe, learning_rate=2e-3))
-    assert list(by_step(checkpoints_of(recipe))) == [4]
+    assert list(list_checkpoints(checkpoints_of(recipe))) == [4]
 
 
 @pytest.mark.parametrize("source", [{"tokens": "tokens"}, {"data": "shapes"}], ids=["tokens", "data"])
 def test_a_prior_refuses_checkpoints_of_another_recipe_whatever_it_learns_from(recipe, source):
     with pytest.raises(ValueError, match="holds a run with caption_dropout"):
-        open_source(replace(recipe, caption_dropout=0.9, **source))
+        load_training_source(replace(recipe, caption_dropout=0.9, **source))
 
 
 def test_a_run_from_before_there_was_a_key_goes_on_where_that_has_its_default(recipe):
@@ -62,10 +64,10 @@ def test_checkpoints_of_an_unknown_run_are_refused(recipe):
 
 
 def test_a_run_can_start_anew(recipe):
-    anew = replace(recipe, resume=False, learning_rate=5.0)
-    assert not goes_on(anew) and by_step(checkpoints_of(recipe))
+    anew = replace(recipe, resume_from_checkpoint=False, learning_rate=5.0)
+    assert not goes_on(anew) and list_checkpoints(checkpoints_of(recipe))
     open_run(anew)
-    assert not by_step(checkpoints_of(recipe))
+    assert not list_checkpoints(checkpoints_of(recipe))
 
 
 def test_a_finished_run_leaves_no_checkpoints(recipe):
@@ -82,9 +84,9 @@ def test_the_same_recipe_finishes_what_was_killed_while_it_was_saved(tmp_path, r
     settings = {
         "data": str(tmp_path / "data.parquet"),
         "max_steps": 4,
-        "eval_every": 2,
+        "eval_steps": 2,
         "batch_size": 2,
-        "log_every": 1,
+        "logging_steps": 1,
     }
     model = {"image_size": 8, "hidden_channels": 8, "code_dim": 4, "codebook_size": 8}
     recipe = TokenizerRecipe(out=str(tmp_path / "out"), model=model, **settings)
@@ -93,7 +95,7 @@ def test_the_same_recipe_finishes_what_was_killed_while_it_was_saved(tmp_path, r
         patched.setattr(training_run, "save_log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             runs.train_tokenizer(recipe)
-    assert newest_whole(checkpoints_of(recipe)) == checkpoints_of(recipe) / "checkpoint-4"
+    assert latest_valid_checkpoint(checkpoints_of(recipe)) == checkpoints_of(recipe) / "checkpoint-4"
     assert not (tmp_path / "out" / "config.json").exists()
     steps = []
     monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: steps.append(args))

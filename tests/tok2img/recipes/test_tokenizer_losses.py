@@ -9,7 +9,7 @@ from tok2img.recipes.build_tokenizer import build_model
 from tok2img.recipes.config import RunSettings, TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
 from tok2img.recipes.training_run import arguments
-from tok2img.trainer.datasets import PictureRows
+from tok2img.trainer.datasets import ImageDataset
 from tok2img.trainer.trainer import Trainer
 from tokenizers_vq import AdversarialLoss, PatchDiscriminator, PerceptualLoss, TokenizerWithLoss
 from tokenizers_vq.auto import load_image_tokenizer
@@ -25,9 +25,9 @@ def recipe(rows, tmp_path):
             "max_steps": 4,
             "batch_size": 2,
             "warmup_steps": 0,
-            "eval_every": 2,
-            "sample_every": 0,
-            "log_every": 1,
+            "eval_steps": 2,
+            "sample_steps": 0,
+            "logging_steps": 1,
         }
         paths = {"data": str(tmp_path / "rows.parquet"), "out": str(tmp_path / "out")}
         return TokenizerRecipe(**settings | paths | keys, model=TINY | (model or {}))
@@ -45,9 +45,9 @@ def adversarial_trainer(tokenizer, rows, out, *, max_steps: int) -> Trainer:
     torch.manual_seed(3)
     model = TokenizerWithLoss(tokenizer, AdversarialLoss(PatchDiscriminator(8, hidden_channels=8), start_step=1))
     settings = RunSettings(
-        out=str(out), max_steps=max_steps, batch_size=8, warmup_steps=0, lr_schedule="constant", eval_every=2
+        out=str(out), max_steps=max_steps, batch_size=8, warmup_steps=0, lr_scheduler_type="constant", eval_steps=2
     )
-    data = PictureRows(rows, tokenizer)
+    data = ImageDataset(rows, tokenizer)
     return Trainer(model, arguments(settings, best_by=""), train_dataset=data, eval_dataset=data)
 
 
@@ -56,10 +56,10 @@ def test_a_recipe_without_losses_of_its_own_trains_the_bare_tokenizer(recipe, ro
 
 
 def test_a_recipe_trains_with_a_discriminator_and_saves_none(recipe, tmp_path):
-    tokenizer = train_tokenizer(recipe({"reconstruction": "l1"}, adversarial_start=2))
+    tokenizer = train_tokenizer(recipe({"reconstruction_loss": "l1"}, disc_start=2))
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == tokenizer.state_dict().keys()
-    assert load_image_tokenizer(tmp_path / "out").config.reconstruction == "l1"
+    assert load_image_tokenizer(tmp_path / "out").config.reconstruction_loss == "l1"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -68,8 +68,8 @@ def test_a_recipe_trains_with_a_discriminator_and_saves_none(recipe, tmp_path):
 
 
 def test_keys_of_a_recipe_reach_the_loss(recipe, rows, classifier_folder):
-    keys = {"adversarial_start": 3, "adversarial_weight": 0.5, "gradient_accumulation_steps": 2}
-    model = build_model(recipe({"reconstruction": "l1"}, perceptual=classifier_folder, **keys), rows)
+    keys = {"disc_start": 3, "disc_weight": 0.5, "gradient_accumulation_steps": 2}
+    model = build_model(recipe({"reconstruction_loss": "l1"}, perceptual_model=classifier_folder, **keys), rows)
     loss = model.reconstruction_loss
     assert (loss.start_step, loss.weight) == (6, 0.5), "it counts batches, two of them a step"
     assert (
@@ -79,12 +79,12 @@ def test_keys_of_a_recipe_reach_the_loss(recipe, rows, classifier_folder):
 
 
 def test_a_discriminator_leaves_the_weights_of_the_tokenizer_as_they_were_drawn(recipe, rows):
-    bare, wrapped = build_model(recipe(), rows), build_model(recipe(adversarial_start=2), rows)
+    bare, wrapped = build_model(recipe(), rows), build_model(recipe(disc_start=2), rows)
     assert all(tensor.equal(wrapped.tokenizer.state_dict()[name]) for name, tensor in bare.state_dict().items())
 
 
 def test_a_recipe_trains_with_the_features_of_a_classifier(recipe, classifier_folder):
-    train_tokenizer(recipe(perceptual=classifier_folder, max_steps=2))
+    train_tokenizer(recipe(perceptual_model=classifier_folder, max_steps=2))
 
 
 def test_features_of_a_classifier_are_its_activations_at_each_halving(classifier_folder, images):
@@ -95,20 +95,20 @@ def test_features_of_a_classifier_are_its_activations_at_each_halving(classifier
 
 
 def test_a_folder_without_a_classifier_is_refused_by_name(recipe, rows, tmp_path):
-    with pytest.raises(ValueError, match=f"key 'perceptual': {tmp_path}/nothing holds no classifier"):
-        build_model(recipe(perceptual=str(tmp_path / "nothing")), rows)
+    with pytest.raises(ValueError, match=f"key 'perceptual_model': {tmp_path}/nothing holds no classifier"):
+        build_model(recipe(perceptual_model=str(tmp_path / "nothing")), rows)
 
 
 def test_a_folder_of_another_model_is_refused_by_name(recipe, rows, tiny_vqvae, tmp_path):
     tiny_vqvae.save_pretrained(tmp_path / "vqvae")
     with pytest.raises(ValueError, match="vqvae holds no classifier of captions"):
-        build_model(recipe(perceptual=str(tmp_path / "vqvae")), rows)
+        build_model(recipe(perceptual_model=str(tmp_path / "vqvae")), rows)
 
 
 def test_a_classifier_of_other_channels_is_refused(recipe, rows, tmp_path):
     CaptionClassifier(num_channels=1, image_size=8, captions=["a", "b"]).save(tmp_path / "grey")
-    with pytest.raises(ValueError, match="sees pictures of 1 channels, the tokenizer has 3"):
-        build_model(recipe(perceptual=str(tmp_path / "grey")), rows)
+    with pytest.raises(ValueError, match="sees images of 1 channels, the tokenizer has 3"):
+        build_model(recipe(perceptual_model=str(tmp_path / "grey")), rows)
 
 
 def test_a_run_with_a_discriminator_goes_on_exactly_where_it_stopped(tiny_vqvae, rows, tmp_path):

@@ -27,7 +27,7 @@ import json, sys
 from gradio_client import Client, handle_file
 client = Client(sys.argv[1], verbose=False)
 for name, inputs in map(json.loads, sys.stdin):
-    files = {key: handle_file(value) for key, value in inputs.items() if key == "picture"}
+    files = {key: handle_file(value) for key, value in inputs.items() if key == "image"}
     try:
         print(json.dumps(client.predict(**inputs | files, api_name=name)))
     except Exception as error:
@@ -95,9 +95,9 @@ def values(images) -> list[list]:
     return [np.asarray(image.convert("RGB")).tolist() for image in images]
 
 
-def test_programs_get_what_the_pipelines_make(ask, folder, pictures, tmp_path):
-    pictures[0].save(tmp_path / "in.png")
-    given = {"picture": str(tmp_path / "in.png")}
+def test_programs_get_what_the_pipelines_make(ask, folder, pil_images, tmp_path):
+    pil_images[0].save(tmp_path / "in.png")
+    given = {"image": str(tmp_path / "in.png")}
     drawn, completed, coded, captioned = ask(
         ["/draw", {"caption": "a red disc", "num_images": 3, "seed": "7"}],
         ["/complete", given | {"keep": 2, "caption": "a dog", "num_images": 2, "seed": "1"}],
@@ -106,9 +106,9 @@ def test_programs_get_what_the_pipelines_make(ask, folder, pictures, tmp_path):
     )
     pipeline = TextToImagePipeline.from_pretrained(folder)
     assert shown(drawn[0]) == values(pipeline("a red disc", 3, seed=7).images) and drawn[1] == "7"
-    assert shown(completed[0]) == values(pipeline("a dog", 2, seed=1, image=pictures[0], keep=2).images)
-    assert coded[1] == " ".join(map(str, pipeline.processor.encode_images([pictures[0]])[0].tolist()))
-    assert captioned == ImageToTextPipeline.from_pretrained(folder)([pictures[0]])[0]
+    assert shown(completed[0]) == values(pipeline("a dog", 2, seed=1, image=pil_images[0], keep=2).images)
+    assert coded[1] == " ".join(map(str, pipeline.processor.encode_images([pil_images[0]])[0].tolist()))
+    assert captioned == ImageToTextPipeline.from_pretrained(folder)([pil_images[0]])[0]
 
 
 def test_what_is_wrong_is_said(ask):
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_said(ask):
         ["/draw", {"caption": "a dog", "seed": "x"}],
         ["/draw", {"caption": "a dog", "num_images": 10**6}],
     )
-    assert empty == {"complaint": "the caption is empty: say what the pictures are to show"}
+    assert empty == {"complaint": "the caption is empty: say what the images are to show"}
     assert seed == {"complaint": "a seed must be a whole number of at least 0, got 'x'"}
     assert "1000000" in many["complaint"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tok2img.tokenization.layout import SequenceLayout
 
 layouts = st.builds(
-    lambda groups, **sizes: SequenceLayout(num_codes=sum(groups), code_groups=tuple(groups), **sizes),
+    lambda groups, **sizes: SequenceLayout(num_codes=sum(groups), positions_per_codebook=tuple(groups), **sizes),
     text_vocab_size=st.integers(1, 400),
     text_length=st.integers(1, 5),
     groups=st.lists(st.integers(1, 3), min_size=1, max_size=4),
@@ -73,7 +73,7 @@ def test_a_code_has_one_id_in_each_group_and_ranges_follow_one_another(layout):
 @pytest.mark.parametrize(("shared", "groups"), [(True, (4,)), (False, (1, 1, 1, 1))])
 def test_one_group_and_groups_of_one_are_two_ways_to_write_codes_shared(shared, groups):
     layout = SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=shared)
-    same = SequenceLayout(11, 3, num_codes=4, codebook_size=6, code_groups=groups)
+    same = SequenceLayout(11, 3, num_codes=4, codebook_size=6, positions_per_codebook=groups)
     assert layout == same and hash(layout) == hash(same) and repr(layout) == repr(same)
     assert layout.image.groups == groups and same.codes_shared is shared
 
@@ -81,7 +81,7 @@ def test_one_group_and_groups_of_one_are_two_ways_to_write_codes_shared(shared, 
 def test_a_layout_fits_the_groups_of_its_tokenizer(tiny_vqvae, tiny_vqdraw):
     for image_tokenizer in (tiny_vqvae, tiny_vqdraw):
         layout = SequenceLayout.for_tokenizers(image_tokenizer, text_vocab_size=11, text_length=3)
-        assert layout.image.groups == image_tokenizer.code_groups
+        assert layout.image.groups == image_tokenizer.positions_per_codebook
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_a_layout_fits_the_groups_of_its_tokenizer(tiny_vqvae, tiny_vqdraw):
 )
 def test_groups_that_do_not_fill_the_positions_are_refused(groups):
     with pytest.raises(
-        ValueError, match="code_groups must be whole numbers of at least 1 that sum to num_codes 4, got"
+        ValueError, match="positions_per_codebook must be whole numbers of at least 1 that sum to num_codes 4, got"
     ):
-        SequenceLayout(11, 3, num_codes=4, codebook_size=6, code_groups=groups)
+        SequenceLayout(11, 3, num_codes=4, codebook_size=6, positions_per_codebook=groups)
 
 
 def test_an_id_in_the_wrong_position_is_refused():
@@ -121,7 +121,7 @@ def test_text_of_another_length_is_refused(layout):
 
 
 def test_the_empty_prompt_is_nothing_but_pads(layout):
-    assert (layout.without_caption(2) == layout.pad_id).all()
+    assert (layout.null_text_ids(2) == layout.pad_id).all()
 
 
 def test_a_layout_survives_saving_and_loading(layout, tmp_path):
@@ -152,7 +152,7 @@ def test_a_folder_without_a_layout_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"text_length": 1}', '{"codes_shared": 1}', '{"code_groups": 4}', "\xff"]
+    "content", ["[]", "{", '{"text_length": 1}', '{"codes_shared": 1}', '{"positions_per_codebook": 4}', "\xff"]
 )
 def test_a_damaged_layout_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "layout.json").write_text(content, encoding="latin-1")

@@ -35,24 +35,24 @@ def any_processor(request) -> Tok2ImgProcessor:
     return request.getfixturevalue(request.param)
 
 
-def by_hand(processor: Tok2ImgProcessor, captions, pictures) -> dict[str, list]:
-    codes, text_ids = processor.encode_images(pictures), processor.encode_text(captions)
+def by_hand(processor: Tok2ImgProcessor, captions, pil_images) -> dict[str, list]:
+    codes, text_ids = processor.encode_images(pil_images), processor.encode_text(captions)
     return {"text_ids": text_ids.tolist(), "image_codes": codes.tolist()}
 
 
-def test_the_tokens_are_those_of_encoding_by_hand(any_processor, rows, captions, pictures):
-    assert tokenize_dataset(rows, any_processor, batch_size=4)[:] == by_hand(any_processor, captions, pictures)
+def test_the_tokens_are_those_of_encoding_by_hand(any_processor, rows, captions, pil_images):
+    assert tokenize_dataset(rows, any_processor, batch_size=4)[:] == by_hand(any_processor, captions, pil_images)
 
 
-def test_map_with_the_callable_gives_the_same_tokens(any_processor, rows, captions, pictures):
+def test_map_with_the_callable_gives_the_same_tokens(any_processor, rows, captions, pil_images):
     tokens = rows.map(TokenizeBatch(any_processor), batched=True, remove_columns=rows.column_names)
-    assert tokens[:] == by_hand(any_processor, captions, pictures)
+    assert tokens[:] == by_hand(any_processor, captions, pil_images)
 
 
-def test_a_stream_gives_the_same_tokens(any_processor, rows, captions, pictures):
+def test_a_stream_gives_the_same_tokens(any_processor, rows, captions, pil_images):
     stream = tokenize_dataset(rows.to_iterable_dataset(), any_processor, batch_size=4)
     tokens = list(stream)
-    expected = by_hand(any_processor, captions, pictures)
+    expected = by_hand(any_processor, captions, pil_images)
     assert {name: [row[name].tolist() for row in tokens] for name in expected} == expected
 
 
@@ -102,23 +102,23 @@ def test_another_text_length_is_not_in_the_cache(processor, rows):
     assert tokenize_dataset(rows, processor)._fingerprint != tokenize_dataset(rows, longer)._fingerprint
 
 
-def test_ids_kept_for_text_beyond_those_of_the_tokenizer_survive_the_pickle(processor, captions, pictures):
+def test_ids_kept_for_text_beyond_those_of_the_tokenizer_survive_the_pickle(processor, captions, pil_images):
     text = processor.text_tokenizer
     wider = Tok2ImgProcessor.build(processor.image_tokenizer, text, text_length=6, text_vocab_size=5000)
     again = pickle.loads(pickle.dumps(TokenizeBatch(wider))).processor
     assert again.layout == wider.layout and again.layout.pad_id == 5002
-    assert again(captions, pictures)["input_ids"].equal(wider(captions, pictures)["input_ids"])
+    assert again(captions, pil_images)["input_ids"].equal(wider(captions, pil_images)["input_ids"])
 
 
-def test_a_pickled_callable_gives_the_same_tokens(any_processor, captions, pictures):
-    work, batch = TokenizeBatch(any_processor), {"image": pictures, "caption": captions}
+def test_a_pickled_callable_gives_the_same_tokens(any_processor, captions, pil_images):
+    work, batch = TokenizeBatch(any_processor), {"image": pil_images, "caption": captions}
     again = pickle.loads(pickle.dumps(work))
     for name, column in work(batch).items():
         np.testing.assert_array_equal(again(batch)[name], column)
 
 
-def test_a_rebuilt_text_tokenizer_still_takes_marks_for_text(processor, pictures):
-    batch = {"image": pictures[:1], "caption": ["</s>[SEP]"]}
+def test_a_rebuilt_text_tokenizer_still_takes_marks_for_text(processor, pil_images):
+    batch = {"image": pil_images[:1], "caption": ["</s>[SEP]"]}
     work = TokenizeBatch(processor)
     assert (pickle.loads(pickle.dumps(work))(batch)["text_ids"] == work(batch)["text_ids"]).all()
 
@@ -138,19 +138,19 @@ def test_processes_started_after_torch_ran_threads_end_with_the_same_tokens(proc
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_bad_picture_is_named_by_its_row(processor, rows, streaming):
-    pictures = [
+def test_a_bad_image_is_named_by_its_row(processor, rows, streaming):
+    images = [
         row["bytes"] for row in rows.cast_column("image", rows.features["image"].__class__(decode=False))["image"]
     ]
-    pictures[4] = pictures[4][:30]
-    broken = Dataset.from_dict({"image": pictures, "caption": rows["caption"][:]})
+    images[4] = images[4][:30]
+    broken = Dataset.from_dict({"image": images, "caption": rows["caption"][:]})
     with pytest.raises(ValueError, match="row 4: .*(truncated|corrupt|damaged)"):
         list(tokenize_dataset(broken.to_iterable_dataset() if streaming else broken, processor, batch_size=2))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_caption_that_is_null_is_named_by_its_row(processor, pictures, captions, streaming):
-    broken = Dataset.from_dict({"image": pictures, "caption": [*captions[:3], None, *captions[4:]]})
+def test_a_caption_that_is_null_is_named_by_its_row(processor, pil_images, captions, streaming):
+    broken = Dataset.from_dict({"image": pil_images, "caption": [*captions[:3], None, *captions[4:]]})
     with pytest.raises(ValueError, match="row 3: the caption is not text but NoneType"):
         list(tokenize_dataset(broken.to_iterable_dataset() if streaming else broken, processor, batch_size=2))
 

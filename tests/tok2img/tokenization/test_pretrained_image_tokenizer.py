@@ -1,4 +1,4 @@
-"""The whole way from captioned pictures to pictures of captions, with a tokenizer of another library."""
+"""The whole way from captioned images to images of captions, with a tokenizer of another library."""
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def test_a_prior_trains_on_its_codes_and_draws_with_it(saved, rows, tmp_path):
         depth=1,
         max_steps=2,
         batch_size=2,
-        eval_every=0,
-        sample_every=2,
+        eval_steps=0,
+        sample_steps=2,
     )
     pipeline = train_prior(recipe)
     assert not pipeline.prior.training
     output = pipeline("a red square", num_images_per_prompt=2, seed=0)
-    assert [picture.size for picture in output.images] == [(8, 8)] * 2
+    assert [image.size for image in output.images] == [(8, 8)] * 2
     again = type(pipeline).from_pretrained(recipe.out)("a red square", num_images_per_prompt=2, seed=0)
     assert torch.equal(again.codes, output.codes)

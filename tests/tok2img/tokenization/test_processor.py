@@ -13,16 +13,16 @@ def any_processor(request) -> Tok2ImgProcessor:
     return request.getfixturevalue(request.param)
 
 
-def test_a_sequence_is_its_prompt_and_then_its_codes(any_processor, captions, pictures):
-    input_ids = any_processor(captions, pictures)["input_ids"]
+def test_a_sequence_is_its_prompt_and_then_its_codes(any_processor, captions, pil_images):
+    input_ids = any_processor(captions, pil_images)["input_ids"]
     layout = any_processor.layout
     prompt, image = input_ids[:, : layout.prompt_length], input_ids[:, layout.prompt_length :]
     assert prompt.equal(any_processor(captions)["input_ids"])
-    assert layout.image.ids_to_codes(image).equal(any_processor.encode_images(pictures))
+    assert layout.image.ids_to_codes(image).equal(any_processor.encode_images(pil_images))
 
 
-def test_labels_leave_out_the_marks_and_nothing_else(any_processor, captions, pictures):
-    batch, layout = any_processor(captions, pictures), any_processor.layout
+def test_labels_leave_out_the_marks_and_nothing_else(any_processor, captions, pil_images):
+    batch, layout = any_processor(captions, pil_images), any_processor.layout
     left_out = batch["labels"] == IGNORED_LABEL
     marks = torch.tensor([layout.bos_id, layout.sep_id, layout.pad_id])
     assert left_out.equal(torch.isin(batch["input_ids"], marks))
@@ -33,36 +33,36 @@ def test_one_caption_is_a_batch_of_one(processor):
     assert processor("a dog")["input_ids"].equal(processor(["a dog"])["input_ids"])
 
 
-def test_pictures_without_captions_have_the_empty_prompt(processor, pictures):
-    text = processor(images=pictures)["input_ids"][:, 1 : processor.layout.prompt_length - 1]
-    assert text.equal(processor.layout.without_caption(len(pictures)))
+def test_images_without_captions_have_the_empty_prompt(processor, pil_images):
+    text = processor(images=pil_images)["input_ids"][:, 1 : processor.layout.prompt_length - 1]
+    assert text.equal(processor.layout.null_text_ids(len(pil_images)))
 
 
-def test_unequal_numbers_of_captions_and_pictures_are_refused(processor, pictures):
-    with pytest.raises(ValueError, match="got 2 captions for 6 pictures"):
-        processor(["a", "b"], pictures)
+def test_unequal_numbers_of_captions_and_images_are_refused(processor, pil_images):
+    with pytest.raises(ValueError, match="got 2 captions for 6 images"):
+        processor(["a", "b"], pil_images)
 
 
 def test_captions_that_are_too_long_are_cut_and_counted(processor):
     captions = ["a dog", "a red square " * 9, "\U0001f600" * 20]
     assert processor.encode_text(captions).shape == (3, processor.layout.text_length)
-    assert processor.num_cut(captions) == 2
+    assert processor.count_truncated(captions) == 2
 
 
-def test_decoded_pictures_are_those_of_the_tokenizer(any_processor, pictures, images):
-    codes = any_processor.encode_images(pictures)
+def test_decoded_images_are_those_of_the_tokenizer(any_processor, pil_images, images):
+    codes = any_processor.encode_images(pil_images)
     expected = any_processor.image_tokenizer.decode(codes).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    assert (np.stack([np.asarray(picture) for picture in any_processor.decode_images(codes)]) == expected).all()
+    assert (np.stack([np.asarray(image) for image in any_processor.decode_images(codes)]) == expected).all()
 
 
-def test_one_picture_codes_as_it_does_in_a_batch(any_processor, pictures):
-    alone = torch.cat([any_processor.encode_images([picture]) for picture in pictures])
-    assert alone.equal(any_processor.encode_images(pictures))
+def test_one_image_codes_as_it_does_in_a_batch(any_processor, pil_images):
+    alone = torch.cat([any_processor.encode_images([image]) for image in pil_images])
+    assert alone.equal(any_processor.encode_images(pil_images))
 
 
-def test_a_bad_picture_is_named_by_its_row(processor, pictures):
-    with pytest.raises(ValueError, match="row 12: .*not a picture"):
-        processor.encode_images([pictures[0], b"no picture at all"], rows=[11, 12])
+def test_a_bad_image_is_named_by_its_row(processor, pil_images):
+    with pytest.raises(ValueError, match="row 12: .*not an image"):
+        processor.encode_images([pil_images[0], b"no image at all"], rows=[11, 12])
 
 
 def test_the_fingerprint_survives_saving_and_loading_from_any_folder(any_processor, tmp_path):
@@ -135,7 +135,7 @@ def test_the_text_tokenizer_and_the_text_length_change_the_fingerprint(processor
 
 
 @pytest.mark.parametrize(
-    "change", [{"text_vocab_size": 5}, {"num_codes": 9}, {"codebook_size": 2}, {"code_groups": (1, 3)}]
+    "change", [{"text_vocab_size": 5}, {"num_codes": 9}, {"codebook_size": 2}, {"positions_per_codebook": (1, 3)}]
 )
 def test_a_layout_that_does_not_fit_is_refused(processor, tiny_vqvae, text_tokenizer, change):
     fitting = vars(processor.layout)
@@ -143,10 +143,10 @@ def test_a_layout_that_does_not_fit_is_refused(processor, tiny_vqvae, text_token
         Tok2ImgProcessor(tiny_vqvae, text_tokenizer, SequenceLayout(**(fitting | change)))
 
 
-def test_a_loaded_processor_gives_the_same_sequences(any_processor, captions, pictures, tmp_path):
+def test_a_loaded_processor_gives_the_same_sequences(any_processor, captions, pil_images, tmp_path):
     any_processor.save_pretrained(tmp_path)
     again = Tok2ImgProcessor.from_pretrained(tmp_path)
-    assert again(captions, pictures)["input_ids"].equal(any_processor(captions, pictures)["input_ids"])
+    assert again(captions, pil_images)["input_ids"].equal(any_processor(captions, pil_images)["input_ids"])
 
 
 def test_a_folder_that_holds_no_image_tokenizer_is_refused_by_name(tmp_path):

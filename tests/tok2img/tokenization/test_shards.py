@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from tok2img.atomic_io import claimed
+from tok2img.atomic_io import try_lock
 from tok2img.tokenization import shards as token_shards
 from tok2img.tokenization import token_dataset as tokenized
 from tok2img.tokenization.token_dataset import load_tokens, part_of, save_tokens
@@ -100,7 +100,7 @@ def test_shards_of_another_tokenizer_are_not_taken_over(processor, rows, stopped
 
 def test_rows_that_cannot_be_read_are_skipped_and_listed(processor, rows, tmp_path):
     spoiled = rows.select(range(5)).to_dict()
-    spoiled["caption"][1], spoiled["image"][4] = None, {"bytes": b"no picture", "path": None}
+    spoiled["caption"][1], spoiled["image"][4] = None, {"bytes": b"no image", "path": None}
     data = Dataset.from_dict(spoiled)
     manifest = save_tokens(data, processor, tmp_path / "tokens")
     assert manifest["rows"] == 3 and [each["row"] for each in manifest["skipped"]] == [1, 4]
@@ -134,7 +134,7 @@ def test_a_part_that_comes_when_all_is_done_leaves_it_at_that(processor, rows, w
 
 def test_only_one_of_several_jobs_puts_all_together(processor, rows, whole, tmp_path):
     save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
-    with claimed(tmp_path / ".tokens.partial") as is_ours:
+    with try_lock(tmp_path / ".tokens.partial") as is_ours:
         assert is_ours and save_tokens(rows, processor, tmp_path / "tokens", part=(1, 2)) is None
     save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
     assert contents(tmp_path / "tokens") == whole

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tok2img.cli import app
-from tok2img.evaluation.text_metrics import evaluate_text_tokenizer, first_codes
-from tok2img.recipes.build_processor import fit_text
+from tok2img.evaluation.text_metrics import evaluate_text_tokenizer, prefix_mask
+from tok2img.recipes.build_processor import fit_text_tokenizer
 from tok2img.recipes.config import TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
 from tok2img.tokenization.map_function import tokenize_dataset
 from tok2img.tokenization.processor import Tok2ImgProcessor
-from tok2img.tokenization.span_text_tokenizer import SpanTextTokenizer, load_text_model, load_text_tokenizer
+from tok2img.tokenization.span_text_tokenizer import DiscreteTextTokenizer, load_text_model, load_text_tokenizer
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tok2img.visualization.text_sheets import write_text_sheet
 from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
@@ -26,7 +26,7 @@ from tokenizers_vq.auto import load_image_tokenizer
 SPANS = {"span_length": 4, "codebook_size": 8, "hidden_channels": 16, "dilations": [1, 2]}
 SETTINGS = {
     "vqdraw_text": SPANS | {"num_stages": 3, "feature_channels": 8, "embedding_dim": 8},
-    "vqvae_text": SPANS | {"num_levels": 3, "code_dim": 8},
+    "vqvae_text": SPANS | {"num_quantizers": 3, "code_dim": 8},
 }
 CLASSES = {"vqdraw_text": VQDrawForText, "vqvae_text": VQVAEForText}
 
@@ -50,7 +50,7 @@ def vqdraw() -> VQDrawForText:
 def vqvae() -> VQVAEForText:
     torch.manual_seed(0)
     model = VQVAEForText(VQVAETextConfig(**SETTINGS["vqvae_text"], max_length=16)).eval()
-    model.start_from_data(model.symbols([f"{number} {number**2}" for number in range(50)]))
+    model.init_from_data(model.symbols([f"{number} {number**2}" for number in range(50)]))
     return model
 
 
@@ -60,8 +60,8 @@ def model(kind, vqdraw, vqvae) -> TextSpanTokenizer:
 
 
 @pytest.fixture(scope="module")
-def text_codes(model) -> SpanTextTokenizer:
-    return SpanTextTokenizer(model)
+def text_codes(model) -> DiscreteTextTokenizer:
+    return DiscreteTextTokenizer(model)
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def recipe(kind, rows, tmp_path) -> TokenizerRecipe:
         model=SETTINGS[kind],
         max_steps=4,
         batch_size=2,
-        sample_every=2,
-        eval_every=2,
+        sample_steps=2,
+        eval_steps=2,
     )
 
 
@@ -126,13 +126,13 @@ def test_lengths_are_known_without_encoding(text_codes, text):
 
 def test_captions_without_room_are_counted(text_codes, tiny_vqvae):
     processor = Tok2ImgProcessor.build(tiny_vqvae, text_codes, text_length=12)
-    assert processor.num_cut(["a red square", "a" * 16, "a" * 17]) == 1
+    assert processor.count_truncated(["a red square", "a" * 16, "a" * 17]) == 1
     shorter = Tok2ImgProcessor.build(tiny_vqvae, text_codes, text_length=9)
-    assert shorter.num_cut(["a red", "a red square"]) == 1
+    assert shorter.count_truncated(["a red", "a red square"]) == 1
 
 
 def test_no_room_is_made_for_more_ids_than_there_are(text_codes):
-    assert fit_text(["a", "a" * 40], text_tokenizer=text_codes)[1] == text_codes.model.num_codes == 12
+    assert fit_text_tokenizer(["a", "a" * 40], text_tokenizer=text_codes)[1] == text_codes.model.num_codes == 12
 
 
 def test_captions_that_are_no_text_are_refused_with_their_row(text_codes):
@@ -149,7 +149,7 @@ def test_ids_that_do_not_belong_are_refused(text_codes, ids):
 def test_saves_loads_and_pickles(text_codes, captions, tmp_path):
     text_codes.save_pretrained(tmp_path)
     for again in (load_text_tokenizer(tmp_path), pickle.loads(pickle.dumps(text_codes))):
-        assert isinstance(again, SpanTextTokenizer) and again.state() == text_codes.state()
+        assert isinstance(again, DiscreteTextTokenizer) and again.state() == text_codes.state()
         assert again.encode(captions) == text_codes.encode(captions)
 
 
@@ -223,7 +223,7 @@ class TestReport:
         report = evaluate_text_tokenizer(model, texts)
         codes, symbols = model.encode(texts), model.symbols(texts)
         lengths = [12, 0, 1, 16]
-        for stage, seen in enumerate(model.decode_stages(codes)):
+        for stage, seen in enumerate(model.decode_progressively(codes)):
             pairs = zip(seen, [text.encode()[:16] for text in texts], strict=True)
             assert report["exact_match"][stage] == pytest.approx(sum(a.encode() == b for a, b in pairs) / 4)
         right = (model.decode_symbols(codes) == symbols)[symbols != model.end].sum().item()
@@ -235,17 +235,17 @@ class TestReport:
     def test_rates_spend_what_they_may(self, model):
         texts = ["a red square", "x"]
         symbols = model.symbols(texts)
-        given = first_codes(model, symbols, 2).view(2, 3, 4)
+        given = prefix_mask(model, symbols, 2).view(2, 3, 4)
         assert given[0].tolist() == [[True] * 4, [True] * 4, [False] * 4]  # 24 bits at 3 each
         assert not given[1].any()  # 2 bits buy no code
-        assert first_codes(model, symbols, 100).sum(dim=1).tolist() == [12, 3]
+        assert prefix_mask(model, symbols, 100).sum(dim=1).tolist() == [12, 3]
 
     def test_at_a_rate_no_more_is_read_than_it_pays_for(self, model):
         texts = ["a red square", "x"]
         symbols, codes = model.symbols(texts), model.encode(texts)
-        paid = first_codes(model, symbols, 2)
-        seen = model.symbols_given(codes, paid)
-        assert torch.equal(seen, model.symbols_given(codes.where(paid, 5), paid))
+        paid = prefix_mask(model, symbols, 2)
+        seen = model.decode_with_mask(codes, paid)
+        assert torch.equal(seen, model.decode_with_mask(codes.where(paid, 5), paid))
         right = (seen == symbols)[symbols != model.end].sum().item()
         report = evaluate_text_tokenizer(model, texts)
         assert report["at_bits_per_byte"]["2"]["byte_accuracy"] == pytest.approx(right / 13)
@@ -253,7 +253,7 @@ class TestReport:
     def test_what_nothing_is_paid_for_is_what_a_vqdraw_state_of_zeros_says(self, vqdraw):
         symbols, codes = vqdraw.symbols(["a red square", "x"]), vqdraw.encode(["a red square", "x"])
         *_, second, _ = vqdraw.symbols_after_stages(codes[:1])
-        seen = vqdraw.symbols_given(codes, first_codes(vqdraw, symbols, 2))
+        seen = vqdraw.decode_with_mask(codes, prefix_mask(vqdraw, symbols, 2))
         assert torch.equal(seen[0, :12], second[0, :12])
         assert torch.equal(seen[1], vqdraw.error.observed(vqdraw.draw.first_state(4)).flatten())
 

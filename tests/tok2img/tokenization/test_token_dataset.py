@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tok2img.recipes.build_processor import MAX_TEXT_LENGTH, fit_text
+from tok2img.recipes.build_processor import MAX_TEXT_LENGTH, fit_text_tokenizer
 from tok2img.tokenization.processor import Tok2ImgProcessor
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tok2img.tokenization.token_dataset import load_tokens, save_tokens
@@ -19,9 +19,9 @@ def folder(processor, rows, tmp_path) -> Path:
     return tmp_path / "tokens"
 
 
-def test_tokens_survive_saving_and_loading(processor, folder, captions, pictures):
+def test_tokens_survive_saving_and_loading(processor, folder, captions, pil_images):
     tokens, again = load_tokens(folder)
-    assert tokens["image_codes"][:] == processor.encode_images(pictures).tolist()
+    assert tokens["image_codes"][:] == processor.encode_images(pil_images).tolist()
     assert tokens["text_ids"][:] == processor.encode_text(captions).tolist()
     assert again.layout == processor.layout
 
@@ -39,9 +39,9 @@ def test_the_manifest_says_what_is_there(processor, folder):
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum
 
 
-def test_cut_captions_are_counted(processor, pictures, tmp_path):
-    data = Dataset.from_dict({"image": pictures[:3], "caption": ["a", "red square " * 20, "dog " * 50]})
-    assert save_tokens(data, processor, tmp_path / "tokens")["captions_cut"] == 2
+def test_cut_captions_are_counted(processor, pil_images, tmp_path):
+    data = Dataset.from_dict({"image": pil_images[:3], "caption": ["a", "red square " * 20, "dog " * 50]})
+    assert save_tokens(data, processor, tmp_path / "tokens")["num_truncated_captions"] == 2
 
 
 def test_rows_beyond_a_shard_go_into_another(processor, rows, tmp_path, monkeypatch):
@@ -52,9 +52,9 @@ def test_rows_beyond_a_shard_go_into_another(processor, rows, tmp_path, monkeypa
 
 
 def test_of_processes_in_a_group_the_first_puts_together(processor, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("tok2img.tokenization.token_dataset.own_rank", lambda: 1)
+    monkeypatch.setattr("tok2img.tokenization.token_dataset.get_rank", lambda: 1)
     assert save_tokens(rows, processor, tmp_path / "tokens") is None and not (tmp_path / "tokens").exists()
-    monkeypatch.setattr("tok2img.tokenization.token_dataset.own_rank", lambda: 0)
+    monkeypatch.setattr("tok2img.tokenization.token_dataset.get_rank", lambda: 0)
     assert save_tokens(rows, processor, tmp_path / "tokens")["rows"] == 6
     assert len(load_tokens(tmp_path / "tokens")[0]) == 6
 
@@ -110,8 +110,8 @@ def test_a_folder_without_a_whole_manifest_is_refused_by_name(folder, content):
         load_tokens(folder)
 
 
-def test_a_failure_leaves_nothing_behind(processor, pictures, tmp_path):
-    data = Dataset.from_dict({"image": pictures[:2], "caption": ["a", None]})
+def test_a_failure_leaves_nothing_behind(processor, pil_images, tmp_path):
+    data = Dataset.from_dict({"image": pil_images[:2], "caption": ["a", None]})
     with pytest.raises(ValueError, match="row 1"):
         save_tokens(data, processor, tmp_path / "new" / "tokens", on_error="raise")
     assert not list(tmp_path.rglob("*tokens*"))
@@ -153,25 +153,25 @@ def test_older_tokens_give_way_to_newer_ones(processor, folder, rows):
 
 
 def test_the_text_length_is_that_of_the_longest_caption():
-    tokenizer, length = fit_text(["a", "a red square"], vocab_size=256)
+    tokenizer, length = fit_text_tokenizer(["a", "a red square"], vocab_size=256)
     assert length == max(map(len, tokenizer.encode(["a", "a red square"])))
 
 
 def test_the_text_length_has_a_bound():
-    assert fit_text(["x y " * 500], vocab_size=256)[1] == MAX_TEXT_LENGTH
+    assert fit_text_tokenizer(["x y " * 500], vocab_size=256)[1] == MAX_TEXT_LENGTH
 
 
 def test_a_given_text_length_and_tokenizer_stand(text_tokenizer):
-    assert fit_text(["a"], text_tokenizer=text_tokenizer, text_length=9) == (text_tokenizer, 9)
+    assert fit_text_tokenizer(["a"], text_tokenizer=text_tokenizer, text_length=9) == (text_tokenizer, 9)
 
 
 def test_captions_that_are_all_empty_still_have_a_position():
-    assert fit_text(["", ""])[1] == 1
+    assert fit_text_tokenizer(["", ""])[1] == 1
 
 
-def test_loaded_codes_decode_to_the_pictures_of_the_tokenizer(processor, folder, pictures):
+def test_loaded_codes_decode_to_the_images_of_the_tokenizer(processor, folder, pil_images):
     tokens, again = load_tokens(folder)
-    codes = processor.encode_images(pictures)
+    codes = processor.encode_images(pil_images)
     shown = again.decode_images(codes.new_tensor(tokens["image_codes"][:]))
     for one, other in zip(shown, processor.decode_images(codes), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

@@ -27,7 +27,7 @@ from tok2img.recipes.config import PriorRecipe, TokenizerRecipe
 from tok2img.recipes.training_run import arguments
 from tok2img.tokenization.layout import SequenceLayout
 from tok2img.trainer import fault_tolerant_trainer as safe_trainer
-from tok2img.trainer.checkpointing import by_step, newest_whole
+from tok2img.trainer.checkpointing import latest_valid_checkpoint, list_checkpoints
 from tok2img.trainer.graceful_shutdown import Interrupted
 from tok2img.trainer.non_finite_guard import DivergedError
 from tok2img.trainer.trainer import Trainer
@@ -35,7 +35,7 @@ from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImage
 from tokenizers_vq.vqdraw import core as vqdraw
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
-RUN_OF_ALL = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_every": 0, "log_every": 1}
+RUN_OF_ALL = {"max_steps": 8, "batch_size": 4, "warmup_steps": 1, "sample_steps": 0, "logging_steps": 1}
 RUN = RUN_OF_ALL | {"dropout": 0.1}
 CRASH_EVERY = int(os.environ.get("CRASH_EVERY", "3"))  # 1 in `make torture`
 
@@ -49,7 +49,7 @@ def token_rows(num: int) -> Dataset:
 
 def trainer_in(out, *, best: str = "", **settings) -> Trainer:
     """A tiny prior that draws random numbers in training: for dropout, and for the captions it hides."""
-    recipe = PriorRecipe(**({"out": str(out), "eval_every": 0, "save_every": 2} | RUN | settings))
+    recipe = PriorRecipe(**({"out": str(out), "eval_steps": 0, "save_steps": 2} | RUN | settings))
     prior = build_prior(LAYOUT, depth=1, dropout=recipe.dropout)
     return Trainer(
         PriorWithLoss(prior, LAYOUT, caption_dropout=0.5),
@@ -69,8 +69,8 @@ def tiny_vqdraw() -> VQDrawForImages:
 
 
 def tokenizer_trainer_in(out, build: Callable[[], DiscreteTokenizer] = tiny_vqvae, **settings) -> Trainer:
-    """A tiny VQ-VAE, or another tokenizer, on pictures that are changed at random."""
-    recipe = TokenizerRecipe(**({"out": str(out), "eval_every": 0, "save_every": 2} | RUN_OF_ALL | settings))
+    """A tiny VQ-VAE, or another tokenizer, on images that are changed at random."""
+    recipe = TokenizerRecipe(**({"out": str(out), "eval_steps": 0, "save_steps": 2} | RUN_OF_ALL | settings))
     torch.manual_seed(0)
     model = build()
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -123,12 +123,12 @@ def run_until_killed(trainer: Trainer, step: int) -> None:
         {"dropout": 0.0},
         {"gradient_accumulation_steps": 2},
         {"gradient_accumulation_steps": 3},
-        {"num_workers": 2},
+        {"dataloader_num_workers": 2},
         {"bf16": True},
-        {"lr_schedule": "linear"},
-        {"save_every": 3, "batch_size": 5},
-        {"eval_every": 2, "save_every": 4},
-        {"eval_every": 2, "save_every": 4, "best": "image_loss"},
+        {"lr_scheduler_type": "linear"},
+        {"save_steps": 3, "batch_size": 5},
+        {"eval_steps": 2, "save_steps": 4},
+        {"eval_steps": 2, "save_steps": 4, "best": "image_loss"},
     ],
     ids=str,
 )
@@ -144,17 +144,22 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, settings,
 
 
 class TestOtherRows:
-    """The same for pictures that are changed at random, and for a stream that is shuffled on the way."""
+    """The same for images that are changed at random, and for a stream that is shuffled on the way."""
 
     @pytest.fixture(params=["augmented", "augmented, by workers", "stream", "stream, third epoch", "stream, workers"])
     def trainer(self, request):
         """A trainer in a folder."""
 
         def in_folder(out) -> Trainer:
-            num_workers = 2 if "workers" in request.param else 0
+            dataloader_num_workers = 2 if "workers" in request.param else 0
             if request.param.startswith("augmented"):
-                return tokenizer_trainer_in(out, num_workers=num_workers)
-            run = RUN_OF_ALL | {"out": str(out), "eval_every": 0, "save_every": 2, "num_workers": num_workers}
+                return tokenizer_trainer_in(out, dataloader_num_workers=dataloader_num_workers)
+            run = RUN_OF_ALL | {
+                "out": str(out),
+                "eval_steps": 0,
+                "save_steps": 2,
+                "dataloader_num_workers": dataloader_num_workers,
+            }
             rows = token_rows(12 if request.param.endswith("epoch") else 40)
             stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=6)
             prior = PriorWithLoss(build_prior(LAYOUT, depth=1, dropout=0.1), LAYOUT, caption_dropout=0.5)
@@ -216,9 +221,9 @@ def test_checkpoints_hold_nothing_that_would_have_to_be_unpickled(tmp_path):
 
 
 def test_at_least_two_checkpoints_are_kept_and_the_best(tmp_path):
-    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2)
+    trainer = trainer_in(tmp_path, best="image_loss", eval_steps=2)
     trainer.train()
-    kept = by_step(tmp_path / "checkpoints")
+    kept = list_checkpoints(tmp_path / "checkpoints")
     assert {6, 8} <= kept.keys() and len(kept) <= 3
     assert trainer.state.best_global_step in kept
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -233,7 +238,7 @@ def test_a_flipped_bit_sends_the_run_back_to_the_checkpoint_before(tmp_path, pat
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 4
     damaged.write_bytes(content)
-    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
+    assert latest_valid_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
     assert pattern in caplog.text and "passed over" in caplog.text
 
 
@@ -249,16 +254,16 @@ def test_fifty_of_fifty_flipped_bits_are_reported(tmp_path, pattern, caplog):
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         damaged.write_bytes(content)
         caplog.clear()
-        assert newest_whole(checkpoints) == checkpoints / "checkpoint-4"
+        assert latest_valid_checkpoint(checkpoints) == checkpoints / "checkpoint-4"
         assert pattern in caplog.text and "passed over" in caplog.text
-    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-6"
+    assert latest_valid_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-6"
 
 
 def events_of_a_save(trainer_in, tmp_path, monkeypatch) -> list[str]:
     """What a save does to the file system, in order, by trying it once."""
     events: list[str] = []
     watch(monkeypatch, lambda name: events.append(name))
-    run_until_killed(trainer_in(tmp_path / "count", save_every=3), 4)
+    run_until_killed(trainer_in(tmp_path / "count", save_steps=3), 4)
     monkeypatch.undo()
     return events
 
@@ -268,12 +273,12 @@ def watch(monkeypatch, act) -> None:
     for module, name in [
         (safe_trainer, "save_random_state"),
         (safe_trainer, "save_optimizer"),
-        (safe_trainer.SafeTrainer, "_write_parts"),
+        (safe_trainer.FaultTolerantTrainer, "_write_parts"),
         (whole_files.Path, "rename"),
         (whole_files.Path, "chmod"),
         (whole_files.Path, "write_text"),
         (whole_files.Path, "mkdir"),
-        (whole_files, "bring_to_disk"),
+        (whole_files, "fsync_path"),
     ]:
         plain = getattr(module, name)
 
@@ -286,7 +291,7 @@ def watch(monkeypatch, act) -> None:
 
 @pytest.mark.parametrize("trainer_in", [trainer_in, tokenizer_trainer_in])
 def test_a_crash_at_any_step_of_a_save_loses_no_run(trainer_in, tmp_path, monkeypatch):
-    whole = trainer_in(tmp_path / "whole", save_every=3)
+    whole = trainer_in(tmp_path / "whole", save_steps=3)
     whole.train()
     num_events = len(events_of_a_save(trainer_in, tmp_path, monkeypatch))
     assert num_events > 15
@@ -301,14 +306,14 @@ def test_a_crash_at_any_step_of_a_save_loses_no_run(trainer_in, tmp_path, monkey
         with monkeypatch.context() as patched:
             watch(patched, crash)
             with pytest.raises(Killed):
-                trainer_in(out, save_every=3).train(resume_from_checkpoint=True)
-        resumed = trainer_in(out, save_every=3)
+                trainer_in(out, save_steps=3).train(resume_from_checkpoint=True)
+        resumed = trainer_in(out, save_steps=3)
         resumed.train(resume_from_checkpoint=True)
         assert losses(resumed) == losses(whole), f"crash before {crash_at}"
 
 
 def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, caplog):
-    whole = trainer_in(tmp_path / "whole", save_every=3)
+    whole = trainer_in(tmp_path / "whole", save_steps=3)
     whole.train()
     plain, saves = safe_trainer.save_optimizer, []
 
@@ -322,7 +327,7 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, capl
     trainer = trainer_in(tmp_path / "full")
     trainer.train()
     assert "no checkpoint of step 4" in caplog.text and "No space left" in caplog.text
-    assert set(by_step(tmp_path / "full" / "checkpoints")) == {6, 8}
+    assert set(list_checkpoints(tmp_path / "full" / "checkpoints")) == {6, 8}
     assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.startswith(".")]
     assert weights(trainer) == weights(whole)
 
@@ -341,7 +346,7 @@ def test_weights_that_do_not_fit_on_the_disk_cost_a_warning_and_not_the_run(tmp_
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
-    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, learning_rate=1e-2)
+    trainer = trainer_in(tmp_path, best="image_loss", eval_steps=2, learning_rate=1e-2)
     plain = safe_trainer.save_checkpoint
 
     def full_at_the_end(target, *args, **kwargs):
@@ -349,16 +354,16 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_pat
 
     monkeypatch.setattr(safe_trainer, "save_checkpoint", full_at_the_end)
     trainer.train()
-    assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
+    assert trainer.state.best_global_step in list_checkpoints(tmp_path / "checkpoints")
 
 
 def test_a_run_that_goes_on_remembers_its_best_where_the_next_save_fails(tmp_path, monkeypatch):
-    settings = {"best": "image_loss", "eval_every": 2, "learning_rate": 1e-3}
+    settings = {"best": "image_loss", "eval_steps": 2, "learning_rate": 1e-3}
     run_until_killed(trainer_in(tmp_path, **settings), 5)
     trainer = trainer_in(tmp_path, **settings)
     monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.best_global_step in by_step(tmp_path / "checkpoints")
+    assert trainer.state.best_global_step in list_checkpoints(tmp_path / "checkpoints")
 
 
 def with_held_out_losses(trainer: Trainer, held_out: list[float]) -> Trainer:
@@ -374,30 +379,30 @@ def with_held_out_losses(trainer: Trainer, held_out: list[float]) -> Trainer:
 
 
 def test_the_best_weights_are_kept_where_checkpoints_are_rarer_than_held_out_losses(tmp_path):
-    trainer = trainer_in(tmp_path, best="image_loss", eval_every=2, save_every=4)
+    trainer = trainer_in(tmp_path, best="image_loss", eval_steps=2, save_steps=4)
     at_best = []
     trainer.add_callback(At(6, lambda: at_best.append(weights(trainer))))
     with_held_out_losses(trainer, [2.0, 3.0, 1.0, 4.0]).train()
-    assert set(by_step(tmp_path / "checkpoints")) == {6, 8} and at_best == [weights(trainer)]
+    assert set(list_checkpoints(tmp_path / "checkpoints")) == {6, 8} and at_best == [weights(trainer)]
 
 
 @pytest.mark.parametrize("moved_to", ["run", "elsewhere"])
 def test_a_run_goes_back_to_its_best_under_another_name_of_its_folder(tmp_path, monkeypatch, moved_to):
     monkeypatch.chdir(tmp_path)
-    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    settings, held_out = {"best": "image_loss", "eval_steps": 2}, [1.0, 2.0, 3.0, 4.0]
     run_until_killed(with_held_out_losses(trainer_in("run", **settings), held_out), 5)
     best = (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors").read_bytes()
     Path("run").rename(moved_to)
     trainer = with_held_out_losses(trainer_in(tmp_path / moved_to, **settings), held_out)
     trainer.train(resume_from_checkpoint=True)
-    assert set(by_step(tmp_path / moved_to / "checkpoints")) == {2, 6, 8}
+    assert set(list_checkpoints(tmp_path / moved_to / "checkpoints")) == {2, 6, 8}
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == best
 
 
 @pytest.mark.parametrize("harm", [shutil.rmtree, lambda best: (best / "model.safetensors").write_bytes(b"half")])
 def test_a_best_checkpoint_that_is_gone_or_damaged_is_named_and_the_last_weights_stay(tmp_path, caplog, harm):
-    settings, held_out = {"best": "image_loss", "eval_every": 2}, [1.0, 2.0, 3.0, 4.0]
+    settings, held_out = {"best": "image_loss", "eval_steps": 2}, [1.0, 2.0, 3.0, 4.0]
     run_until_killed(with_held_out_losses(trainer_in(tmp_path, **settings), held_out), 5)
     harm(tmp_path / "checkpoints" / "checkpoint-2")
     trainer = with_held_out_losses(trainer_in(tmp_path, **settings), held_out)
@@ -467,39 +472,39 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     with pytest.raises(DivergedError, match="10 steps in a row"):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
-    assert newest_whole(tmp_path / "checkpoints") is not None
+    assert latest_valid_checkpoint(tmp_path / "checkpoints") is not None
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, signum):
     whole, handler = trainer_in(tmp_path / "whole"), signal.getsignal(signum)
     whole.train()
-    stopped = trainer_in(tmp_path / "stopped", save_every=100)
+    stopped = trainer_in(tmp_path / "stopped", save_steps=100)
     stopped.add_callback(At(2, lambda: os.kill(os.getpid(), signum)))
     with pytest.raises(Interrupted) as raised:
         stopped.train()
     assert raised.value.code == 128 + signum and signal.getsignal(signum) is handler
-    assert 2 <= max(by_step(Path(tmp_path, "stopped", "checkpoints"))) <= 3
-    resumed = trainer_in(tmp_path / "stopped", save_every=100)
+    assert 2 <= max(list_checkpoints(Path(tmp_path, "stopped", "checkpoints"))) <= 3
+    resumed = trainer_in(tmp_path / "stopped", save_steps=100)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole) and weights(resumed) == weights(whole)
 
 
 def test_a_signal_saves_a_run_that_keeps_no_checkpoints(tmp_path, caplog):
-    stopped = trainer_in(tmp_path, save_every=0)
+    stopped = trainer_in(tmp_path, save_steps=0)
     stopped.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(Interrupted):
         stopped.train()
-    newest = newest_whole(tmp_path / "checkpoints")
+    newest = latest_valid_checkpoint(tmp_path / "checkpoints")
     assert newest is not None and f"stopped after step {newest.name[-1]} and saved" in caplog.text
-    resumed = trainer_in(tmp_path, save_every=0)
+    resumed = trainer_in(tmp_path, save_steps=0)
     resumed.train(resume_from_checkpoint=True)
     assert len(losses(resumed)) == 8
 
 
 @pytest.mark.parametrize(("step", "newest"), [(1, 0), (5, 4)])
 def test_a_run_that_was_stopped_and_could_not_be_saved_says_so(tmp_path, monkeypatch, caplog, step, newest):
-    trainer = trainer_in(tmp_path, save_every=4)
+    trainer = trainer_in(tmp_path, save_steps=4)
 
     def stop_on_a_full_disk():
         monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))

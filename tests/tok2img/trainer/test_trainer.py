@@ -13,13 +13,13 @@ from tok2img.recipes.config import PriorRecipe, RunSettings, TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
 from tok2img.recipes.training_run import arguments
 from tok2img.tokenization.layout import SequenceLayout
-from tok2img.trainer.datasets import PictureRows
+from tok2img.trainer.datasets import ImageDataset
 from tok2img.trainer.trainer import Trainer
 from tokenizers_vq import VQVAE, VQDrawStudent
 from tokenizers_vq.auto import load_image_tokenizer
 
 LAYOUT = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
-QUIET = {"warmup_steps": 0, "sample_every": 0, "eval_every": 0, "log_every": 1, "batch_size": 8}
+QUIET = {"warmup_steps": 0, "sample_steps": 0, "eval_steps": 0, "logging_steps": 1, "batch_size": 8}
 
 
 def token_rows(num: int, *, seed: int) -> Dataset:
@@ -29,7 +29,7 @@ def token_rows(num: int, *, seed: int) -> Dataset:
     return Dataset.from_dict({name: column.tolist() for name, column in rows.items()}).with_format("torch")
 
 
-def prior_trainer(out, *, eval_rows: int = 8, draw=None, draw_every: int = 0, **settings) -> Trainer:
+def prior_trainer(out, *, max_eval_samples: int = 8, draw=None, draw_every: int = 0, **settings) -> Trainer:
     """A tiny prior on random tokens, which it can learn by heart and not generalise from."""
     recipe = PriorRecipe(**({"out": str(out), "max_steps": 4} | QUIET | settings))
     model = PriorWithLoss(build_prior(LAYOUT, depth=1), LAYOUT, caption_dropout=0.0)
@@ -37,7 +37,7 @@ def prior_trainer(out, *, eval_rows: int = 8, draw=None, draw_every: int = 0, **
         model,
         arguments(recipe, best_by="image_loss"),
         train_dataset=token_rows(16, seed=1),
-        eval_dataset=token_rows(eval_rows, seed=2),
+        eval_dataset=token_rows(max_eval_samples, seed=2),
         draw=draw,
         draw_every=draw_every,
     )
@@ -48,17 +48,17 @@ def logged(trainer: Trainer, name: str) -> list[float]:
 
 
 @pytest.fixture
-def picture_rows(rows, tiny_vqvae) -> PictureRows:
-    return PictureRows(rows, tiny_vqvae)
+def image_rows(rows, tiny_vqvae) -> ImageDataset:
+    return ImageDataset(rows, tiny_vqvae)
 
 
-def picture_trainer(model, picture_rows, out, **settings) -> Trainer:
+def image_trainer(model, image_rows, out, **settings) -> Trainer:
     recipe = RunSettings(**({"out": str(out), "max_steps": 2} | QUIET | settings))
-    return Trainer(model, arguments(recipe), train_dataset=picture_rows, eval_dataset=picture_rows)
+    return Trainer(model, arguments(recipe), train_dataset=image_rows, eval_dataset=image_rows)
 
 
 def test_the_parts_of_the_loss_are_in_the_log(tmp_path):
-    trainer = prior_trainer(tmp_path, eval_every=2)
+    trainer = prior_trainer(tmp_path, eval_steps=2)
     trainer.train()
     for name, count in {
         "text_loss": 4,
@@ -79,7 +79,7 @@ def test_logged_parts_make_up_the_logged_loss(tmp_path):
 
 
 def test_the_parts_are_means_over_the_steps_since_the_last_line(tmp_path):
-    every_step, every_other = prior_trainer(tmp_path / "a"), prior_trainer(tmp_path / "b", log_every=2)
+    every_step, every_other = prior_trainer(tmp_path / "a"), prior_trainer(tmp_path / "b", logging_steps=2)
     every_step.train()
     every_other.train()
     first, second, *_ = logged(every_step, "image_loss")
@@ -94,33 +94,33 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_the_weights_at_the_end_are_the_best_on_held_out_rows(tmp_path):
-    trainer = prior_trainer(tmp_path, max_steps=20, eval_every=4, learning_rate=2e-2, lr_schedule="constant")
+    trainer = prior_trainer(tmp_path, max_steps=20, eval_steps=4, learning_rate=2e-2, lr_scheduler_type="constant")
     trainer.train()
     held_out = logged(trainer, "eval_image_loss")
     assert held_out[-1] > min(held_out) + 0.1  # it learned by heart
     assert trainer.evaluate()["eval_image_loss"] == pytest.approx(min(held_out), abs=1e-5)
 
 
-def test_the_best_weights_of_a_tokenizer_come_back_too(tiny_vqvae, picture_rows, tmp_path):
-    trainer = picture_trainer(tiny_vqvae, picture_rows, tmp_path, max_steps=3, eval_every=1, learning_rate=0.3)
+def test_the_best_weights_of_a_tokenizer_come_back_too(tiny_vqvae, image_rows, tmp_path):
+    trainer = image_trainer(tiny_vqvae, image_rows, tmp_path, max_steps=3, eval_steps=1, learning_rate=0.3)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(logged(trainer, "eval_loss")), rel=1e-5)
 
 
 def test_held_out_loss_is_a_mean_over_rows_and_not_over_batches(tmp_path):
-    trainer = prior_trainer(tmp_path, eval_rows=11)
+    trainer = prior_trainer(tmp_path, max_eval_samples=11)
     whole = token_rows(11, seed=2)[:]
     expected = trainer.model.eval()(whole["text_ids"], whole["image_codes"]).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_pictures_are_drawn_every_so_many_steps(tmp_path):
+def test_images_are_drawn_every_so_many_steps(tmp_path):
     trainer = prior_trainer(tmp_path, draw=lambda: Image.new("RGB", (2, 2)), draw_every=2, max_steps=5)
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
 
 
-def test_drawing_pictures_changes_no_training_step(tmp_path):
+def test_drawing_images_changes_no_training_step(tmp_path):
     def draw() -> Image.Image:
         torch.rand(100)
         return Image.new("RGB", (2, 2))
@@ -152,18 +152,18 @@ def test_the_same_seed_trains_the_same_weights(tmp_path):
     assert all(a.equal(b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
 
-def test_a_tokenizer_looks_at_its_training_data_before_the_first_step(tiny_vqvae, picture_rows, tmp_path, monkeypatch):
+def test_a_tokenizer_looks_at_its_training_data_before_the_first_step(tiny_vqvae, image_rows, tmp_path, monkeypatch):
     seen = []
 
     def spy(model, pixel_values):
         seen.append((copy.deepcopy(model.state_dict()), pixel_values))
 
-    monkeypatch.setattr(VQVAE, "start_from_data", spy)
+    monkeypatch.setattr(VQVAE, "init_from_data", spy)
     before = copy.deepcopy(tiny_vqvae.state_dict())
-    picture_trainer(tiny_vqvae, picture_rows, tmp_path).train()
+    image_trainer(tiny_vqvae, image_rows, tmp_path).train()
     ((state, pixel_values),) = seen
     assert all(tensor.equal(before[name]) for name, tensor in state.items())
-    expected = torch.stack([picture_rows[row]["pixel_values"] for row in range(len(picture_rows))])
+    expected = torch.stack([image_rows[row]["pixel_values"] for row in range(len(image_rows))])
     assert torch.cat([pixel_values, expected]).unique(dim=0).shape == expected.shape
 
 
@@ -174,8 +174,8 @@ def test_a_prior_trains_in_bfloat16(tmp_path):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def test_a_tokenizer_trains_in_bfloat16(tiny_vqvae, picture_rows, tmp_path):
-    trainer = picture_trainer(tiny_vqvae, picture_rows, tmp_path, bf16=True, eval_every=1)
+def test_a_tokenizer_trains_in_bfloat16(tiny_vqvae, image_rows, tmp_path):
+    trainer = image_trainer(tiny_vqvae, image_rows, tmp_path, bf16=True, eval_steps=1)
     trainer.train()
     assert all(map(math.isfinite, logged(trainer, "loss") + logged(trainer, "eval_mse")))
 
@@ -187,24 +187,24 @@ def test_the_log_goes_to_tensorboard(tmp_path):
 
 
 def test_only_the_best_and_the_last_checkpoint_are_kept(tmp_path):
-    trainer = prior_trainer(tmp_path, max_steps=5, eval_every=1)
+    trainer = prior_trainer(tmp_path, max_steps=5, eval_steps=1)
     trainer.train()
     assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) <= 2
 
 
-def test_picture_rows_are_the_pixels_that_a_tokenizer_reads(rows, picture_rows, images, monkeypatch, tiny_vqvae):
+def test_image_rows_are_the_pixels_that_a_tokenizer_reads(rows, image_rows, images, monkeypatch, tiny_vqvae):
     monkeypatch.setattr("tok2img.trainer.datasets.MAX_DECODED_BYTES", 0)
-    asked_for = PictureRows(rows, tiny_vqvae)
-    assert asked_for.decoded is None and picture_rows.decoded is not None
+    asked_for = ImageDataset(rows, tiny_vqvae)
+    assert asked_for.decoded is None and image_rows.decoded is not None
     for row in range(len(rows)):
-        assert asked_for[row]["pixel_values"].equal(picture_rows[row]["pixel_values"])
-        torch.testing.assert_close(picture_rows[row]["pixel_values"], images[row], atol=0.6 / 255, rtol=0)
+        assert asked_for[row]["pixel_values"].equal(image_rows[row]["pixel_values"])
+        torch.testing.assert_close(image_rows[row]["pixel_values"], images[row], atol=0.6 / 255, rtol=0)
 
 
-def test_a_bad_picture_is_named_by_its_row_before_training(pictures, tiny_vqvae):
-    broken = Dataset.from_dict({"image": [b"no picture"], "caption": ["a"]})
-    with pytest.raises(ValueError, match="row 0: .*not a picture"):
-        PictureRows(broken, tiny_vqvae)
+def test_a_bad_image_is_named_by_its_row_before_training(pil_images, tiny_vqvae):
+    broken = Dataset.from_dict({"image": [b"no image"], "caption": ["a"]})
+    with pytest.raises(ValueError, match="row 0: .*not an image"):
+        ImageDataset(broken, tiny_vqvae)
 
 
 def test_the_last_weights_are_evaluated_whatever_the_rhythm(tiny_vqvae, images, tmp_path):
@@ -233,8 +233,8 @@ def test_a_recipe_distils_a_teacher_into_a_student(tiny_vqdraw, rows, tmp_path):
         model={"hidden_channels": 16, "vector_dim": 32},
         max_steps=4,
         batch_size=2,
-        eval_every=2,
-        sample_every=2,
+        eval_steps=2,
+        sample_steps=2,
     )
     train_tokenizer(recipe)
     student = load_image_tokenizer(tmp_path / "student")

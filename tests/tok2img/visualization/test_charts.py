@@ -9,7 +9,7 @@ from PIL import Image
 from tok2img.visualization.charts import (
     PALE_RED,
     RED,
-    cells_near,
+    assign_to_grid,
     plot_code_usage,
     plot_codebook,
     plot_curves,
@@ -31,20 +31,20 @@ def chart(tmp_path) -> Path:
 
 def pixels_of(color: str, path: Path) -> int:
     wanted = np.rint(np.array(to_rgb(color)) * 255)
-    with Image.open(path) as picture:
-        return int((np.asarray(picture) == wanted).all(axis=2).sum())
+    with Image.open(path) as image:
+        return int((np.asarray(image) == wanted).all(axis=2).sum())
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+def rms(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (3, 16), (6, 16)])
 def test_code_usage_is_drawn_for_one_codebook_and_for_many(chart, shape):
     counts = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape)
     plot_code_usage(counts, chart)
-    assert size_of(chart) == (960, 540) and pixels_of(PALE_RED, chart) == 0
+    assert rms(chart) == (960, 540) and pixels_of(PALE_RED, chart) == 0
 
 
 @pytest.mark.parametrize("shape", [(16,), (6, 16)])
@@ -78,17 +78,17 @@ def test_a_dead_code_is_marked_on_the_map_of_its_codebook(chart):
 def test_a_codebook_has_a_second_panel_of_the_patches_that_its_codes_stand_for(chart):
     vectors, counts = torch.randn(9, 4), torch.ones(1, 9)
     plot_codebook([vectors], counts, chart)
-    (width, height), without = size_of(chart), pixels_of("#00ff00", chart)
+    (width, height), without = rms(chart), pixels_of("#00ff00", chart)
     plot_codebook([vectors], counts, chart, patches=[Image.new("RGB", (4, 4), "#00ff00")] * 9)
-    assert size_of(chart) == (2 * width, height) and without == 0
+    assert rms(chart) == (2 * width, height) and without == 0
     assert pixels_of("#00ff00", chart) > 0.3 * width * height * 9 / 16  # nine of the sixteen cells
 
 
 def test_several_codebooks_have_a_panel_each(chart):
     plot_codebook([torch.randn(5, 3)], torch.ones(1, 5), chart)
-    width, height = size_of(chart)
+    width, height = rms(chart)
     plot_codebook([torch.randn(5, 3)] * 4, torch.ones(4, 5), chart)
-    assert size_of(chart) == (2 * width, 2 * height)
+    assert rms(chart) == (2 * width, 2 * height)
 
 
 def test_vectors_and_usage_of_different_codebooks_are_refused(chart):
@@ -113,16 +113,16 @@ def test_vectors_of_one_number_lie_on_a_line():
 
 def test_points_take_the_cells_nearest_to_them_in_order():
     points = torch.tensor([[0.0, 0.0], [2.0, 2.0], [0.1, 0.0], [1.0, 0.0]])
-    cells = cells_near(points, torch.tensor([0, 1, 2, 3]), side=3).tolist()
+    cells = assign_to_grid(points, torch.tensor([0, 1, 2, 3]), side=3).tolist()
     assert cells[:2] == [[0, 0], [2, 2]]
     assert cells[2] == [1, 0] and cells[3] in ([2, 0], [1, 1])  # the first has their nearest
 
 
 def test_curves_have_a_panel_for_every_number_of_the_log(chart):
     plot_curves(LOG[:1], chart)
-    width, height = size_of(chart)
+    width, height = rms(chart)
     plot_curves(LOG, chart)
-    assert size_of(chart) == (3 * width / 2, height)  # loss, mse, code usage instead of loss, mse
+    assert rms(chart) == (3 * width / 2, height)  # loss, mse, code usage instead of loss, mse
 
 
 def test_a_log_without_losses_is_refused(chart):

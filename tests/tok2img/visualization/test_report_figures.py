@@ -8,30 +8,30 @@ from tok2img.evaluation.metrics import measure_tokenizer
 from tok2img.evaluation.text_metrics import measure_text_tokenizer
 from tok2img.visualization.report_figures import (
     code_patches,
-    evenly,
-    picture_image_tokenizer,
-    picture_model,
-    picture_text_tokenizer,
+    evenly_spaced,
+    save_model_figures,
+    save_text_tokenizer_figures,
+    save_tokenizer_figures,
 )
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
 
 LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}]
 
 
-def draw(image_tokenizer, images, pictures, folder, log=()) -> list[str]:
+def draw(image_tokenizer, images, pil_images, folder, log=()) -> list[str]:
     _, histogram = measure_tokenizer(image_tokenizer, images.split(4))
-    files = picture_image_tokenizer(image_tokenizer, pictures, histogram, log=log, folder=folder)
+    files = save_tokenizer_figures(image_tokenizer, pil_images, histogram, log=log, folder=folder)
     assert sorted(files) == sorted(map(str, folder.iterdir()))
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_vqvae_has_a_sheet_and_charts(tiny_vqvae, images, pictures, tmp_path):
-    names = draw(tiny_vqvae, images, pictures, tmp_path / "p", LOG)
+def test_a_vqvae_has_a_sheet_and_charts(tiny_vqvae, images, pil_images, tmp_path):
+    names = draw(tiny_vqvae, images, pil_images, tmp_path / "p", LOG)
     assert names == ["code_usage.png", "codebook.png", "curves.png", "reconstructions.png"]
 
 
-def test_a_tokenizer_that_sharpens_has_stages_and_no_map(tiny_vqdraw, images, pictures, tmp_path):
-    names = draw(tiny_vqdraw, images, pictures, tmp_path / "p")
+def test_a_tokenizer_that_sharpens_has_stages_and_no_map(tiny_vqdraw, images, pil_images, tmp_path):
+    names = draw(tiny_vqdraw, images, pil_images, tmp_path / "p")
     assert names == ["code_usage.png", "reconstructions.png", "stages.png"]
 
 
@@ -41,33 +41,33 @@ def test_a_text_tokenizer_has_its_texts_in_a_file(tmp_path):
     )
     model, texts = VQDrawForText(config).eval(), ["ab", "ba", "a"]
     _, histogram = measure_text_tokenizer(model, texts)
-    files = picture_text_tokenizer(model, texts, histogram, log=LOG, folder=tmp_path / "p")
+    files = save_text_tokenizer_figures(model, texts, histogram, log=LOG, folder=tmp_path / "p")
     assert [file.rsplit("/")[-1] for file in files] == ["reconstructions.txt", "code_usage.png", "curves.png"]
     assert "text  'ba'" in (tmp_path / "p" / "reconstructions.txt").read_text()
 
 
 def test_without_matplotlib_the_sheets_are_drawn_and_a_line_names_the_extra(
-    tiny_vqvae, images, pictures, tmp_path, monkeypatch, capsys
+    tiny_vqvae, images, pil_images, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert draw(tiny_vqvae, images, pictures, tmp_path / "p", LOG) == ["reconstructions.png"]
+    assert draw(tiny_vqvae, images, pil_images, tmp_path / "p", LOG) == ["reconstructions.png"]
     (line,) = capsys.readouterr().err.splitlines()
     assert "code_usage.png, codebook.png, curves.png" in line and "pip install 'tok2img[eval]'" in line
 
 
-def test_a_model_has_a_sheet_of_samples_and_its_curves(pictures, captions, tmp_path):
-    files = picture_model(pictures, captions, log=LOG, folder=tmp_path)
+def test_a_model_has_a_sheet_of_samples_and_its_curves(pil_images, captions, tmp_path):
+    files = save_model_figures(pil_images, captions, log=LOG, folder=tmp_path)
     assert files == [str(tmp_path / name) for name in ("samples.png", "curves.png")]
     with Image.open(files[0]) as sheet:
         assert sheet.width > 6 * 96
 
 
-def test_a_run_too_short_to_log_a_loss_has_no_curves(pictures, captions, tmp_path):
+def test_a_run_too_short_to_log_a_loss_has_no_curves(pil_images, captions, tmp_path):
     log = [{"step": 3, "train_loss": 2.0, "train_runtime": 0.1}]
-    assert picture_model(pictures, captions, log=log, folder=tmp_path) == [str(tmp_path / "samples.png")]
+    assert save_model_figures(pil_images, captions, log=log, folder=tmp_path) == [str(tmp_path / "samples.png")]
 
 
-def test_a_code_is_shown_as_the_middle_of_the_picture_that_has_it_everywhere(tiny_vqvae):
+def test_a_code_is_shown_as_the_middle_of_the_image_that_has_it_everywhere(tiny_vqvae):
     patches = code_patches(tiny_vqvae)
     assert len(patches) == 16 and {patch.size for patch in patches} == {(4, 4)}
     whole = tiny_vqvae.decode(torch.full((1, 4), 5))
@@ -80,4 +80,4 @@ def test_codes_that_are_no_grid_have_no_patches(tiny_vqdraw):
 
 
 def test_what_is_shown_is_spread_over_all_rows():
-    assert evenly(range(100), 4) == [0, 25, 50, 75] and evenly("ab", 4) == ["a", "b"]
+    assert evenly_spaced(range(100), 4) == [0, 25, 50, 75] and evenly_spaced("ab", 4) == ["a", "b"]

@@ -18,7 +18,7 @@ from tokenizers_vq.images.loading import MAX_PIXELS, MAX_PNG_TEXTS, ImageError, 
 from tokenizers_vq.images.processing import images_from_pixels, pixels_from_images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-# The transpositions that store an upright picture as a camera with orientation 2, 3, ... 8 would.
+# The transpositions that store an upright image as a camera with orientation 2, 3, ... 8 would.
 STORED_AS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
 
 
@@ -75,7 +75,7 @@ def test_lossless_formats_load_exactly(tmp_path: Path, image_format: str) -> Non
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "JPEG"])
-def test_pictures_come_upright(orientation: int, image_format: str) -> None:
+def test_images_come_upright(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = quadrants()
@@ -177,7 +177,7 @@ def test_inflating_text_costs_little_memory(num_chunks: int, num_bytes: int) -> 
 
 def test_missing_empty_and_irregular_files_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "zero.png")
     names = ("absent.png", "empty.png", "text.png", "pipe.png", "zero.png", ".", "text.png/x.png", "n" * 300)
@@ -195,7 +195,7 @@ def test_other_formats_are_refused_by_name(image_format: str) -> None:
 
 
 @pytest.mark.parametrize("source", [None, 3, [b""], {"bytes": "text"}, {"path": 3}, b"\0", b"\x89"])
-def test_what_is_no_picture_is_said_to_be_none(source: object) -> None:
+def test_what_is_no_image_is_said_to_be_none(source: object) -> None:
     assert code_of(source) == "not_image"
     assert code_of({"bytes": None, "path": None}) == "missing"
 
@@ -235,7 +235,7 @@ def smooth(width: int, height: int) -> Image.Image:
 )
 def test_a_large_jpeg_is_read_smaller_where_that_is_enough(size: tuple[int, int], read: tuple[int, int]) -> None:
     data = encoded(smooth(*size), "JPEG", quality=95)
-    small, whole = load_image(data, least_side=64), load_image(data)
+    small, whole = load_image(data, min_side=64), load_image(data)
     assert (small.size, whole.size, small.mode) == (read, size, "RGB")
     ours, plain = (pixels_from_images([each], image_size=32, num_channels=3) for each in (small, whole))
     assert (ours - plain).abs().mean() < 4 / 255 and (ours - plain).abs().max() < 20 / 255
@@ -245,7 +245,7 @@ def test_a_turned_jpeg_is_upright_when_it_is_read_smaller() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = quadrants(256, 192).transpose(Image.Transpose.ROTATE_90)
-    turned = load_image(encoded(stored, "JPEG", exif=exif), least_side=48)
+    turned = load_image(encoded(stored, "JPEG", exif=exif), min_side=48)
     assert turned.size == (64, 48)
     assert np.abs(np.asarray(turned, dtype=int) - np.asarray(quadrants(64, 48), dtype=int)).mean() < 4
 
@@ -254,7 +254,7 @@ def test_a_turned_jpeg_is_upright_when_it_is_read_smaller() -> None:
 def test_other_formats_are_read_whole(image_format: str) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encoded(noise(256, 128), image_format, **options)
-    assert load_image(data, least_side=16).tobytes() == noise(256, 128).tobytes()
+    assert load_image(data, min_side=16).tobytes() == noise(256, 128).tobytes()
 
 
 def test_threads_leave_the_warning_filters_as_they_were() -> None:
@@ -268,7 +268,7 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_pixels_give_back_the_same_picture(num_channels: int) -> None:
+def test_pixels_give_back_the_same_image(num_channels: int) -> None:
     images = [noise(32, 32, "L" if num_channels == 1 else "RGB"), quadrants(32, 32).convert("L").convert("RGB")]
     pixels = pixels_from_images(images, image_size=32, num_channels=num_channels)  # type: ignore[arg-type]
     assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((2, num_channels, 32, 32), torch.float32, True)
@@ -277,7 +277,7 @@ def test_pixels_give_back_the_same_picture(num_channels: int) -> None:
     assert [image.tobytes() for image in images_from_pixels(pixels)] == expected
 
 
-def test_the_middle_of_the_picture_is_kept_exactly() -> None:
+def test_the_middle_of_the_image_is_kept_exactly() -> None:
     image = noise(39, 32)
     pixels = pixels_from_images([image], image_size=32, num_channels=3)
     assert images_from_pixels(pixels)[0].tobytes() == image.crop((3, 0, 35, 32)).tobytes()
@@ -315,7 +315,7 @@ def test_pixels_are_clamped_and_rounded() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 2, 4, 4), (1, 3, 4, 4)])
-def test_pixels_that_are_no_pictures_are_refused(shape: tuple[int, ...]) -> None:
+def test_pixels_that_are_no_images_are_refused(shape: tuple[int, ...]) -> None:
     pixels = torch.full(shape, torch.nan)
     with pytest.raises(ValueError, match="expected floats|NaN"):
         images_from_pixels(pixels)

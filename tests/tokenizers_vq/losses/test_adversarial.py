@@ -37,29 +37,29 @@ def all_equal(some: dict, others: dict) -> bool:
 
 @pytest.mark.parametrize("image_size", [8, 12, 16, 28, 32, 64, 256])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_a_picture_of_any_size_gets_a_score_for_each_patch(image_size, num_channels):
+def test_an_image_of_any_size_gets_a_score_for_each_patch(image_size, num_channels):
     discriminator = PatchDiscriminator(image_size, num_channels, hidden_channels=2)
     scores = discriminator(torch.rand(2, num_channels, image_size, image_size))
     assert scores.shape[:2] == (2, 1) and min(scores.shape[2:]) >= 2
 
 
-def test_a_picture_without_room_for_patches_is_refused():
+def test_an_image_without_room_for_patches_is_refused():
     with pytest.raises(ValueError, match="image_size of at least 8, got 4"):
         PatchDiscriminator(4)
 
 
 def test_a_patch_is_as_large_as_in_the_paper():
-    pictures = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    images = torch.zeros(1, 3, 256, 256, requires_grad=True)
     convolutions = PatchDiscriminator(256, hidden_channels=2).double()
-    for layer in convolutions.modules():  # what a score depends on is more than a patch with norms of whole pictures
+    for layer in convolutions.modules():  # what a score depends on is more than a patch with norms of whole images
         if isinstance(layer, torch.nn.GroupNorm):
             layer.forward = lambda x: x
-    convolutions(pictures.double())[0, 0, 15, 15].backward()
-    rows = pictures.grad[0].abs().sum(dim=(0, 2)).nonzero()
+    convolutions(images.double())[0, 0, 15, 15].backward()
+    rows = images.grad[0].abs().sum(dim=(0, 2)).nonzero()
     assert rows.max() - rows.min() + 1 == 70
 
 
-def test_a_score_does_not_depend_on_the_other_pictures(images):
+def test_a_score_does_not_depend_on_the_other_images(images):
     discriminator = small_discriminator().train()
     torch.testing.assert_close(discriminator(images)[2:3], discriminator(images[2:3]))
 
@@ -88,7 +88,7 @@ def test_the_factor_multiplies_the_adaptive_weight(normalized):
     losses = [AdversarialLoss(discriminator, start_step=0, weight=weight).train() for weight in (1.0, 0.25)]
     for loss in losses:
         loss(*normalized)
-    whole, quarter = (loss.parts["adversarial_weight"] for loss in losses)
+    whole, quarter = (loss.parts["disc_weight"] for loss in losses)
     torch.testing.assert_close(quarter, whole / 4)
 
 
@@ -96,7 +96,7 @@ def test_the_loss_is_the_sum_of_its_parts(normalized):
     loss = AdversarialLoss(small_discriminator(), start_step=0, reconstruction_loss=absolute_error).train()
     value, parts = loss(*normalized), loss.parts
     assert parts["reconstruction_loss"] == absolute_error(*normalized)
-    weighted = parts["adversarial_weight"] * parts["generator_loss"]
+    weighted = parts["disc_weight"] * parts["generator_loss"]
     torch.testing.assert_close(value, parts["reconstruction_loss"] + weighted + parts["discriminator_loss"])
     assert not any(part.requires_grad for part in parts.values())
 
@@ -104,7 +104,7 @@ def test_the_loss_is_the_sum_of_its_parts(normalized):
 def test_one_backward_pass_gives_both_networks_the_gradients_of_their_own_losses(model, images):
     tokenizer, discriminator = copy.deepcopy(model.tokenizer), copy.deepcopy(model.reconstruction_loss.discriminator)
     model(images).loss.backward()
-    weight = model.reconstruction_loss.parts["adversarial_weight"]
+    weight = model.reconstruction_loss.parts["disc_weight"]
 
     kept = []
 
@@ -144,13 +144,13 @@ def test_steps_are_counted_in_training_alone(model, images):
     assert model.reconstruction_loss.steps == 2
 
 
-def test_held_out_pictures_cost_what_they_cost_without_a_discriminator(model, images):
+def test_held_out_images_cost_what_they_cost_without_a_discriminator(model, images):
     output = model.eval()(images)
     assert output.loss == model.tokenizer(images).loss
     assert output.metrics["reconstruction_loss"] < output.loss and "generator_loss" not in output.metrics
 
 
-def test_a_discriminator_learns_to_tell_pictures_from_blurred_ones():
+def test_a_discriminator_learns_to_tell_images_from_blurred_ones():
     sharp = torch.rand(64, 3, 8, 8).round()
     real, blurred = sharp, F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     discriminator = small_discriminator()

@@ -14,8 +14,8 @@ class Edges(nn.Module):
         self.first = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.ReLU())
         self.second = nn.Conv2d(5, 4, 3)
 
-    def forward(self, pictures):
-        return self.first(pictures), self.second(self.first(pictures))
+    def forward(self, pil_images):
+        return self.first(pil_images), self.second(self.first(pil_images))
 
 
 @pytest.fixture
@@ -32,20 +32,22 @@ def test_each_pixel_loss_is_the_mean_of_its_formula():
 def test_the_config_names_the_loss_that_training_lowers(tiny_vqvae, images):
     normalized, quantized = reconstruct(tiny_vqvae, images)
     difference = normalized - (images - 0.5) / 0.25
-    for name, error in {"squared": difference.square().mean(), "l1": difference.abs().mean()}.items():
-        tiny_vqvae.config.reconstruction = name
+    for name, error in {"mse": difference.square().mean(), "l1": difference.abs().mean()}.items():
+        tiny_vqvae.config.reconstruction_loss = name
         torch.testing.assert_close(tiny_vqvae(images).loss, error + quantized.loss)
 
 
 def test_a_loss_that_is_not_known_is_refused_by_name():
-    with pytest.raises(ValueError, match="reconstruction must be one of squared, l1, got 'l2'"):
-        VQVAEConfig(reconstruction="l2")
+    with pytest.raises(ValueError, match="reconstruction_loss must be one of mse, l1, got 'l2'"):
+        VQVAEConfig(reconstruction_loss="l2")
 
 
 def test_the_loss_survives_save_and_load(tmp_path):
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, reconstruction="l1")
+    config = VQVAEConfig(
+        image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, reconstruction_loss="l1"
+    )
     VQVAE(config).save_pretrained(tmp_path)
-    assert VQVAE.from_pretrained(tmp_path).config.reconstruction == "l1"
+    assert VQVAE.from_pretrained(tmp_path).config.reconstruction_loss == "l1"
 
 
 def test_a_loss_given_to_a_call_takes_the_place_of_the_configs(tiny_vqvae, images):
@@ -71,18 +73,18 @@ def test_the_perceptual_loss_adds_up_its_layers_and_the_pixels(pair):
 
 
 def test_one_tensor_of_features_will_do(pair):
-    loss = PerceptualLoss(lambda pictures: pictures.flatten(1), pixel_loss=absolute_error)
+    loss = PerceptualLoss(lambda images: images.flatten(1), pixel_loss=absolute_error)
     flat = pair[0].flatten(1), pair[1].flatten(1)
     torch.testing.assert_close(loss(*pair), absolute_error(*pair) + feature_distance(*flat))
 
 
-def test_a_picture_is_no_distance_from_itself(images):
+def test_an_image_is_no_distance_from_itself(images):
     assert PerceptualLoss(Edges())(images, images) == 0
 
 
 def test_features_see_pixels_where_the_normalisation_is_told(images):
     seen = []
-    loss = PerceptualLoss(lambda pictures: seen.append(pictures) or pictures, pixel_mean=0.5, pixel_std=0.25)
+    loss = PerceptualLoss(lambda pixels: seen.append(pixels) or pixels, pixel_mean=0.5, pixel_std=0.25)
     loss((images - 0.5) / 0.25, (images - 0.5) / 0.25)
     torch.testing.assert_close(seen[0], images)
 
@@ -97,7 +99,7 @@ def test_gradients_reach_the_reconstruction_and_not_the_features(pair):
 
 
 def test_features_that_see_nothing_have_a_finite_gradient(pair):
-    PerceptualLoss(lambda pictures: torch.relu(pictures - 100))(*pair).backward()
+    PerceptualLoss(lambda images: torch.relu(images - 100))(*pair).backward()
     assert pair[0].grad.isfinite().all()
 
 
@@ -110,7 +112,7 @@ def test_a_tokenizer_trains_on_the_loss_beside_it(tiny_vqvae, images):
 
 
 def test_a_plain_function_is_a_loss_too(tiny_vqvae, images):
-    tiny_vqvae.config.reconstruction = "l1"
+    tiny_vqvae.config.reconstruction_loss = "l1"
     assert TokenizerWithLoss(tiny_vqvae, absolute_error)(images).loss == tiny_vqvae(images).loss
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tokenizers_vq import VQVAE, VQVAEConfig
-from tokenizers_vq.modules.batch_invariant import in_company, steadily
+from tokenizers_vq.modules.batch_invariant import batch_invariant_conv1x1, batch_invariant_encode
 
 SIZES = {"image_size": 16, "hidden_channels": 32, "code_dim": 16, "codebook_size": 64}
 
@@ -13,14 +13,16 @@ SIZES = {"image_size": 16, "hidden_channels": 32, "code_dim": 16, "codebook_size
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 def test_a_projection_has_the_same_bits_in_every_batch(batch_size):
     layer, x = nn.Conv2d(128, 64, 1).eval(), torch.randn(64, 128, 8, 8)
-    assert torch.cat([steadily(layer, some) for some in x.split(batch_size)]).equal(steadily(layer, x))
+    assert torch.cat([batch_invariant_conv1x1(layer, some) for some in x.split(batch_size)]).equal(
+        batch_invariant_conv1x1(layer, x)
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_the_plain_one_to_the_last_bits_and_in_training_to_all(bias):
     layer, x = nn.Conv2d(32, 16, 1, bias=bias), torch.randn(8, 32, 4, 4)
-    torch.testing.assert_close(steadily(layer.eval(), x), layer(x))
-    assert steadily(layer.train(), x).equal(layer(x))
+    torch.testing.assert_close(batch_invariant_conv1x1(layer.eval(), x), layer(x))
+    assert batch_invariant_conv1x1(layer.train(), x).equal(layer(x))
 
 
 def test_one_example_goes_beside_a_copy_of_itself_and_several_as_they_are():
@@ -31,8 +33,10 @@ def test_one_example_goes_beside_a_copy_of_itself_and_several_as_they_are():
         return x[:, :1] + 1
 
     x = torch.randn(3, 4)
-    assert in_company(encode, x).equal(x[:, :1] + 1) and in_company(encode, x[:1]).equal(x[:1, :1] + 1)
-    assert [len(each) for each in seen] == [3, 2] and len(in_company(encode, x[:0])) == 0
+    assert batch_invariant_encode(encode, x).equal(x[:, :1] + 1) and batch_invariant_encode(encode, x[:1]).equal(
+        x[:1, :1] + 1
+    )
+    assert [len(each) for each in seen] == [3, 2] and len(batch_invariant_encode(encode, x[:0])) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
 from tokenizers_vq.modules import fft_conv as frequencies
-from tokenizers_vq.modules.fft_conv import LastKernel, convolve_in_tiles, in_tiles, split_for_tiles, worth_tiles
+from tokenizers_vq.modules.fft_conv import KernelTransformCache, convolve_in_tiles, in_tiles, split_for_tiles, use_fft
 from tokenizers_vq.vqdraw import options
 from tokenizers_vq.vqdraw.options import ConvolvedOptions
 
 
 def convolved_options(*, num_examples: int = 5) -> ConvolvedOptions:
-    """Sixteen steps of three channels for pictures of 32 pixels."""
+    """Sixteen steps of three channels for images of 32 pixels."""
     return ConvolvedOptions(torch.randn(num_examples, 32, 32, 32), torch.randn(16, 3, 32, 5, 5), torch.randn(16, 3))
 
 
@@ -24,7 +24,7 @@ def directly(monkeypatch):
 
     def run(work):
         with monkeypatch.context() as patch:
-            patch.setattr(options, "worth_tiles", lambda *_: False)
+            patch.setattr(options, "use_fft", lambda *_: False)
             return work()
 
     return run
@@ -40,7 +40,7 @@ def test_tiles_are_those_of_the_convolution(kernel, height, width):
         torch.testing.assert_close(made.double(), in_tiles(expected), rtol=0, atol=3e-5)
 
 
-def test_tiles_are_squares_of_the_picture():
+def test_tiles_are_squares_of_the_image():
     x = torch.randn(2, 3, 32, 48)
     assert torch.equal(in_tiles(x)[:, 1, 4], rearrange(x[1, :, 16:, 16:32], "c p q -> (p q) c"))
 
@@ -55,7 +55,7 @@ def test_errors_of_steps_are_those_of_steps_in_memory(directly, monkeypatch):
     monkeypatch.setattr(frequencies, "TILES_AT_ONCE", 8)
     steps, residual = convolved_options(), torch.randn(5, 3, 32, 32)
     with torch.no_grad():
-        assert worth_tiles(steps.features, steps.weight)
+        assert use_fft(steps.features, steps.weight)
         expected = directly(lambda: steps.squared_errors(residual))
         torch.testing.assert_close(steps.squared_errors(residual), expected, rtol=1e-5, atol=0)
 
@@ -77,7 +77,7 @@ def test_published_models_code_as_without_tiles(name, directly):
 
 
 def test_a_kernel_is_transformed_once_as_long_as_it_stays_what_it_is():
-    kernels, weight = LastKernel(), torch.randn(4, 3, 5, 5)
+    kernels, weight = KernelTransformCache(), torch.randn(4, 3, 5, 5)
     made = kernels.factors(weight)
     assert kernels.factors(weight.clone()) is made
     weight.data[0, 0, 0, 0] += 1
@@ -104,8 +104,8 @@ def test_transforms_made_while_another_device_is_the_default_serve_a_cpu():
 )
 @torch.no_grad()
 def test_other_convolutions_stay_as_they_are(x: Tensor, kernel):
-    assert not worth_tiles(x, torch.zeros(4, 3, kernel, kernel))
+    assert not use_fft(x, torch.zeros(4, 3, kernel, kernel))
 
 
 def test_with_a_gradient_convolutions_stay_as_they_are():
-    assert not worth_tiles(torch.zeros(2, 3, 32, 32), torch.zeros(4, 3, 5, 5))
+    assert not use_fft(torch.zeros(2, 3, 32, 32), torch.zeros(4, 3, 5, 5))

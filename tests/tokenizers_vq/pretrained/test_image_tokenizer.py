@@ -42,7 +42,7 @@ def seen(images):
 
 
 @torch.no_grad()
-def test_emu3_gives_the_codes_of_a_still_picture_and_draws_its_first_frame(tiny_emu3, images):
+def test_emu3_gives_the_codes_of_a_still_image_and_draws_its_first_frame(tiny_emu3, images):
     sizes = torch.full((len(images), 2), 8)
     codes = torch.stack(tiny_emu3.model.encode(seen(images), sizes).image_tokens)
     assert torch.equal(tiny_emu3.encode(images), codes.flatten(1))
@@ -51,7 +51,7 @@ def test_emu3_gives_the_codes_of_a_still_picture_and_draws_its_first_frame(tiny_
 
 
 @pytest.mark.parametrize("num_frames", [1, 2])
-def test_emu3_holds_a_picture_for_as_many_frames_as_become_one(tiny_emu3, images, num_frames):
+def test_emu3_holds_an_image_for_as_many_frames_as_become_one(tiny_emu3, images, num_frames):
     settings = tiny_emu3.config.model_settings | {"temporal_downsample_factor": num_frames}
     tokenizer = PretrainedImageTokenizer.wrap(build("Emu3VQVAE", settings), image_size=8)
     assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
@@ -97,16 +97,16 @@ def test_janus_chooses_entries_as_they_are_drawn_whatever_their_length(tiny_janu
 
 
 @pytest.mark.parametrize("image_size", [4, 16])
-def test_janus_takes_pictures_of_another_size_than_its_config_counts_on(tiny_janus, image_size):
+def test_janus_takes_images_of_another_size_than_its_config_counts_on(tiny_janus, image_size):
     tokenizer = PretrainedImageTokenizer.wrap(tiny_janus.model, image_size=image_size)
-    pictures = torch.rand(2, 3, image_size, image_size)
+    images = torch.rand(2, 3, image_size, image_size)
     assert tokenizer.num_codes == (image_size // 4) ** 2
-    assert tokenizer.decode(tokenizer.encode(pictures)).shape == pictures.shape
+    assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{"norm_type": "group", "vq_embed_dim": 3}, {"norm_type": "spatial"}])
-def test_a_vqmodel_of_diffusers_gives_its_own_codes_and_pictures(tiny_vqmodel, images, settings):
+def test_a_vqmodel_of_diffusers_gives_its_own_codes_and_images(tiny_vqmodel, images, settings):
     model = build("VQModel", tiny_vqmodel.config.model_settings | settings)
     tokenizer = PretrainedImageTokenizer.wrap(model, image_size=8)
     latents = model.encode(seen(images)).latents
@@ -128,7 +128,7 @@ def test_the_loss_is_the_error_in_normalised_pixels_plus_the_distance_to_the_ent
 def test_the_codebook_has_a_vector_for_each_code(tokenizer):
     (vectors,) = tokenizer.codebook_vectors()
     assert len(vectors) == tokenizer.codebook_size == 16 and not vectors.requires_grad
-    assert tokenizer.code_shape == (2, 2) and tokenizer.code_groups == (4,)
+    assert tokenizer.code_shape == (2, 2) and tokenizer.positions_per_codebook == (4,)
 
 
 def test_codes_survive_the_way_through_the_library_of_the_original(tokenizer, folder, images):
@@ -149,15 +149,15 @@ def test_codes_survive_save_and_load_where_nothing_can_be_drawn(tokenizer, image
     assert torch.equal(PretrainedImageTokenizer.from_pretrained(tmp_path).encode(images), tokenizer.encode(images))
 
 
-def test_the_picture_tokenizer_of_a_whole_model_is_found_in_it(tiny_janus, images, tmp_path):
+def test_the_image_tokenizer_of_a_whole_model_is_found_in_it(tiny_janus, images, tmp_path):
     language = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    picture = tiny_janus.config.model_settings | {"projection_dim": 16, "image_token_embed_dim": 16}
+    image = tiny_janus.config.model_settings | {"projection_dim": 16, "image_token_embed_dim": 16}
     whole = JanusForConditionalGeneration(
         JanusConfig(
             text_config=language | {"model_type": "llama", "num_attention_heads": 2},
             vision_config=vision | {"projection_dim": 16},
-            vq_config=picture,
+            vq_config=image,
         )
     )
     whole.save_pretrained(tmp_path)
@@ -181,13 +181,13 @@ def test_the_saved_folder_says_all_that_the_model_was_built_from(tokenizer, tmp_
 
 
 def test_a_model_of_another_class_is_refused():
-    with pytest.raises(ValueError, match="a Linear is none of the picture tokenizers.*Emu3VQVAE.*model.vqmodel"):
+    with pytest.raises(ValueError, match="a Linear is none of the image tokenizers.*Emu3VQVAE.*model.vqmodel"):
         PretrainedImageTokenizer.wrap(torch.nn.Linear(1, 1), image_size=8)
 
 
 def test_a_stranger_with_a_known_name_is_refused():
     stranger = type("JanusVQVAE", (torch.nn.Linear,), {})
-    with pytest.raises(ValueError, match="none of the picture tokenizers"):
+    with pytest.raises(ValueError, match="none of the image tokenizers"):
         PretrainedImageTokenizer.wrap(stranger(1, 1), image_size=8)
 
 
@@ -248,7 +248,7 @@ def test_a_source_with_a_misshapen_tensor_is_refused(tokenizer, folder):
 @pytest.mark.parametrize("tokenizer", ["tiny_janus"], indirect=True)
 def test_a_source_cut_short_is_refused(tokenizer, folder):
     weights_in(folder).write_bytes(weights_in(folder).read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot load a picture tokenizer"):
+    with pytest.raises(ValueError, match="cannot load an image tokenizer"):
         PretrainedImageTokenizer.from_source(folder, image_size=8)
 
 
@@ -265,5 +265,5 @@ def test_an_absent_folder_is_refused(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_had_is_refused():
-    with pytest.raises(ValueError, match="cannot load a picture tokenizer from nobody/nothing"):
+    with pytest.raises(ValueError, match="cannot load an image tokenizer from nobody/nothing"):
         PretrainedImageTokenizer.from_source("nobody/nothing", image_size=8)

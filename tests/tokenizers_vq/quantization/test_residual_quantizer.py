@@ -9,10 +9,10 @@ import torch
 from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
 
 
-def trained(num_levels: int = 3, **settings) -> tuple[ResidualQuantizer, torch.Tensor]:
+def trained(num_quantizers: int = 3, **settings) -> tuple[ResidualQuantizer, torch.Tensor]:
     """A residual quantizer placed on vectors `n d`, in eval mode, and those vectors."""
-    module, x = ResidualQuantizer(16, 4, num_levels, **settings), torch.randn(400, 4)
-    module.start_from_data(x)
+    module, x = ResidualQuantizer(16, 4, num_quantizers, **settings), torch.randn(400, 4)
+    module.init_from_data(x)
     return module.eval(), x
 
 
@@ -33,9 +33,9 @@ def test_every_prefix_decodes_and_each_level_lowers_the_error():
     assert torch.equal(module.lookup(codes), module(x).quantized)
 
 
-@pytest.mark.parametrize("projected_dim", [0, 2])
-def test_entries_that_are_not_shown_are_left_out_of_the_sum_alone(projected_dim):
-    module, x = trained(projected_dim=projected_dim)
+@pytest.mark.parametrize("codebook_dim", [0, 2])
+def test_entries_that_are_not_shown_are_left_out_of_the_sum_alone(codebook_dim):
+    module, x = trained(codebook_dim=codebook_dim)
     known = torch.arange(3) < torch.randint(1, 4, (400, 1))
     whole, some = module(x), module(x.requires_grad_(), known=known)
     assert torch.equal(some.codes, whole.codes) and torch.equal(some.loss, whole.loss)
@@ -52,7 +52,7 @@ def test_codes_of_no_level_or_too_many_are_refused(num_codes):
 
 
 def test_every_levels_commitment_draws_the_encoder():
-    module, x = trained(commitment=0.5)
+    module, x = trained(commitment_weight=0.5)
     x = x.requires_grad_()
     module(x).loss.backward()
     expected, rest = torch.zeros_like(x), x.detach()
@@ -66,7 +66,7 @@ def test_every_levels_commitment_draws_the_encoder():
 
 
 def test_without_average_every_codebook_gets_its_own_gradient_alone():
-    module, x = trained(ema=False, commitment=0.0)
+    module, x = trained(ema_update=False, commitment_weight=0.0)
     module(x).loss.backward()
     rest = x
     for level in module.levels:
@@ -78,15 +78,15 @@ def test_without_average_every_codebook_gets_its_own_gradient_alone():
 
 
 def test_the_loss_is_the_same_without_gradient():
-    for ema in (True, False):
-        module, x = trained(ema=ema)
+    for ema_update in (True, False):
+        module, x = trained(ema_update=ema_update)
         loss = module(x).loss
         with torch.no_grad():
-            assert torch.equal(module(x).loss, loss.detach()) if ema else torch.isclose(module(x).loss, loss)
+            assert torch.equal(module(x).loss, loss.detach()) if ema_update else torch.isclose(module(x).loss, loss)
 
 
 def test_training_moves_all_levels_and_reports_their_mean_usage():
-    module, x = ResidualQuantizer(16, 4, 2, projected_dim=3).train(), torch.randn(400, 4)
+    module, x = ResidualQuantizer(16, 4, 2, codebook_dim=3).train(), torch.randn(400, 4)
     module(x)
     each = [level.metrics()["perplexity"] for level in module.levels]
     torch.testing.assert_close(module.metrics()["perplexity"], torch.stack(each).mean())
@@ -131,7 +131,7 @@ def test_fsq_counts_its_codes_in_training():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_quantizer_that_stands_compiles_into_one_graph(module, training):
     x = torch.randn(300, 4)
-    module.start_from_data(x)
+    module.init_from_data(x)
     module.train(training)
     twin = copy.deepcopy(module)
     outputs, gradients = [], []

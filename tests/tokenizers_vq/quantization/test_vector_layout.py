@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
-from tokenizers_vq.quantization.gradient_estimators import committed, rotated, straight_through
+from tokenizers_vq.quantization.gradient_estimators import apply_commitment_loss, rotation_trick, straight_through
 from tokenizers_vq.quantization.vector_layout import Vectors
 
 QUANTIZERS = {
@@ -69,7 +69,7 @@ def test_masked_vectors_count_for_nothing(build):
         for part in each:
             if isinstance(part, VectorQuantizer):
                 part.started.fill_(True)
-                part.revive = False  # the two would draw different places
+                part.replace_dead_codes = False  # the two would draw different places
     x, noise = torch.randn(40, 4), 50 * torch.randn(40, 4)
     mask = torch.arange(80) < 40
     torch.manual_seed(2)
@@ -150,7 +150,7 @@ def test_straight_through_is_the_code_and_the_gradient_of_the_vector():
 
 def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
     vectors, chosen = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
-    output = rotated(vectors, chosen)
+    output = rotation_trick(vectors, chosen)
     assert torch.equal(output, chosen)
     matrices = torch.stack(
         [torch.autograd.grad(output[:, row].sum(), vectors, retain_graph=True)[0] for row in range(4)], dim=1
@@ -170,7 +170,9 @@ def test_the_gradient_of_the_commitment_is_that_of_the_mean_square_left_and_come
     kept, chosen = torch.tensor([True, True, False, True, True, True]), torch.randn(6, 4, dtype=torch.float64)
     vectors = Vectors(flat, kept, torch.Size([6]), flat.dtype)
     value = 0.3 * (flat - chosen)[kept].square().sum(dim=1).mean()
-    outputs = committed("straight_through", vectors, chosen, value.detach(), pull=(flat - chosen).detach(), weight=0.3)
+    outputs = apply_commitment_loss(
+        "straight_through", vectors, chosen, value.detach(), pull=(flat - chosen).detach(), weight=0.3
+    )
     assert torch.equal(outputs[0], chosen) and torch.equal(outputs[1], value)
     plain = (flat + (chosen - flat).detach(), value)
     weights = torch.randn(6, 4, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
@@ -184,13 +186,13 @@ def test_the_gradient_of_the_commitment_is_that_of_the_mean_square_left_and_come
 def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
     vectors = torch.zeros(3, 4, requires_grad=True)
     weight = torch.randn(3, 4)
-    (rotated(vectors, torch.randn(3, 4)) * weight).sum().backward()
+    (rotation_trick(vectors, torch.randn(3, 4)) * weight).sum().backward()
     assert torch.equal(vectors.grad, weight)
 
 
 @pytest.mark.parametrize("kind", ["vector", "residual"])
 def test_the_gradient_estimator_changes_no_value(kind):
-    plain, turned = (QUANTIZERS[kind](gradient=gradient).eval() for gradient in ("straight_through", "rotation"))
+    plain, turned = (QUANTIZERS[kind](gradient=gradient).eval() for gradient in ("straight_through", "rotation_trick"))
     turned.load_state_dict(plain.state_dict())
     x = torch.randn(20, 4)
     assert torch.equal(plain(x).quantized, turned(x).quantized)

@@ -8,7 +8,7 @@ from tokenizers_vq import VectorQuantizer
 from tokenizers_vq.quantization import nearest_neighbors as clustering
 from tokenizers_vq.quantization.code_usage import perplexity
 from tokenizers_vq.quantization.kmeans import assigned_sums, kmeans
-from tokenizers_vq.quantization.nearest_neighbors import as_pictures, highest, nearest, nearest_codes, products
+from tokenizers_vq.quantization.nearest_neighbors import as_images, highest, nearest, nearest_codes, products
 from tokenizers_vq.quantization.vector_quantizer import DEAD_SHARE
 
 NAN, INF = float("nan"), float("inf")
@@ -63,10 +63,10 @@ def test_without_onednn_the_same_are_nearest(monkeypatch):
 @pytest.mark.skipif(not clustering.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
 @pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
 def test_products_have_the_same_bits_for_few_vectors_as_for_many(num):
-    pictures, rows = as_pictures(torch.randn(512, 65)), torch.randn(768, 65)
-    many = products(pictures, rows)
-    torch.testing.assert_close(many, pictures.permute(0, 2, 3, 1).reshape(512, 65) @ rows.T)
-    assert torch.equal(products(pictures, rows[:num]), many[:, :num])
+    images, rows = as_images(torch.randn(512, 65)), torch.randn(768, 65)
+    many = products(images, rows)
+    torch.testing.assert_close(many, images.permute(0, 2, 3, 1).reshape(512, 65) @ rows.T)
+    assert torch.equal(products(images, rows[:num]), many[:, :num])
 
 
 def test_far_from_zero_the_nearest_is_found_too():
@@ -140,7 +140,7 @@ def test_lookup_of_the_codes_is_the_quantized_input(channel_axis):
 
 
 def test_the_gradient_of_a_later_loss_passes_straight_through():
-    module, x = trained_from(torch.randn(16, 4), commitment=0.0), torch.randn(10, 4, requires_grad=True)
+    module, x = trained_from(torch.randn(16, 4), commitment_weight=0.0), torch.randn(10, 4, requires_grad=True)
     output = module(x)
     weight = torch.randn(10, 4)
     ((output.quantized * weight).sum() + output.loss).backward()
@@ -148,7 +148,7 @@ def test_the_gradient_of_a_later_loss_passes_straight_through():
 
 
 def test_commitment_draws_the_input_to_its_code_by_beta():
-    module, x = trained_from(torch.randn(16, 4), commitment=0.7), torch.randn(10, 4, requires_grad=True)
+    module, x = trained_from(torch.randn(16, 4), commitment_weight=0.7), torch.randn(10, 4, requires_grad=True)
     output = module(x)
     output.loss.backward()
     torch.testing.assert_close(x.grad, 0.7 * 2 * (x - output.quantized).detach() / x.numel())
@@ -156,7 +156,7 @@ def test_commitment_draws_the_input_to_its_code_by_beta():
 
 
 def test_without_average_the_codebook_gets_the_gradient_of_its_own_term():
-    module = trained_from(torch.randn(16, 4), ema=False, commitment=0.7)
+    module = trained_from(torch.randn(16, 4), ema_update=False, commitment_weight=0.7)
     x = torch.randn(10, 4, requires_grad=True)
     output = module(x)
     output.loss.backward()
@@ -183,7 +183,7 @@ def test_the_average_moves_by_the_papers_formula():
 
 
 def test_the_average_is_short_at_first_and_never_longer_than_decay():
-    module = trained_from(torch.zeros(1, 1), decay=0.9, revive=False)
+    module = trained_from(torch.zeros(1, 1), decay=0.9, replace_dead_codes=False)
     module.num_batches.zero_()
     counts = torch.ones(())
     for batch in range(1, 400):
@@ -229,11 +229,11 @@ def test_kmeans_serves_more_clusters_than_vectors():
     assert torch.cdist(vectors, kmeans(vectors, 8)).min(dim=1).values.max() < 1e-6
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_dead_codes_come_back_from_a_collapsed_start(ema):
+@pytest.mark.parametrize("ema_update", [True, False])
+def test_dead_codes_come_back_from_a_collapsed_start(ema_update):
     codebook = torch.full((16, 2), 100.0)
     codebook[0] = 0
-    module = trained_from(codebook, decay=0.9, ema=ema)
+    module = trained_from(codebook, decay=0.9, ema_update=ema_update)
     _, vectors = clusters(16)
     for _ in range(100):
         codes = module(vectors).codes
@@ -250,9 +250,9 @@ def test_a_code_out_of_use_moves_onto_a_vector_of_the_batch():
     assert (vectors == module.codebook[1]).all(dim=1).any()
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_eval_moves_nothing(ema):
-    module = trained_from(torch.randn(16, 4), ema=ema).eval()
+@pytest.mark.parametrize("ema_update", [True, False])
+def test_eval_moves_nothing(ema_update):
+    module = trained_from(torch.randn(16, 4), ema_update=ema_update).eval()
     before = state_of(module)
     module(torch.randn(50, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(module).items())
@@ -347,7 +347,7 @@ def test_kmeans_waits_until_the_first_batches_hold_enough_vectors():
 
 
 def test_usage_is_that_of_all_batches_since_it_was_reset():
-    module = trained_from(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), revive=False)
+    module = trained_from(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), replace_dead_codes=False)
     for value in (0.0, 1.0, 1.0):
         module(torch.full((5, 1), value))
     torch.testing.assert_close(module.usage.histogram, torch.tensor([5.0, 10.0, 0.0, 0.0]))
@@ -357,9 +357,9 @@ def test_usage_is_that_of_all_batches_since_it_was_reset():
     assert module.metrics()["code_usage"] == 0.25 and module.metrics()["perplexity"] == 1
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema):
-    module = VectorQuantizer(512, 8, ema=ema).train()
+@pytest.mark.parametrize("ema_update", [True, False])
+def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema_update):
+    module = VectorQuantizer(512, 8, ema_update=ema_update).train()
     module.codebook.data.fill_(0.5)
     module.started.fill_(True)
     for _ in range(100):
@@ -370,7 +370,7 @@ def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema):
 
 
 def test_without_revival_a_collapsed_codebook_stays_collapsed():
-    module = trained_from(torch.zeros(64, 8), revive=False)
+    module = trained_from(torch.zeros(64, 8), replace_dead_codes=False)
     for _ in range(20):
         codes = module(torch.randn(256, 8)).codes
     assert len(codes.unique()) < 24
@@ -379,9 +379,9 @@ def test_without_revival_a_collapsed_codebook_stays_collapsed():
 # Directions and projections
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema):
-    module, x = VectorQuantizer(16, 4, cosine=True, ema=ema).train(), torch.randn(300, 4)
+@pytest.mark.parametrize("ema_update", [True, False])
+def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema_update):
+    module, x = VectorQuantizer(16, 4, use_cosine_sim=True, ema_update=ema_update).train(), torch.randn(300, 4)
     for _ in range(3):
         module(x)
     module.eval()
@@ -393,7 +393,7 @@ def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema):
 
 
 def test_a_projection_searches_among_shorter_vectors():
-    module, x = VectorQuantizer(16, 8, projected_dim=2).train(), torch.randn(300, 8, requires_grad=True)
+    module, x = VectorQuantizer(16, 8, codebook_dim=2).train(), torch.randn(300, 8, requires_grad=True)
     output = module(x)
     assert module.codebook.shape == (16, 2) and output.quantized.shape == (300, 8)
     expected = nearest_codes(module.view.project_in(x).detach(), module.eval().codebook)

@@ -34,7 +34,7 @@ def test_a_beam_lowers_the_error(tiny_vqdraw, images, beam_size):
 
 
 @pytest.mark.parametrize("beam_size", [2, 3, 8])
-def test_a_picture_is_searched_alone_as_it_is_in_a_batch(tiny_vqdraw, images, beam_size):
+def test_an_image_is_searched_alone_as_it_is_in_a_batch(tiny_vqdraw, images, beam_size):
     together = tiny_vqdraw.encode(images, beam_size=beam_size)
     alone = [tiny_vqdraw.encode(image[None], beam_size=beam_size) for image in images]
     assert torch.equal(torch.cat(alone), together)
@@ -94,4 +94,4 @@ def test_a_beam_below_one_is_refused(tiny_vqdraw, images, beam_size):
 
 def test_data_sets_are_tokenized_with_the_beam_of_the_config(tiny_vqdraw, images):
     tiny_vqdraw.config.beam_size = 3
-    assert torch.equal(tiny_vqdraw.encode_for_training(images), tiny_vqdraw.encode(images, beam_size=3))
+    assert torch.equal(tiny_vqdraw.encode_with_search(images), tiny_vqdraw.encode(images, beam_size=3))

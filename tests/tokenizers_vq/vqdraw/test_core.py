@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from tokenizers_vq.vqdraw.core import REVIVE_EVERY, REVIVED_SHARE, Drawing, VQDraw
-from tokenizers_vq.vqdraw.losses import SquaredError
+from tokenizers_vq.vqdraw.core import REVIVE_EVERY, REVIVED_SHARE, VQDraw, VQDrawOutput
+from tokenizers_vq.vqdraw.losses import MSELoss
 from tokenizers_vq.vqdraw.options import (
     BiasedOptions,
     ConvolvedOptions,
@@ -65,7 +65,7 @@ class DenseRefiner(nn.Module):
         return DenseOptions(self.refiner(state, stage).all())
 
 
-def plain_loop(draw: VQDraw, target: Tensor) -> Drawing:
+def plain_loop(draw: VQDraw, target: Tensor) -> VQDrawOutput:
     """The definition, with every proposal in memory and every example looking for itself."""
     state, codes, errors = torch.zeros_like(target), [], []
     for stage in range(draw.num_stages):
@@ -76,7 +76,7 @@ def plain_loop(draw: VQDraw, target: Tensor) -> Drawing:
         errors.append(error)
         state = proposals[torch.arange(len(target)), codes[-1]]
     errors = torch.stack(errors, dim=1)
-    return Drawing(state, torch.stack(codes, dim=1), errors, errors.amin(dim=2), errors.mean(dim=(0, 2)))
+    return VQDrawOutput(state, torch.stack(codes, dim=1), errors, errors.amin(dim=2), errors.mean(dim=(0, 2)))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def build(refiner: nn.Module, *, num_biased_stages: int = 2, **settings) -> VQDr
     """Four stages of eight options, the first two biased, in float64."""
     draw = VQDraw(
         refiner,
-        SquaredError(),
+        MSELoss(),
         state_shape=SHAPE,
         num_stages=4,
         codebook_size=8,
@@ -140,7 +140,7 @@ def test_options_have_the_products_of_dense_options(options):
 def test_squared_errors_are_those_of_the_proposals():
     steps, state, target = random(5, 6, *SHAPE), random(5, *SHAPE), random(5, *SHAPE)
     expected = (state[:, None] + steps - target[:, None]).square().flatten(2).mean(dim=2)
-    torch.testing.assert_close(SquaredError()(DenseOptions(steps), state, target), expected)
+    torch.testing.assert_close(MSELoss()(DenseOptions(steps), state, target), expected)
 
 
 # The loop
@@ -262,13 +262,13 @@ def stepless(refiner) -> VQDraw:
 
 
 def test_starting_from_data_uses_every_option_at_each_stage(stepless, many):
-    stepless.start_from_data(many)
+    stepless.init_from_data(many)
     codes = stepless(many).codes
     assert [len(stage.unique()) for stage in codes.T] == [8] * 4
 
 
 def test_starting_from_data_lowers_the_error_at_each_stage(stepless, many):
-    stepless.start_from_data(many)
+    stepless.init_from_data(many)
     chosen = stepless(many).errors.amin(dim=2).mean(dim=0)
     assert torch.equal(chosen, chosen.sort(descending=True).values)
     assert chosen[0] < many.square().mean()
@@ -276,12 +276,12 @@ def test_starting_from_data_lowers_the_error_at_each_stage(stepless, many):
 
 def test_starting_from_data_puts_the_first_stage_on_its_clusters(stepless):
     centres = random(8, *SHAPE)
-    stepless.start_from_data(centres.repeat(8, 1, 1, 1))
+    stepless.init_from_data(centres.repeat(8, 1, 1, 1))
     assert stepless(centres).errors.amin(dim=2)[:, -1].max() < 1e-6
 
 
 def test_starting_from_data_carries_no_gradient(stepless, many):
-    stepless.start_from_data(many.requires_grad_())
+    stepless.init_from_data(many.requires_grad_())
     assert stepless.biases.is_leaf and stepless.biases.grad is None
 
 
@@ -296,7 +296,9 @@ def test_the_sparse_form_draws_and_judges_the_same(refiner, target):
 
 def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
     settings = {"aux_coeff": 0.5, "final_coeff": 0.5}
-    exact_draw, sparse_draw = (build(refiner, **settings, revive=False, num_aux_options=num) for num in (0, 4))
+    exact_draw, sparse_draw = (
+        build(refiner, **settings, replace_dead_options=False, num_aux_options=num) for num in (0, 4)
+    )
     exact = gradients(exact_draw, exact_draw.loss(exact_draw(target)))
     draws = [gradients(sparse_draw, sparse_draw.loss(sparse_draw(target))) for _ in range(300)]
     mean = [torch.stack(each).mean(dim=0) for each in zip(*draws, strict=True)]
@@ -336,7 +338,7 @@ def test_epsilon_leaves_encoding_alone(refiner, target):
 @pytest.fixture
 def dead(stepless, many) -> VQDraw:
     """A started loop in training, two of whose options lie where no target is."""
-    stepless.start_from_data(many)
+    stepless.init_from_data(many)
     with torch.no_grad():
         stepless.biases[0, 3] += 1e3
         stepless.biases[2, 5] += 1e3
@@ -363,7 +365,7 @@ def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
     before, biases = dead.eval()(many), dead.biases.detach().clone()
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 3] = mask[2, 5] = True
-    dead.revive(many, mask)
+    dead.replace_dead_options(many, mask)
     assert dead(many).chosen[:, -1].mean() < before.chosen[:, -1].mean()
     assert torch.equal(dead.biases[~mask], biases[~mask]) and (dead.biases[mask] != biases[mask]).any()
 
@@ -372,7 +374,7 @@ def test_a_revived_option_goes_from_the_best_step_towards_a_target(dead, many):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 3] = True
     before = dead.eval()(many)
-    dead.revive(many, mask)
+    dead.replace_dead_options(many, mask)
     # What is missing shrinks to a share of it, for one of the targets, so its square to the square of that.
     ratios = dead(many).errors[:, 0, 3] / before.chosen[:, 0]
     assert (ratios - (1 - REVIVED_SHARE) ** 2).abs().min() < 1e-5
@@ -387,7 +389,7 @@ def test_revival_can_be_left_out(dead, many):
 
 
 def test_a_loop_in_use_is_left_alone(stepless, many):
-    stepless.start_from_data(many)
+    stepless.init_from_data(many)
     biases = stepless.biases.detach().clone()
     for _ in range(2 * REVIVE_EVERY):
         stepless.train()(many)

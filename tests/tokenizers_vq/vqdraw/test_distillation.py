@@ -23,7 +23,7 @@ def learned(distillation, images) -> Distillation:
     return distillation.eval()
 
 
-def test_a_student_learns_the_codes_and_the_pictures_of_its_teacher(learned, images):
+def test_a_student_learns_the_codes_and_the_images_of_its_teacher(learned, images):
     codes = learned.teacher.encode(images)
     assert (learned.student.encode(images) == codes).float().mean() > 0.9
     drawn, random = learned.student.decode(codes), learned.student.decode(codes.flip(0))

@@ -19,21 +19,21 @@ def perturb(module: torch.nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-def test_a_picture_has_a_code_for_each_stage(tiny_vqdraw):
+def test_an_image_has_a_code_for_each_stage(tiny_vqdraw):
     assert tiny_vqdraw.code_shape == (4,) and tiny_vqdraw.codebook_size == 8
-    assert tiny_vqdraw.code_groups == (1, 1, 1, 1)
+    assert tiny_vqdraw.positions_per_codebook == (1, 1, 1, 1)
 
 
 def test_any_prefix_of_the_codes_decodes(tiny_vqdraw, images):
     codes = tiny_vqdraw.encode(images)
-    pictures = [tiny_vqdraw.decode(codes[:, :length]) for length in (1, 2, 3, 4)]
-    assert all(picture.shape == images.shape for picture in pictures)
-    assert not torch.equal(pictures[0], pictures[3])
+    prefixes = [tiny_vqdraw.decode(codes[:, :length]) for length in (1, 2, 3, 4)]
+    assert all(prefix.shape == images.shape for prefix in prefixes)
+    assert not torch.equal(prefixes[0], prefixes[3])
 
 
-def test_the_stages_of_a_picture_are_what_its_prefixes_decode_to(tiny_vqdraw, images):
+def test_the_stages_of_an_image_are_what_its_prefixes_decode_to(tiny_vqdraw, images):
     codes = tiny_vqdraw.encode(images)
-    stages = list(tiny_vqdraw.decode_stages(codes))
+    stages = list(tiny_vqdraw.decode_progressively(codes))
     assert len(stages) == 4
     assert all(torch.equal(stage, tiny_vqdraw.decode(codes[:, :length])) for length, stage in enumerate(stages, 1))
 
@@ -49,27 +49,27 @@ def test_more_codes_than_stages_are_refused(tiny_vqdraw):
         tiny_vqdraw.decode(torch.zeros(1, 5, dtype=torch.long))
 
 
-def test_a_fresh_model_draws_the_mean_picture(images):
+def test_a_fresh_model_draws_the_mean_image(images):
     model = build().eval()
     assert torch.equal(model.decode(model.encode(images)), torch.full_like(images, 0.5))
 
 
 def test_starting_from_data_makes_reconstructions_sharper_code_by_code(images):
     model = build().eval()
-    model.start_from_data(images.repeat(2, 1, 1, 1) + 0.1 * torch.rand(12, 3, 8, 8))
+    model.init_from_data(images.repeat(2, 1, 1, 1) + 0.1 * torch.rand(12, 3, 8, 8))
     codes = model.encode(images)
     errors = [(model.decode(codes[:, :length]) - images).square().mean() for length in (1, 2, 3, 4)]
     assert errors == sorted(errors, reverse=True) and errors[0] < (images - 0.5).square().mean()
 
 
-def test_starting_from_data_refuses_pictures_of_another_size():
+def test_starting_from_data_refuses_images_of_another_size():
     with pytest.raises(ValueError, match="`b 3 8 8`, got"):
-        build().start_from_data(torch.zeros(2, 3, 16, 16))
+        build().init_from_data(torch.zeros(2, 3, 16, 16))
 
 
 def test_starting_from_data_refuses_pixels_that_are_not_finite(images):
     with pytest.raises(ValueError, match="got NaN or infinity"):
-        build().start_from_data(torch.full_like(images, torch.nan))
+        build().init_from_data(torch.full_like(images, torch.nan))
 
 
 def test_the_loss_is_the_drawings_in_normalised_pixels(tiny_vqdraw, images):

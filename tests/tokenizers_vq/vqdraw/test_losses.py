@@ -1,4 +1,4 @@
-"""Errors of states that are no pictures, against torch's own distributions."""
+"""Errors of states that are no images, against torch's own distributions."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
-from tokenizers_vq.vqdraw.losses import BernoulliError, GaussianError, SquaredError
+from tokenizers_vq.vqdraw.losses import BCELoss, GaussianNLLLoss, MSELoss
 from tokenizers_vq.vqdraw.options import DenseOptions
 
 TARGET, SHAPE = (5, 2, 4, 4), (5, 6, 2, 4, 4)
@@ -22,17 +22,17 @@ def test_the_gaussian_error_is_the_negative_log_likelihood():
     steps, state, target = random(5, 6, 4, 4, 4), random(5, 4, 4, 4), random(*TARGET)
     mean, log_std = (state[:, None] + steps).split(2, dim=2)
     expected = -Normal(mean, log_std.exp()).log_prob(target[:, None]).flatten(2).mean(dim=2)
-    torch.testing.assert_close(GaussianError()(DenseOptions(steps), state, target), expected)
+    torch.testing.assert_close(GaussianNLLLoss()(DenseOptions(steps), state, target), expected)
 
 
 def test_the_bernoulli_error_is_the_negative_log_likelihood():
     steps, state, pixels = random(*SHAPE), random(*TARGET), torch.rand(TARGET, dtype=torch.float64).round()
-    error = BernoulliError(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
+    error = BCELoss(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
     expected = -Bernoulli(logits=state[:, None] + steps).log_prob(pixels[:, None]).flatten(2).mean(dim=2)
     torch.testing.assert_close(error(DenseOptions(steps), state, (pixels - 0.3) / 0.2), expected)
 
 
-@pytest.mark.parametrize("error", [SquaredError(), GaussianError(), BernoulliError(VQDrawImageConfig())])
+@pytest.mark.parametrize("error", [MSELoss(), GaussianNLLLoss(), BCELoss(VQDrawImageConfig())])
 def test_the_wanted_state_is_seen_as_the_target(error):
     target = (torch.rand(TARGET).round() - 0.5) / 0.25
     state = error.wanted(target)
@@ -46,7 +46,7 @@ def test_models_of_every_error_train_and_decode_to_their_reconstruction(error, i
         image_size=8, num_stages=3, codebook_size=4, hidden_channels=16, feature_channels=8, error=error
     )
     model, pixels = VQDrawForImages(config), images.round() if error == "bernoulli" else images
-    model.start_from_data(pixels)
+    model.init_from_data(pixels)
     before = model(pixels).loss.item()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):

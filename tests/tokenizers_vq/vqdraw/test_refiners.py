@@ -85,19 +85,19 @@ def test_gains_scale_what_a_convolution_makes(images, layer):
     gains = StageGain(4, 6, start=torch.randn)
     expected = layer(images) * gains.gain[1, :, None, None]
     for x in (images, channels_last(images)):
-        torch.testing.assert_close(gains.after_convolution(layer, x, 1), expected)
+        torch.testing.assert_close(gains.scaled_conv(layer, x, 1), expected)
     few = images[:1, :, :4, :4]
-    torch.testing.assert_close(gains.after_convolution(layer, few, 1), layer(few) * gains.gain[1, :, None, None])
+    torch.testing.assert_close(gains.scaled_conv(layer, few, 1), layer(few) * gains.gain[1, :, None, None])
 
 
 def test_gains_scale_what_a_normalisation_makes(images):
     gains, norm = StageGain(4, 3, start=torch.randn), group_norm(3)
     expected = norm(images) * gains.gain[1, :, None, None]
-    torch.testing.assert_close(gains.after_norm(norm, images, 1), expected)
+    torch.testing.assert_close(gains.scaled_norm(norm, images, 1), expected)
 
 
 def test_fresh_gains_change_nothing(images):
-    assert torch.equal(StageGain(4, 3).after_norm(group_norm(3), images, 1), group_norm(3)(images))
+    assert torch.equal(StageGain(4, 3).scaled_norm(group_norm(3), images, 1), group_norm(3)(images))
 
 
 def test_each_segment_asks_its_own_refiner_from_its_first_stage():

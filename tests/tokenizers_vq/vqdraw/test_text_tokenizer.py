@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
-from tokenizers_vq.text_base import IGNORED, whole_characters
-from tokenizers_vq.vqdraw.losses import CrossEntropyError
+from tokenizers_vq.text_base import IGNORE_INDEX, whole_characters
+from tokenizers_vq.vqdraw.losses import CrossEntropyLoss
 from tokenizers_vq.vqdraw.options import BiasedOptions, DenseOptions, EmbeddedOptions, SharedOptions
 
 TEXTS = ["a red square", "a blue disc", "", "x", "two green cats sat"]
@@ -48,7 +48,7 @@ def trained() -> VQDrawForText:
     letters = sorted({*b"?", *"".join(TEXTS).encode()})
     model = VQDrawForText(VQDrawTextConfig(**TINY | {"alphabet": letters, "codebook_size": 16}))
     symbols = model.symbols(TEXTS * 8)
-    model.start_from_data(symbols)
+    model.init_from_data(symbols)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -90,22 +90,22 @@ class TestError:
     def test_is_torchs_cross_entropy_over_positions_that_matter(self, num_examples):
         options = BiasedOptions(DenseOptions(random(num_examples, 3, 6, 9)), random(3, 6, 9))
         state, target = random(num_examples, 6, 9), torch.randint(9, (num_examples, 6))
-        target[0, 2:] = IGNORED
+        target[0, 2:] = IGNORE_INDEX
         logits = (state[:, None] + options.all()).movedim(3, 1)
         expected = F.cross_entropy(
-            logits, target[:, None].expand(-1, 3, -1), ignore_index=IGNORED, reduction="none"
+            logits, target[:, None].expand(-1, 3, -1), ignore_index=IGNORE_INDEX, reduction="none"
         ).mean(dim=2)
-        torch.testing.assert_close(CrossEntropyError(9)(options, state, target), expected)
+        torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), expected)
         with torch.no_grad():
-            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), expected)
+            torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), expected)
 
     @pytest.mark.parametrize("scale", [1, 30, 1000])
     def test_without_gradient_it_is_the_same_for_steps_of_any_size(self, scale):
         options, state = DenseOptions(scale * random(4, 3, 6, 9).float()), scale * random(4, 6, 9).float()
         target = torch.randint(9, (4, 6))
-        plain = CrossEntropyError(9)(options, state, target)
+        plain = CrossEntropyLoss(9)(options, state, target)
         with torch.no_grad():
-            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
+            torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), plain)
 
     @pytest.mark.parametrize("where", ["steps", "state"])
     @pytest.mark.parametrize("symbols", [slice(1, 5), slice(None)])
@@ -114,9 +114,9 @@ class TestError:
         steps, state = random(4, 3, 6, 9).float(), random(4, 6, 9).float()
         (steps if where == "steps" else state)[..., symbols] += far
         options, target = DenseOptions(steps), torch.randint(9, (4, 6))
-        plain = CrossEntropyError(9)(options, state, target)
+        plain = CrossEntropyLoss(9)(options, state, target)
         with torch.no_grad():
-            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
+            torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), plain)
 
     @pytest.mark.parametrize("first", [0.0, 0.5])
     def test_steps_that_all_share_are_looked_at_once(self, first):
@@ -124,15 +124,15 @@ class TestError:
         state = torch.full((5, 6, 9), first, dtype=torch.float64)
         state[:, 0, 0] *= 2
         target = torch.randint(9, (5, 6))
-        target[2, 3:] = IGNORED
-        plain = CrossEntropyError(9)(options, state, target)
+        target[2, 3:] = IGNORE_INDEX
+        plain = CrossEntropyLoss(9)(options, state, target)
         with torch.no_grad():
-            torch.testing.assert_close(CrossEntropyError(9)(options, state, target), plain)
+            torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), plain)
 
     def test_the_wanted_state_is_seen_as_the_target(self):
-        error, target = CrossEntropyError(9), torch.randint(9, (4, 6))
+        error, target = CrossEntropyLoss(9), torch.randint(9, (4, 6))
         assert torch.equal(error.observed(error.wanted(target)), target)
-        assert not error.wanted(torch.full((1, 6), IGNORED)).any()
+        assert not error.wanted(torch.full((1, 6), IGNORE_INDEX)).any()
 
 
 class TestText:
@@ -147,7 +147,7 @@ class TestText:
 
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, model, text):
-        live = model.live_spans(model.symbols([text])).sum()
+        live = model.valid_spans(model.symbols([text])).sum()
         assert min(model.spans_of(text), model.num_spans) == live
         assert (model.spans_of(text) > model.num_spans) == (len(text.encode()) > 18)
 
@@ -178,12 +178,12 @@ class TestWordSpans:
 
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, words, text):
-        live = words.live_spans(words.symbols([text])).sum()
+        live = words.valid_spans(words.symbols([text])).sum()
         assert min(words.spans_of(text), words.num_spans) == live
 
     def test_what_fills_up_is_free(self, words):
         target = words.target(words.symbols(["a tiger"])).view(6, 6)
-        assert (target != IGNORED).sum(dim=1).tolist() == [2, 6, 1, 0, 0, 0]
+        assert (target != IGNORE_INDEX).sum(dim=1).tolist() == [2, 6, 1, 0, 0, 0]
         assert not words.encode(["a dog"]).view(3, 6)[:, 3:].any()
 
     def test_codes_decode_to_the_reconstruction(self, words):
@@ -214,7 +214,7 @@ class TestCodes:
 
     def test_prefixes_decode_to_the_stages(self, model):
         codes = model.encode(TEXTS)
-        stages = list(model.decode_stages(codes))
+        stages = list(model.decode_progressively(codes))
         assert [model.decode(codes[:, : 3 * count]) for count in (1, 2, 3)] == stages
 
     def test_the_one_pass_through_all_stages_equals_the_plain_form(self, model):
@@ -246,7 +246,7 @@ class TestTraining:
     def test_starts_with_every_option_in_use(self):
         model = VQDrawForText(VQDrawTextConfig(**TINY))
         symbols = model.symbols(["".join(chr(97 + (start + step) % 26) for step in range(18)) for start in range(26)])
-        model.start_from_data(symbols)
+        model.init_from_data(symbols)
         first = model.encode(symbols).view(26, 3, 3)[:, 0]
         assert len(first.unique()) == 8
 
@@ -275,7 +275,7 @@ class TestTraining:
         dead = torch.zeros(3, 8, dtype=torch.bool)
         dead[0, 5] = True
         before = model.draw.biases.clone()
-        model.draw.revive(target, dead)
+        model.draw.replace_dead_options(target, dead)
         moved = (model.draw.biases != before).flatten(2).any(dim=2)
         assert torch.equal(moved, dead)
 

@@ -14,8 +14,8 @@ def test_codes_are_the_latent_grid_row_by_row(tiny_vqvae, images):
     assert torch.equal(tiny_vqvae.encode(images), grid.flatten(1))
 
 
-def test_the_picture_has_a_code_for_each_cell(tiny_vqvae):
-    assert tiny_vqvae.code_shape == (2, 2) and tiny_vqvae.num_codes == 4 and tiny_vqvae.code_groups == (4,)
+def test_the_image_has_a_code_for_each_cell(tiny_vqvae):
+    assert tiny_vqvae.code_shape == (2, 2) and tiny_vqvae.num_codes == 4 and tiny_vqvae.positions_per_codebook == (4,)
 
 
 @pytest.mark.parametrize("num_downsamples", [1, 2, 3])
@@ -52,7 +52,7 @@ def test_encoding_in_training_leaves_a_codebook_that_has_not_started(images):
 
 
 def test_without_average_the_codebook_is_a_parameter_with_a_gradient(images):
-    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, ema=False)
+    config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, ema_update=False)
     model = VQVAE(config).train()
     model(images).loss.backward()
     assert model.quantizer.codebook.grad.any()
@@ -69,7 +69,7 @@ def test_bfloat16_training_stays_finite_and_near_float32(tiny_vqvae, images):
 
 
 def build(**settings) -> VQVAE:
-    """A small model on pictures of 8 pixels."""
+    """A small model on images of 8 pixels."""
     sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
     return VQVAE(VQVAEConfig(**(sizes | settings)))
 
@@ -80,16 +80,18 @@ def test_an_fsq_has_the_product_of_its_levels_as_codebook_size():
 
 
 def test_residual_codes_come_level_by_level(images):
-    model = build(quantizer="residual", num_levels=3).eval()
+    model = build(quantizer="residual", num_quantizers=3).eval()
     assert isinstance(model.quantizer, ResidualQuantizer)
-    assert model.code_shape == (3, 2, 2) and model.code_groups == (4, 4, 4) and model.prefixes_decode
+    assert (
+        model.code_shape == (3, 2, 2) and model.positions_per_codebook == (4, 4, 4) and model.supports_prefix_decoding
+    )
     by_cell = quantized_latents(model, images).codes
     assert torch.equal(model.encode(images), by_cell.movedim(-1, 1).flatten(1))
 
 
 def test_every_prefix_of_residual_codes_decodes_and_whole_levels_equal_their_sum(tiny_residual, images):
     codes = tiny_residual.encode(images)
-    stages = list(tiny_residual.decode_stages(codes))
+    stages = list(tiny_residual.decode_progressively(codes))
     assert len(stages) == 2 and torch.equal(stages[-1], tiny_residual.decode(codes))
     first = tiny_residual.quantizer.lookup(codes[:, :4].unflatten(1, (2, 2, 1)))
     expected = tiny_residual.normalize.inverse(tiny_residual.decoder(tiny_residual.from_code(first)))
@@ -108,8 +110,8 @@ def test_a_code_still_to_come_adds_nothing(tiny_residual, images):
     ("settings", "match"),
     [
         ({"quantizer": "gumbel"}, "quantizer must be one of vector, residual, fsq, got 'gumbel'"),
-        ({"gradient": "none"}, "gradient must be one of straight_through, rotation, got 'none'"),
-        ({"quantizer": "residual", "cosine": True}, "cannot compare directions"),
+        ({"gradient": "none"}, "gradient must be one of straight_through, rotation_trick, got 'none'"),
+        ({"quantizer": "residual", "use_cosine_sim": True}, "cannot compare directions"),
         ({"quantizer": "fsq", "fsq_levels": [8, 1]}, "levels must be whole numbers of at least 2"),
         ({"quantizer": "fsq", "fsq_levels": []}, "levels must be whole numbers of at least 2"),
         ({"num_grids": 0}, "num_grids must be a whole number of at least 1"),
@@ -125,12 +127,12 @@ def test_settings_that_make_no_quantizer_are_refused(settings, match):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 4), (16, 8)])
-@pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_levels": 2}, {"quantizer": "fsq"}])
+@pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_quantizers": 2}, {"quantizer": "fsq"}])
 def test_any_size_that_the_stride_divides_codes_and_decodes(size, settings):
-    model, pictures = build(**settings).eval(), torch.rand(2, 3, *size)
-    codes = model.encode(pictures)
-    assert codes.shape == (2, model.num_levels * size[0] * size[1] // 16)
-    assert torch.equal(model.decode(codes, image_size=size), model(pictures).reconstruction)
+    model, images = build(**settings).eval(), torch.rand(2, 3, *size)
+    codes = model.encode(images)
+    assert codes.shape == (2, model.num_quantizers * size[0] * size[1] // 16)
+    assert torch.equal(model.decode(codes, image_size=size), model(images).reconstruction)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +155,14 @@ def test_codes_of_another_size_say_how_many_they_must_be(tiny_vqvae):
 
 
 def test_coarser_grids_are_coded_first(tiny_vqvae2, images):
-    assert tiny_vqvae2.code_groups == (1, 4) and tiny_vqvae2.code_shape == (5,) and tiny_vqvae2.num_codes == 5
-    assert tiny_vqvae2.config.stride == 8 and not tiny_vqvae2.prefixes_decode
+    assert (
+        tiny_vqvae2.positions_per_codebook == (1, 4) and tiny_vqvae2.code_shape == (5,) and tiny_vqvae2.num_codes == 5
+    )
+    assert tiny_vqvae2.config.stride == 8 and not tiny_vqvae2.supports_prefix_decoding
     assert tiny_vqvae2.encode(images).shape == (6, 5)
 
 
-def test_the_coarse_code_conditions_the_fine_ones_and_the_picture(tiny_vqvae2, images):
+def test_the_coarse_code_conditions_the_fine_ones_and_the_image(tiny_vqvae2, images):
     codes = tiny_vqvae2.encode(images)
     each = codes[:1].repeat(16, 1)
     each[:, 0] = torch.arange(16)
@@ -169,11 +173,11 @@ def test_the_coarse_code_conditions_the_fine_ones_and_the_picture(tiny_vqvae2, i
 
 
 def test_three_grids_of_another_size(images):
-    model, pictures = build(num_grids=3, image_size=16).eval(), torch.rand(2, 3, 32, 16)
-    assert model.code_groups == (1, 4, 16)
-    codes = model.encode(pictures)
+    model, pixels = build(num_grids=3, image_size=16).eval(), torch.rand(2, 3, 32, 16)
+    assert model.positions_per_codebook == (1, 4, 16)
+    codes = model.encode(pixels)
     assert codes.shape == (2, 2 + 8 + 32)
-    assert torch.equal(model.decode(codes, image_size=(32, 16)), model(pictures).reconstruction)
+    assert torch.equal(model.decode(codes, image_size=(32, 16)), model(pixels).reconstruction)
 
 
 def test_a_size_that_the_coarsest_grid_does_not_divide_is_refused():
@@ -185,13 +189,13 @@ def test_a_size_that_the_coarsest_grid_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"quantizer": "residual", "num_levels": 2}, {"num_grids": 2}, {"cosine": True}]
+    "settings", [{}, {"quantizer": "residual", "num_quantizers": 2}, {"num_grids": 2}, {"use_cosine_sim": True}]
 )
 def test_starting_from_data_puts_every_codebook_on_latents(settings):
     model = build(**settings).train()
-    pictures = torch.rand(64, 3, 8, 8)
+    images = torch.rand(64, 3, 8, 8)
     before = [vectors.clone() for vectors in model.codebook_vectors()]
-    model.start_from_data(pictures)
+    model.init_from_data(images)
     assert all(not torch.equal(*pair) for pair in zip(before, model.codebook_vectors(), strict=True))
     levels = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
     assert all(level.started for level in levels) and model.training
@@ -200,7 +204,7 @@ def test_starting_from_data_puts_every_codebook_on_latents(settings):
 
 def test_a_started_model_trains_in_one_compiled_graph(tiny_vqvae, images):
     tiny_vqvae.train()
-    tiny_vqvae.start_from_data(images.repeat(4, 1, 1, 1))
+    tiny_vqvae.init_from_data(images.repeat(4, 1, 1, 1))
     loss = torch.compile(tiny_vqvae, fullgraph=True, backend="aot_eager")(images).loss
     assert loss.isfinite()
 

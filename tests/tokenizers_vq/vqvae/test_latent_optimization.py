@@ -6,22 +6,22 @@ import torch.nn.functional as F
 
 from tokenizers_vq import VQVAE, VQVAEConfig
 from tokenizers_vq.vqvae import image_tokenizer as vqvae
-from tokenizers_vq.vqvae.latent_optimization import SHORTER, STEP, size_of
+from tokenizers_vq.vqvae.latent_optimization import BACKTRACK_FACTOR, STEP_SIZE, rms
 
 KINDS = {
     "plain": {},
-    "residual": {"quantizer": "residual", "num_levels": 2},
+    "residual": {"quantizer": "residual", "num_quantizers": 2},
     "fsq": {"quantizer": "fsq", "fsq_levels": [4, 3, 2]},
     "grids": {"num_grids": 2},
-    "l1": {"reconstruction": "l1"},
-    "projected": {"projected_dim": 3},
-    "cosine": {"cosine": True},
-    "rotation": {"gradient": "rotation"},
-    "loss": {"ema": False},
+    "l1": {"reconstruction_loss": "l1"},
+    "projected": {"codebook_dim": 3},
+    "use_cosine_sim": {"use_cosine_sim": True},
+    "rotation": {"gradient": "rotation_trick"},
+    "loss": {"ema_update": False},
 }
 
 
-def trained(pictures, **settings) -> VQVAE:
+def trained(pil_images, **settings) -> VQVAE:
     """A model after a few steps, so that its decoder has something to say."""
     torch.manual_seed(0)
     sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
@@ -29,7 +29,7 @@ def trained(pictures, **settings) -> VQVAE:
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        model(pictures).loss.backward()
+        model(pil_images).loss.backward()
         optimizer.step()
     return model.eval().requires_grad_(True)
 
@@ -52,18 +52,18 @@ def plain(many):
 
 
 def errors(model, pixel_values, codes):
-    """By picture, of what the decoder makes before it is cut off, as training measures it."""
+    """By image, of what the decoder makes before it is cut off, as training measures it."""
     inverse = model.normalize.inverse
     model.normalize.inverse = lambda normalized: normalized
     try:
         difference = model.decode(codes) - model.normalize(pixel_values)
     finally:
         model.normalize.inverse = inverse
-    found = difference.abs() if model.config.reconstruction == "l1" else difference.square()
+    found = difference.abs() if model.config.reconstruction_loss == "l1" else difference.square()
     return found.mean(dim=(1, 2, 3))
 
 
-def test_no_picture_gets_worse_and_many_get_better(model, many):
+def test_no_image_gets_worse_and_many_get_better(model, many):
     before = errors(model, many, model.encode(many))
     last = before
     for num_steps in (1, 4, 10):
@@ -78,7 +78,7 @@ def test_no_step_gives_the_codes_of_forward(model, many):
         assert model.encode(many, search_steps=0).equal(model(many).codes)
 
 
-def test_a_picture_is_searched_alone_as_it_is_in_a_batch(model, many, monkeypatch):
+def test_an_image_is_searched_alone_as_it_is_in_a_batch(model, many, monkeypatch):
     monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 32 * 8 * 8)
     together = model.encode(many, search_steps=5)
     alone = [model.encode(each[None], search_steps=5) for each in many]
@@ -94,13 +94,13 @@ def test_the_first_step_goes_down_the_gradient_of_the_training_loss(plain, many)
     moved = latents.clone().requires_grad_()
     through = moved + (start.quantized - moved).detach()
     error = (plain.decoder(plain.from_code(through)) - target).square().mean(dim=(1, 2, 3))
-    commitment = plain.config.commitment * (moved - start.quantized).square().mean(dim=(1, 2, 3))
-    (gradient,) = torch.autograd.grad((error + commitment).sum(), moved)
+    commitment_weight = plain.config.commitment_weight * (moved - start.quantized).square().mean(dim=(1, 2, 3))
+    (gradient,) = torch.autograd.grad((error + commitment_weight).sum(), moved)
     rest = latents - start.quantized
     with torch.no_grad():
-        further = latents - STEP * size_of(rest) * gradient / size_of(gradient)
-        shorter = latents - SHORTER * STEP * size_of(rest) * gradient / size_of(gradient)
-        candidates = [vqvae.in_sequence([plain.quantizer(each).codes]) for each in (latents, further, shorter)]
+        further = latents - STEP_SIZE * rms(rest) * gradient / rms(gradient)
+        shorter = latents - BACKTRACK_FACTOR * STEP_SIZE * rms(rest) * gradient / rms(gradient)
+        candidates = [vqvae.flatten_codes([plain.quantizer(each).codes]) for each in (latents, further, shorter)]
         costs = torch.stack([errors(plain, many[:5], codes) for codes in candidates])
     one, two = (plain.encode(many[:5], search_steps=steps) for steps in (1, 2))
     for row in range(5):
@@ -121,8 +121,8 @@ def test_the_model_stays_as_it_is(model, many):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_picture_that_no_step_betters_keeps_its_codes(plain):
-    """A picture that its codes show exactly has no error to lower."""
+def test_an_image_that_no_step_betters_keeps_its_codes(plain):
+    """An image that its codes show exactly has no error to lower."""
     codes = plain.encode(torch.rand(20, 3, 8, 8))
     exact = plain.decode(codes)
     fixed = plain.encode(exact)
@@ -136,8 +136,8 @@ def test_data_sets_are_tokenized_by_the_steps_of_the_config(plain, many, tmp_pat
     plain.save_pretrained(str(tmp_path))
     loaded = VQVAE.from_pretrained(tmp_path)
     plain.config.search_steps = 0
-    assert loaded.encode_for_training(many).equal(plain.encode(many, search_steps=4))
-    assert plain.encode_for_training(many).equal(plain.encode(many))
+    assert loaded.encode_with_search(many).equal(plain.encode(many, search_steps=4))
+    assert plain.encode_with_search(many).equal(plain.encode(many))
 
 
 def test_it_searches_where_gradients_are_off(plain, many):
@@ -152,23 +152,23 @@ def test_it_searches_where_gradients_are_off(plain, many):
     assert not expected.requires_grad
 
 
-def test_pictures_of_another_shape_are_searched_too(plain):
+def test_images_of_another_shape_are_searched_too(plain):
     wide = torch.rand(3, 3, 8, 24)
     before, after = plain.encode(wide), plain.encode(wide, search_steps=5)
     shown = [plain.decode(codes, image_size=(8, 24)) for codes in (before, after)]
     assert (shown[1] - wide).square().mean() < (shown[0] - wide).square().mean()
 
 
-def test_no_picture_has_no_codes(plain):
+def test_no_image_has_no_codes(plain):
     assert plain.encode(torch.rand(0, 3, 8, 8), search_steps=3).shape == (0, plain.num_codes)
 
 
-def test_pictures_are_searched_a_few_at_a_time(plain, monkeypatch):
+def test_images_are_searched_a_few_at_a_time(plain, monkeypatch):
     sizes = []
     monkeypatch.setattr(plain.decoder, "forward", lambda x, old=plain.decoder.forward: sizes.append(len(x)) or old(x))
     monkeypatch.setattr(vqvae, "SEARCHED_PIXELS", 3 * 8 * 8)
     plain.encode(torch.rand(7, 3, 8, 8), search_steps=1)
-    assert sizes == [3, 3, 3, 3, 2, 2]  # two passes each, the last picture beside a copy
+    assert sizes == [3, 3, 3, 3, 2, 2]  # two passes each, the last image beside a copy
 
 
 def test_steps_below_none_are_refused(plain, many):

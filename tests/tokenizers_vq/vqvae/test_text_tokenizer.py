@@ -10,7 +10,7 @@ TINY = {
     "max_length": 18,
     "span_length": 6,
     "codebook_size": 16,
-    "num_levels": 3,
+    "num_quantizers": 3,
     "code_dim": 8,
     "hidden_channels": 16,
     "dilations": [1, 2],
@@ -27,7 +27,7 @@ def trained() -> VQVAEForText:
     letters = sorted({*b"?", *"".join(TEXTS).encode()})
     model = tiny(alphabet=letters).train()
     symbols = model.symbols(TEXTS * 2)
-    model.start_from_data(symbols)
+    model.init_from_data(symbols)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):
         optimizer.zero_grad()
@@ -67,7 +67,7 @@ def test_spans_past_the_end_count_for_nothing(quantizer):
     model = tiny(quantizer=quantizer, fsq_levels=[4, 4]).train()
     symbols = model.symbols(TEXTS)
     model(symbols)
-    num_live = int(model.live_spans(symbols).sum())
+    num_live = int(model.valid_spans(symbols).sum())
     usages = [module for name, module in model.named_modules() if name.endswith("usage")]
     assert num_live < symbols.shape[0] * model.num_spans
     assert [usage.histogram.sum() for usage in usages] == [num_live] * model.code_shape[0]
@@ -80,9 +80,9 @@ def test_spans_past_the_end_count_for_nothing(quantizer):
 def test_codebooks_start_on_latents_of_texts_alone():
     model = tiny()
     symbols = model.symbols(["x"] * 40 + ["two green cats sat"] * 40)
-    model.start_from_data(symbols)
+    model.init_from_data(symbols)
     first = model.quantizer.levels[0].codebook
-    latents = model.eval()._latents(symbols)[model.live_spans(symbols)]
+    latents = model.eval()._latents(symbols)[model.valid_spans(symbols)]
     assert torch.cdist(first, latents).amin(dim=1).max() < 1e-2
     assert (model.encode(symbols)[:, : model.num_spans] == 0).float().mean() < 1
 
@@ -105,17 +105,17 @@ class TestPrefixes:
         codes = trained.encode(TEXTS)
         given = torch.arange(9).expand(5, 9) < 4
         other = torch.where(given, codes, (codes + 1) % 16)
-        assert torch.equal(trained.symbols_given(codes, given), trained.symbols_given(other, given))
-        assert torch.equal(trained.symbols_given(codes, given), trained.decode_symbols(codes[:, :4]))
+        assert torch.equal(trained.decode_with_mask(codes, given), trained.decode_with_mask(other, given))
+        assert torch.equal(trained.decode_with_mask(codes, given), trained.decode_symbols(codes[:, :4]))
 
 
 def test_the_codebook_may_learn_by_its_loss():
-    model = tiny(ema=False).train()
-    model.start_from_data(model.symbols([f"{number} {number**2}" for number in range(100)]))
+    model = tiny(ema_update=False).train()
+    model.init_from_data(model.symbols([f"{number} {number**2}" for number in range(100)]))
     model(model.symbols(TEXTS)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def test_cosine_of_a_sum_is_refused():
     with pytest.raises(ValueError, match="cannot compare directions"):
-        tiny(cosine=True)
+        tiny(use_cosine_sim=True)

@@ -24,15 +24,15 @@ def pixels():
     return torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_errors_are_those_of_the_model_and_smaller_for_pictures(script, vqdraw, pixels, monkeypatch):
+def test_errors_are_those_of_the_model_and_smaller_for_images(script, vqdraw, pixels, monkeypatch):
     beams = script("experiments/ablate_beam_size")
     monkeypatch.setattr(beams, "BATCH_SIZE", 3)
-    ((of_state, of_picture, milliseconds),) = beams.measure({"a": vqdraw}, pixels, 1).values()
+    ((of_state, of_image, milliseconds),) = beams.measure({"a": vqdraw}, pixels, 1).values()
     output = vqdraw(pixels)
     assert of_state.item() == pytest.approx(output.metrics["mse"].item() / vqdraw.config.pixel_std**2, rel=1e-5)
     in_pixels = (output.reconstruction - pixels).square().mean().item()
-    assert of_picture.item() == pytest.approx(in_pixels / vqdraw.config.pixel_std**2, rel=1e-5)
-    assert of_picture < of_state and milliseconds > 0
+    assert of_image.item() == pytest.approx(in_pixels / vqdraw.config.pixel_std**2, rel=1e-5)
+    assert of_image < of_state and milliseconds > 0
 
 
 def test_a_wider_beam_is_nearer(script, vqdraw, pixels):

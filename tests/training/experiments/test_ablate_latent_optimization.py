@@ -6,7 +6,7 @@ import torch
 from tok2img.data.shapes import shapes_dataset
 
 
-def test_errors_are_those_of_pictures_and_fall(script, tiny_vqvae, images, monkeypatch):
+def test_errors_are_those_of_images_and_fall(script, tiny_vqvae, images, monkeypatch):
     measured = script("experiments/ablate_latent_optimization")
     monkeypatch.setattr(measured, "BATCH_SIZE", 4)
     plain, searched = (measured.measure(tiny_vqvae, images, steps) for steps in (0, 10))

@@ -13,10 +13,12 @@ def test_all_priors_train_on_the_same_batches(script, tmp_path, monkeypatch, cap
     processor = Tok2ImgProcessor.build(
         model, SubwordTokenizer.train_bpe(rows["caption"][:], vocab_size=256), text_length=4
     )
-    place_embeddings = script("experiments/ablate_position_embeddings")
-    monkeypatch.setattr(place_embeddings, "NUM_HELD_OUT", 8)
-    monkeypatch.setattr(place_embeddings, "DEPTH", 1)
+    axial_position_embeddings = script("experiments/ablate_position_embeddings")
+    monkeypatch.setattr(axial_position_embeddings, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(axial_position_embeddings, "DEPTH", 1)
     save_tokens(rows, processor, tmp_path / "tokens")
-    place_embeddings.main(str(tmp_path / "tokens"), 4, [3])
+    axial_position_embeddings.main(str(tmp_path / "tokens"), 4, [3])
     lines = re.findall(r"seed 3  (.+?) +(\d\.\d{4})  (\d\.\d{4})", capsys.readouterr().out)
-    assert [line[0] for line in lines] == list(place_embeddings.KINDS) and len({line[1:] for line in lines}) == 4
+    assert [line[0] for line in lines] == list(axial_position_embeddings.KINDS) and len(
+        {line[1:] for line in lines}
+    ) == 4

@@ -21,7 +21,7 @@ def test_captions_are_judged_once_and_in_order(script, rows):
     assert [image.tobytes() for image in images] == [rows[row]["image"].tobytes() for row in (0, 1, 2)]
 
 
-def test_a_picture_is_found_where_its_caption_is_nearest(script):
+def test_an_image_is_found_where_its_caption_is_nearest(script):
     class Judge:
         """Sees in a number what it is."""
 

@@ -1,4 +1,4 @@
-"""The comparison of quantizers trains each of them on the same pictures, a peer's too where one is given."""
+"""The comparison of quantizers trains each of them on the same images, a peer's too where one is given."""
 
 import sys
 

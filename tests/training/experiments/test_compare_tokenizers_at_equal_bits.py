@@ -23,5 +23,5 @@ def test_all_train_and_none_takes_more_bits_than_told(script, tmp_path, monkeypa
     reports = equal_bits.main(str(tmp_path), 5, bits)
     assert len(reports) == num and all(report["steps"] == 4 and 0 < report["mse"] < 1 for report in reports.values())
     assert all(0 < report["mse_searched"] <= report["mse"] * 1.01 for report in reports.values())
-    assert max(report["bits_per_picture"] for report in reports.values()) == pytest.approx(bits, rel=1e-3)
-    assert min(report["bits_per_picture"] for report in reports.values()) > least
+    assert max(report["bits_per_image"] for report in reports.values()) == pytest.approx(bits, rel=1e-3)
+    assert min(report["bits_per_image"] for report in reports.values()) > least

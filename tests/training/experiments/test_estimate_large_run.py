@@ -5,7 +5,7 @@ def test_each_stage_takes_what_its_rate_says(script, monkeypatch):
     scale = script("experiments/estimate_large_run")
     monkeypatch.setattr(scale, "GPU_FLOPS", 1e12)
     stages = scale.plan(
-        num_pictures=3.6e6,
+        num_images=3.6e6,
         reading=scale.Rate(0, 0.01),
         encoding=scale.Rate(1e9, 0.1),
         flops_per_token=1e9,
