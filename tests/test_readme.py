@@ -9,8 +9,19 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_readme_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
+def test_readme_is_at_most_150_lines():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_paragraphs_are_at_most_four_lines():
+    prose = re.sub(r"```.*?```", "", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    paragraphs = [block for block in prose.split("\n\n") if not block.lstrip().startswith(("|", "-", "!", "#"))]
+    assert len(paragraphs) > 5 and max(len(block.strip().splitlines()) for block in paragraphs) <= 4
+
+
+def test_readme_links_point_to_files():
+    targets = re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert targets and [target for target in targets if not (README.parent / target).exists()] == []
 
 
 @pytest.fixture(scope="module")
