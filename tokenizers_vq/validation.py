@@ -20,12 +20,17 @@ MAX_BY_FIELD = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} |
 }
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the hint "did you mean 'x'?" with the known name most similar to `name`, or "" if none is similar."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
+
+
 def check_known_fields(owner: str, names: Iterable[str], known: Iterable[str], *, listed: Iterable[str]) -> None:
     """Refuse the first of the names, none of which the owner knows, with the nearest that it does, or else those listed."""
     for name in sorted(names):
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(listed)}"
-        raise ValueError(f"{owner} has no setting {name!r}{hint}")
+        hint = did_you_mean(name, sorted(known)) or f"it has {', '.join(listed)}"
+        raise ValueError(f"{owner} has no setting {name!r}; {hint}")
 
 
 def check_number(owner: str, name: str, value: Any, default: Any) -> None:

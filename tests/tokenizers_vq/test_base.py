@@ -178,7 +178,7 @@ def test_pixels_of_another_scale_are_refused_rather_than_coded_as_something(toke
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_an_unknown_setting_is_refused_with_the_nearest_name(config_class):
-    with pytest.raises(ValueError, match="no setting 'codebook_siz', did you mean 'codebook_size'"):
+    with pytest.raises(ValueError, match="no setting 'codebook_siz'; did you mean 'codebook_size'"):
         config_class(codebook_siz=16)
 
 

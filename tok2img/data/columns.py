@@ -1,11 +1,12 @@
 """Which columns of a data set hold images and captions: those that are named, else those of the usual names, else the only ones."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Features, Value
 from datasets import Image as ImageFeature
+
+from tokenizers_vq.validation import did_you_mean
 
 CAPTION_NAMES = ("caption", "text")
 TEXT = (Value("string"), Value("large_string"))
@@ -29,9 +30,8 @@ def column_of_captions(features: Features, wanted: str | None, source: str) -> s
 
 def no_column(name: str, there: Iterable[str]) -> str:
     """That a column is not there, and which are, for errors."""
-    nearest = difflib.get_close_matches(name, there, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"no column {name!r}, only {', '.join(map(repr, there))}{hint}"
+    hint = did_you_mean(name, there)
+    return f"no column {name!r}, only {', '.join(map(repr, there))}{f'; {hint}' if hint else ''}"
 
 
 def _may_hold_images(feature: Any) -> bool:

@@ -1,6 +1,5 @@
 """The prior: any causal language model of transformers, unmodified, sized for a layout and read through the head rows of its segments."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tokenizers_vq.loading import (
     read_json,
     refuse_non_finite,
 )
+from tokenizers_vq.validation import did_you_mean
 
 from ..tokenization.layout import Segment, SequenceLayout
 
@@ -83,8 +83,7 @@ def check_architecture(architecture: str) -> None:
     """ValueError for a model type of which transformers has no causal language model."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(ARCHITECTURES)}"
+        hint = did_you_mean(architecture, known) or f"presets are {', '.join(ARCHITECTURES)}"
         raise ValueError(f"architecture {architecture!r} makes no causal language model; {hint}")
 
 

@@ -1,6 +1,5 @@
 """Read recipes from YAML files and the command line."""
 
-import difflib
 import math
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -95,8 +94,9 @@ def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> 
         if key in RENAMED_KEYS and key not in known:
             raise ValueError(f"{origin}: key {key!r} is now called {RENAMED_KEYS[key]!r}")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            from tokenizers_vq.validation import did_you_mean  # here, since it loads torch, which --help must not
+
+            hint = did_you_mean(key, known) or f"the keys are {', '.join(known)}"
             raise ValueError(f"{origin}: no key {key!r}; {hint}")
 
 

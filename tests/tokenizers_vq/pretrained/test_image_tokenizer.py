@@ -209,7 +209,7 @@ def test_a_family_that_is_not_known_is_refused(family):
 
 
 def test_a_setting_that_the_model_does_not_have_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="JanusVQVAE has no setting 'num_embedings', did you mean 'num_embeddings'"):
+    with pytest.raises(ValueError, match="JanusVQVAE has no setting 'num_embedings'; did you mean 'num_embeddings'"):
         PretrainedImageTokenizerConfig(family="JanusVQVAE", model_settings={"num_embedings": 16})
 
 
