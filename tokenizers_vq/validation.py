@@ -16,7 +16,7 @@ MUST_BE_POSITIVE = {"pixel_std"}  # numbers that must not be 0
 CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
 MAX_BY_FIELD = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
     f"num_{parts}": MOST_PARTS
-    for parts in ("downsamples", "grids", "levels", "residual_blocks", "encoder_blocks", "decoder_blocks")
+    for parts in ("downsamples", "grids", "quantizers", "residual_blocks", "encoder_blocks", "decoder_blocks")
 }
 
 
