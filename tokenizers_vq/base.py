@@ -12,17 +12,17 @@ from transformers.utils.generic import ModelOutput
 
 from .loading import (
     CONFIG_FILE,
-    OF_DOWNLOADS,
+    DOWNLOAD_OPTIONS,
     build_config,
     build_on_meta,
+    check_finite,
     check_state_dict_matches,
     first_line,
-    local_folder,
     read_config,
     read_tensors,
-    refuse_non_finite,
+    resolve_model_folder,
 )
-from .validation import check_known_fields, check_number, check_range
+from .validation import check_code_range, check_known_fields, check_number
 
 # Keys that `save_pretrained` writes into config.json beside the fields of the class.
 WRITTEN_BY_TRANSFORMERS = {
@@ -153,11 +153,11 @@ class DiscreteTokenizer(PreTrainedModel):
         if codes.ndim != 2 or not least <= codes.shape[1] <= num_codes:
             shape = " ".join(map(str, codes.shape))
             raise ValueError(f"codes must be `b {num_codes}`{' or a prefix' if prefix else ''}, got shape `{shape}`")
-        check_range(codes, self.codebook_size)
+        check_code_range(codes, self.codebook_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half` and their like come down to, here and of a module that holds this one."""
-        refuse_other_than_float32(fn(torch.zeros(())).dtype)
+        check_float32(fn(torch.zeros(())).dtype)
         return super()._apply(fn, recurse)
 
     @classmethod
@@ -171,19 +171,19 @@ class DiscreteTokenizer(PreTrainedModel):
         name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         for dtype in (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)):
             if dtype not in (None, "auto", "float32"):
-                refuse_other_than_float32(dtype)
+                check_float32(dtype)
         try:
-            folder = local_folder(name, **kwargs)
+            folder = resolve_model_folder(name, **kwargs)
             saved = cls.saved_config(folder)
             config = config or saved
             check_state_dict_matches(build_on_meta(lambda: cls(config), folder), folder)
-            settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *OF_DOWNLOADS)}
+            settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *DOWNLOAD_OPTIONS)}
             # By its tensors, not by its folder: of a folder transformers opens whatever it knows, pickles too.
             settings |= {"config": config, "state_dict": read_tensors(folder), "dtype": torch.float32}
             loaded: Any = super().from_pretrained(None, *args, **settings)
         except OSError as error:
             raise ValueError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error
-        refuse_non_finite(loaded[0] if kwargs.get("output_loading_info") else loaded, name)
+        check_finite(loaded[0] if kwargs.get("output_loading_info") else loaded, name)
         return loaded
 
     @classmethod
@@ -196,7 +196,7 @@ class DiscreteTokenizer(PreTrainedModel):
         return build_config(config_class, settings, Path(folder, CONFIG_FILE))
 
 
-def refuse_other_than_float32(dtype: Any) -> None:
+def check_float32(dtype: Any) -> None:
     """Refuse another type for a tokenizer's weights: codes found with rounded ones would be others."""
     if dtype != torch.float32:
         raise ValueError(f"a tokenizer has its weights in float32, got dtype {dtype}; torch.autocast makes it fast")

@@ -32,7 +32,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def each_summed_over_ranks(*parts: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_coalesced(*parts: Tensor) -> tuple[Tensor, ...]:
     """The sums of several tensors of one type over all processes, in one call; of one process alone the tensors as they are."""
     if not is_distributed():
         return parts
@@ -48,7 +48,7 @@ def broadcast_from_rank0(drawn: Tensor) -> Tensor:
     return drawn
 
 
-def own_part_of_noise(like: Tensor) -> Tensor:
+def local_exponential_noise(like: Tensor) -> Tensor:
     """Exponential noise for values `n`: this process's part of one draw for all of them, as long as they draw alike."""
     return like.new_empty(get_world_size(), len(like)).exponential_()[get_rank()]
 
@@ -58,7 +58,7 @@ def local_slices(of_all: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(of_all.split([size for size in sizes for _ in range(get_world_size())])[get_rank() :: get_world_size()])
 
 
-def best_of_ranks(keys: Tensor, rows: Tensor) -> Tensor:
+def all_reduce_top_k(keys: Tensor, rows: Tensor) -> Tensor:
     """Of the rows `k d` of all processes the `k` with the highest keys `k`, best first; those with a key of minus infinity do not count.
 
     Where there are fewer than `k`, they come again from the start.

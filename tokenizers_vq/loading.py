@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from .validation import all_finite
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-SUBWORDS_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TEXT_FILES, "*.safetensors")
-OF_DOWNLOADS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 MAX_JSON_BYTES = 2**28  # the tokenizer.json of a large vocabulary has some 20 MB
 # With these keys transformers opens other files than ours, or fetches kernels of the hub and runs them.
 UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "quantization_config", "transformers_weights")
@@ -32,35 +32,35 @@ MOST_PARTS = 1024
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def local_folder(name: str | Path, *, subfolder: str = "", **options: Any) -> Path:
+def resolve_model_folder(name: str | Path, *, subfolder: str = "", **options: Any) -> Path:
     """The model folder of that name, or where a download of the hub's repository of that name lies.
 
     Raises:
         ValueError: for what is no model folder. OSError: for what the hub does not give.
     """
     if not Path(name).is_dir():
-        refuse_non_model(name)
-    folder = local_copy(name, **options) / subfolder
-    refuse_non_model(folder)
+        check_model_folder(name)
+    folder = resolve_folder(name, **options) / subfolder
+    check_model_folder(folder)
     return folder
 
 
-def local_copy(name: str | Path, *, kinds: Sequence[str] = MODEL_FILES, **options: Any) -> Path:
+def resolve_folder(name: str | Path, *, kinds: Sequence[str] = MODEL_FILES, **options: Any) -> Path:
     """The folder of that name, or where what a repository of the hub has of some kinds of files lies; OSError where it has none."""
     if Path(name).is_dir():
         return Path(name)
-    options = {key: value for key, value in options.items() if key in OF_DOWNLOADS}
+    options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS}
     return Path(snapshot_download(str(name), allow_patterns=list(kinds), **options))
 
 
-def refuse_non_model(folder: str | Path) -> None:
+def check_model_folder(folder: str | Path) -> None:
     """ValueError for a local path that cannot be a saved model, before transformers takes it for a hub name."""
     path = Path(folder)
     looks_local = path.is_absolute() or str(folder).startswith(".") or len(path.parts) != 2 or path.exists()
     if looks_local and not path.is_dir():
         raise ValueError(f"{folder} is not a model folder: no such folder")
     if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        hint = "; it holds a tokenizer of subwords, which has no model" if (path / SUBWORDS_FILE).is_file() else ""
+        hint = "; it holds a tokenizer of subwords, which has no model" if (path / TOKENIZER_FILE).is_file() else ""
         raise ValueError(f"{folder} is not a model folder: it has no {CONFIG_FILE}{hint}")
 
 
@@ -90,7 +90,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     config.pop("auto_map", None)
     if not isinstance(config.get("model_type", ""), str):
         raise ValueError(f"{path}: model_type must be a name, got {config['model_type']!r}")
-    for key, value in settings_within(config):
+    for key, value in iterate_settings(config):
         if key.removeprefix("_").removesuffix("_internal") in UNSAFE_KEYS and value is not None:
             raise ValueError(f"{path}: {key} is not taken from a file; remove it, and give it to the call that loads")
         if key in ("dtype", "torch_dtype") and value not in (None, *FLOATS.values()):
@@ -100,7 +100,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def settings_within(config: Any) -> Iterator[tuple[str, Any]]:
+def iterate_settings(config: Any) -> Iterator[tuple[str, Any]]:
     """Every key and value of a JSON object, at any depth."""
     waiting = [config]
     while waiting:
@@ -159,7 +159,7 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     return {name: tensor for file in weight_files(Path(folder)) for name, tensor in load_file(file).items()}
 
 
-def load_by_tensors(
+def load_from_tensors(
     build: Callable[[Any], nn.Module], folder: Path, config: Any, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A model of transformers and its report of loading.
@@ -240,7 +240,7 @@ def missing_or_mismatched_keys(info: dict[str, Any]) -> list[str]:
     return sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
 
 
-def refuse_non_finite(model: nn.Module, name: str | Path) -> None:
+def check_finite(model: nn.Module, name: str | Path) -> None:
     """ValueError for a model with a NaN or an infinity in its weights."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not all_finite(tensor):

@@ -46,6 +46,6 @@ class ModelWithLoss(nn.Module):
         return [name for name in self.state_dict() if not name.startswith(f"{self.kept}.") and name not in fixed]
 
 
-def inner_of(model: nn.Module) -> Any:
+def get_inner_model(model: nn.Module) -> Any:
     """The model in a `ModelWithLoss`, or the model itself."""
     return model.inner if isinstance(model, ModelWithLoss) else model

@@ -42,12 +42,12 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
     elif isinstance(default, int):
         least, most = min(default, 1), MAX_BY_FIELD.get(name, MAX_INT)
         fits, wanted = (
-            is_whole(value) and least <= value <= most,
+            is_integer(value) and least <= value <= most,
             f"a whole number of at least {least} and at most {most}",
         )
     elif isinstance(default, float):
         divides = name in MUST_BE_POSITIVE
-        fits = is_number(value) and (value > 0 if divides else value >= 0)
+        fits = is_finite_number(value) and (value > 0 if divides else value >= 0)
         wanted = "a number above 0" if divides else "a number of at least 0"
     else:
         return
@@ -55,20 +55,20 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
         raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
 
 
-def is_whole(value: Any) -> TypeGuard[int]:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a number that is finite."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def check_counts(name: str, values: Any, *, least: int = 1) -> None:
     """Refuse what is no list of a few whole numbers."""
     fits = isinstance(values, list | tuple) and 0 < len(values) <= MOST_PARTS
-    if not fits or not all(is_whole(value) and least <= value <= MAX_INT for value in values):
+    if not fits or not all(is_integer(value) and least <= value <= MAX_INT for value in values):
         raise ValueError(f"{name} must be whole numbers of at least {least}, got {str(values):.80}")
 
 
@@ -87,7 +87,7 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
             raise ValueError(f"{name} {count} is more than num_stages {num_stages}")
 
 
-def check_range(codes: Tensor, codebook_size: int) -> None:
+def check_code_range(codes: Tensor, codebook_size: int) -> None:
     """Refuse codes that are no integers, or that name no entry, where that is `should_validate`."""
     if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"codes must be integers, got {codes.dtype}")

@@ -14,7 +14,7 @@ from tok2img.tokenization.processor import Tok2ImgProcessor
 from tok2img.tokenization.shards import BATCH_SIZE, Job, tokenize_shards
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
-from tokenizers_vq.images.processing import pixels_from_levels
+from tokenizers_vq.images.processing import pixels_from_uint8
 
 from ..harness import Case, Comparison
 from .image_loading import encoded
@@ -38,7 +38,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
         work = TokenizeBatch(processor)
         read = work.read(rows[:], range(num), skip=False)
-        batches = pixels_from_levels(torch.from_numpy(read.levels)).split(BATCH_SIZE)
+        batches = pixels_from_uint8(torch.from_numpy(read.levels)).split(BATCH_SIZE)
         cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
         yield Comparison(f"{num} images, {name}", cases, "encode")
 

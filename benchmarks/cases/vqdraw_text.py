@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenizers_vq.modules.dilated_conv import rectified, with_neighbours
+from tokenizers_vq.modules.dilated_conv import concat_neighbors, linear_relu
 from tokenizers_vq.vqdraw.core import VQDraw
 from tokenizers_vq.vqdraw.losses import CrossEntropyLoss
 from tokenizers_vq.vqdraw.options import EmbeddedOptions, Options
@@ -78,7 +78,7 @@ class OriginalTextRefiner(nn.Module):
         hidden = F.relu(self.read(state.softmax(dim=2) * state.shape[2] ** 0.5)) + self.positions
         for block in self.blocks:
             hidden = hidden + block(hidden, stage)
-        features = rectified(self.norm(F.relu(hidden)), self.features.weight, self.features.bias)
+        features = linear_relu(self.norm(F.relu(hidden)), self.features.weight, self.features.bias)
         features = F.pad(features, (0, 1), value=1.0) * self.output_scale
         return EmbeddedOptions(features, self.head, None)
 
@@ -101,8 +101,8 @@ class OriginalBlock(nn.Module):
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
             x = norm(x)
             if number == 0:
-                x = with_neighbours(x, self.dilation)
-            linear = F.linear if number == len(self.layers) - 1 else rectified
+                x = concat_neighbors(x, self.dilation)
+            linear = F.linear if number == len(self.layers) - 1 else linear_relu
             x = linear(x, layer.weight * gains[stage][:, None], layer.bias * gains[stage])
         return x
 

@@ -75,7 +75,7 @@ def texts(model: Any, num: int) -> Tensor:
     """So many texts of random words, as symbols `b t`."""
     draw, words = torch.Generator().manual_seed(0), ["a", "red", "square", "and", "two", "blue", "cats", "above", "it"]
     rows = torch.randint(len(words), (num, 5), generator=draw).tolist()
-    return model.symbols([" ".join(words[word] for word in row) for row in rows])
+    return model.texts_to_symbols([" ".join(words[word] for word in row) for row in rows])
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def vqvae(**settings) -> VQVAEForText:
     if model.config.quantizer == "fsq":
         with torch.no_grad():
             model.quantizer.view.project_in.weight.mul_(50)
-    model.init_from_data(model.symbols(TEXTS))
+    model.init_from_data(model.texts_to_symbols(TEXTS))
     return model
 
 
@@ -58,13 +58,13 @@ def saved(model, tmp_path):
 
 
 def test_decoding_the_codes_gives_the_reconstruction(model):
-    symbols = model.symbols(TEXTS)
+    symbols = model.texts_to_symbols(TEXTS)
     with torch.no_grad():
         output = model(symbols)
     codes = model.encode(TEXTS)
     assert torch.equal(codes, output.codes) and torch.equal(codes, model.encode(symbols))
     assert torch.equal(model.decode_symbols(codes), output.reconstruction)
-    assert model.decode(codes) == model.texts(output.reconstruction)
+    assert model.decode(codes) == model.symbols_to_texts(output.reconstruction)
 
 
 def test_codes_are_int64_of_the_promised_length_and_range(model):
@@ -76,7 +76,7 @@ def test_codes_are_int64_of_the_promised_length_and_range(model):
 
 
 def test_codes_past_the_end_of_a_text_are_zero(model):
-    live = model.valid_spans(model.symbols(TEXTS)).repeat(1, model.code_shape[0])
+    live = model.valid_spans(model.texts_to_symbols(TEXTS)).repeat(1, model.code_shape[0])
     codes = model.encode(TEXTS)
     assert not codes[~live].any() and codes[live].any()
 
@@ -100,12 +100,12 @@ def test_bfloat16_autocast_does_not_change_codes_or_texts(model):
 
 
 def test_every_parameter_gets_a_gradient(model):
-    model.train()(model.symbols(TEXTS)).loss.backward()
+    model.train()(model.texts_to_symbols(TEXTS)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def test_a_few_training_steps_lower_the_loss(model):
-    symbols = model.symbols(TEXTS)
+    symbols = model.texts_to_symbols(TEXTS)
     before = model(symbols).loss.item()
     optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3)
     for _ in range(20):

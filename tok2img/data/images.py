@@ -7,14 +7,14 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer, load_image
-from tokenizers_vq.images.processing import pixels_from_levels, uint8_from_images
+from tokenizers_vq.images.processing import pixels_from_uint8, uint8_from_images
 
 
 def load_pixels(
     images: Sequence[Any], image_tokenizer: DiscreteTokenizer, *, rows: Sequence[int] | None = None
 ) -> Tensor:
     """Images in any form -> `b c h w` of the size and channels that a tokenizer reads; errors as in `load_images`."""
-    return pixels_from_levels(load_uint8(images, image_tokenizer, rows=rows))
+    return pixels_from_uint8(load_uint8(images, image_tokenizer, rows=rows))
 
 
 def load_uint8(

@@ -23,10 +23,10 @@ from tokenizers_vq.loading import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     build_on_meta,
+    check_finite,
     check_state_dict_matches,
     read_json,
     read_tensors,
-    refuse_non_finite,
 )
 from tokenizers_vq.validation import check_known_fields, check_number
 
@@ -109,7 +109,7 @@ class CaptionClassifier(nn.Module):
         check_state_dict_matches(build_on_meta(lambda: cls(**sizes), folder), folder)
         classifier = cls(**sizes)
         classifier.load_state_dict(read_tensors(folder))
-        refuse_non_finite(classifier, folder)
+        check_finite(classifier, folder)
         return classifier.eval()
 
 

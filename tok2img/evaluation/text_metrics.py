@@ -37,9 +37,9 @@ def measure_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> tu
     histogram = torch.zeros(model.code_shape[0], model.codebook_size, dtype=torch.long)
     num_live = 0
     for first in range(0, len(texts), BATCH_SIZE):
-        symbols = model.symbols(texts[first : first + BATCH_SIZE])
+        symbols = model.texts_to_symbols(texts[first : first + BATCH_SIZE])
         codes, live = model.encode(symbols), model.valid_spans(symbols)
-        by_stage.add(model, symbols, model.symbols_after_stages(codes))
+        by_stage.add(model, symbols, model.decode_symbols_progressively(codes))
         budgets = (prefix_mask(model, symbols, bits) for bits in BITS_PER_BYTE)
         by_rate.add(model, symbols, (model.decode_with_mask(codes, given) for given in budgets))
         live_codes = rearrange(codes, "b (n s) -> n b s", s=model.num_spans)[:, live].cpu()
@@ -55,7 +55,7 @@ def measure_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> tu
         "used_per_stage": (histogram > 0).sum(dim=1).tolist(),
         "texts": len(texts),
         "bytes_per_text": by_stage.num_bytes / len(texts),
-        "texts_cut": sum(model.spans_of(text) > model.num_spans for text in texts),
+        "texts_cut": sum(model.count_spans(text) > model.num_spans for text in texts),
     }
     return report, histogram
 
@@ -69,7 +69,7 @@ class AccuracyCounter:
 
     def add(self, model: TextSpanTokenizer, symbols: Tensor, readings: Iterable[Tensor]) -> None:
         """Compare symbols `b t` with what each reading says, `b t`."""
-        is_text, is_free = symbols != model.end, ~model.live(symbols)
+        is_text, is_free = symbols != model.pad_symbol, ~model.valid_mask(symbols)
         for number, seen in enumerate(readings):
             self.right[number] += ((seen == symbols) & is_text).sum().cpu()
             self.exact[number] += ((seen == symbols) | is_free).all(dim=1).sum().cpu()
@@ -90,6 +90,6 @@ class AccuracyCounter:
 
 def prefix_mask(model: TextSpanTokenizer, symbols: Tensor, bits_per_byte: float) -> Tensor:
     """As many of the first codes of each text `b t` as so many bits for each of its bytes pay for: booleans `b (n s)`."""
-    budget = (symbols != model.end).sum(dim=1) * bits_per_byte / math.log2(model.codebook_size)
+    budget = (symbols != model.pad_symbol).sum(dim=1) * bits_per_byte / math.log2(model.codebook_size)
     live = model.valid_spans(symbols).repeat(1, model.code_shape[0])
     return live & (live.cumsum(dim=1) <= budget[:, None])

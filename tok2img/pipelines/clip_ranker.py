@@ -19,15 +19,15 @@ from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.loading import (
     CONFIG_FILE,
     build_config,
+    check_finite,
     first_line,
-    load_by_tensors,
-    local_folder,
+    load_from_tensors,
     missing_or_mismatched_keys,
     read_config,
     read_json,
-    refuse_non_finite,
+    resolve_model_folder,
 )
-from tokenizers_vq.validation import is_number
+from tokenizers_vq.validation import is_finite_number
 
 from ..generation.likelihood import BATCH_SIZE
 from ..tokenization.text_tokenizer import MAX_CHARACTERS_PER_TOKEN, SubwordTokenizer, check_texts
@@ -42,18 +42,18 @@ def load_clip(folder: Path) -> CLIPModel:
     if settings.get("model_type") != "clip":
         raise ValueError(f"it holds a {settings.get('model_type')}")
     config = build_config(CLIPConfig, settings, folder / CONFIG_FILE)
-    model, info = load_by_tensors(CLIPModel, folder, config)
+    model, info = load_from_tensors(CLIPModel, folder, config)
     # Files of older versions hold the positions 0, 1, 2 ... too.
     unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith("position_ids"))
     if wrong := missing_or_mismatched_keys(info) + unknown:
         raise ValueError(f"missing, misshapen or unknown tensors {wrong[:3]}")
-    refuse_non_finite(model, folder)
+    check_finite(model, folder)
     return model
 
 
 def are_numbers(values: Any) -> TypeGuard[list[float]]:
     """Whether what a file held is a list of numbers, and not an empty one."""
-    return isinstance(values, list) and bool(values) and all(map(is_number, values))
+    return isinstance(values, list) and bool(values) and all(map(is_finite_number, values))
 
 
 class ClipRanker:
@@ -76,7 +76,7 @@ class ClipRanker:
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a CLIP model with its tokenizer from a folder or the hub; ValueError where there is none."""
         try:
-            folder = local_folder(name)
+            folder = resolve_model_folder(name)
             pixels = read_json(folder / PREPROCESSOR_FILE)
             model = load_clip(folder)
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tokenizers_vq.loading import first_line, local_copy
+from tokenizers_vq.loading import first_line, resolve_folder
 
 from ..prior.model import load_prior
 from ..tokenization.layout import SequenceLayout
@@ -37,7 +37,7 @@ def local_folder(name: str | Path) -> Path:
     if Path(name).exists() or not REPOSITORY_NAME.fullmatch(str(name)):
         return Path(name)
     try:
-        return local_copy(name)
+        return resolve_folder(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is not a tok2img model folder, nor to be had from the hub: {first_line(error)}"

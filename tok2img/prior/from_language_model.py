@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokenizers_vq.loading import first_line, local_folder
+from tokenizers_vq.loading import first_line, resolve_model_folder
 
 from ..tokenization.layout import SequenceLayout
 from .model import causal_lm_config, check_context, check_fits, generation_config_for, load_causal_lm
@@ -20,7 +20,7 @@ from .model import causal_lm_config, check_context, check_fits, generation_confi
 def base_config(base: str | Path) -> PreTrainedConfig:
     """The config of a saved causal language model; ValueError for a folder or hub name that holds none."""
     try:
-        return causal_lm_config(local_folder(base))
+        return causal_lm_config(resolve_model_folder(base))
     except OSError as error:
         raise ValueError(f"cannot load a language model from {base}: {first_line(error)}") from error
 

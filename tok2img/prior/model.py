@@ -20,12 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tokenizers_vq.loading import (
     CONFIG_FILE,
     build_config,
+    check_finite,
     first_line,
-    load_by_tensors,
-    local_folder,
+    load_from_tensors,
     read_config,
     read_json,
-    refuse_non_finite,
+    resolve_model_folder,
 )
 from tokenizers_vq.validation import did_you_mean
 
@@ -131,16 +131,16 @@ def load_causal_lm(folder: str | Path, *, what: str, refused_keys: tuple[str, ..
         ValueError: for a folder that holds none, tensors that may not be missing or there, and weights that are not finite.
     """
     try:
-        place = local_folder(folder)
+        place = resolve_model_folder(folder)
         config = causal_lm_config(place)
         settings["generation_config"] = saved_generation(place)
-        model, info = load_by_tensors(AutoModelForCausalLM.from_config, place, config, **settings)
+        model, info = load_from_tensors(AutoModelForCausalLM.from_config, place, config, **settings)
     except OSError as error:
         raise ValueError(f"cannot load a {what} from {folder}: {first_line(error)}") from error
     wrong = sorted(str(name) for key in refused_keys for name in info[key])
     if wrong:
         raise ValueError(f"{folder} does not hold a whole {what}: missing or unknown tensors {wrong[:3]}")
-    refuse_non_finite(model, folder)
+    check_finite(model, folder)
     return model.eval()
 
 

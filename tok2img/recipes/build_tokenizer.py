@@ -18,7 +18,7 @@ from tokenizers_vq import (
     VQDrawStudentConfig,
     VQVAEConfig,
 )
-from tokenizers_vq.text_base import UNKNOWN
+from tokenizers_vq.text_base import UNKNOWN_BYTE
 
 from ..data.images import load_images, load_pixels
 from ..tokenization.span_text_tokenizer import TEXT_MODELS
@@ -81,14 +81,14 @@ def build_text_model(recipe: TokenizerRecipe, rows: Dataset) -> TextSpanTokenize
     """A text model of the recipe's kind and settings; its alphabet and length, where they are not set, read from the captions."""
     model_class, config_class = TEXT_MODELS[recipe.tokenizer]
     texts = [caption.encode() for caption in rows["caption"]]
-    settings: dict[str, Any] = {"alphabet": sorted({UNKNOWN}.union(*texts))} | recipe.model
+    settings: dict[str, Any] = {"alphabet": sorted({UNKNOWN_BYTE}.union(*texts))} | recipe.model
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         if "max_length" not in settings:
             span = settings.get("span_length", config_class.span_length)
             smallest = model_class(config_class(**settings | {"max_length": span}))
             settings["max_length"] = span * max(
-                sum(1 for _ in smallest.pieces(text[:MAX_TEXT_BYTES])) for text in texts
+                sum(1 for _ in smallest.iter_chunks(text[:MAX_TEXT_BYTES])) for text in texts
             )
         return model_class(config_class(**settings))
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tokenizers_vq.model_with_loss import inner_of
+from tokenizers_vq.model_with_loss import get_inner_model
 
 from ..prior.lora import add_lora
 from ..tokenization.map_function import TokenizeBatch, token_table
@@ -92,7 +92,7 @@ def estimate_tokenizer(recipe: TokenizerRecipe) -> Estimate:
         raise ValueError("a BPE is counted, not trained in steps: there is nothing to estimate, run it as it is")
     rows = open_data(recipe, with_captions=of_text, with_images=not of_text)
     model = build_model(recipe, rows)
-    return take_steps(model, training_dataset(inner_of(model), batch_of(rows, recipe)), recipe)
+    return take_steps(model, training_dataset(get_inner_model(model), batch_of(rows, recipe)), recipe)
 
 
 def batch_of(rows: Dataset, recipe: RunSettings) -> Dataset:

@@ -3,7 +3,7 @@
 from datasets import Dataset
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
-from tokenizers_vq.model_with_loss import inner_of
+from tokenizers_vq.model_with_loss import get_inner_model
 
 from ..data.augmentation import Augmentation
 from ..tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
@@ -27,7 +27,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         return text_tokenizer
     goes_on(recipe)  # refuses another run's checkpoints, before long work
     model = build_model(recipe, rows)
-    tokenizer = inner_of(model)
+    tokenizer = get_inner_model(model)
     training_rows, held_out = split(rows, recipe)
     trainer = Trainer(
         model,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenizers_vq import DiscreteTokenizer
 from tokenizers_vq.loading import read_json
-from tokenizers_vq.validation import MAX_INT, is_whole
+from tokenizers_vq.validation import MAX_INT, is_integer
 
 VOCABULARY_MULTIPLE = 64  # matrix kernels and tensor-parallel engines like the vocabulary in multiples of this
 FILE_NAME = "layout.json"
@@ -252,7 +252,7 @@ class SequenceLayout:
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1, and not beyond all use."""
-    return is_whole(value) and 1 <= value <= MAX_INT
+    return is_integer(value) and 1 <= value <= MAX_INT
 
 
 def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:

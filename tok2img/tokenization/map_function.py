@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModel
 
 from tokenizers_vq.base import own_fields
-from tokenizers_vq.images.processing import pixels_from_levels
+from tokenizers_vq.images.processing import pixels_from_uint8
 from tokenizers_vq.loading import first_line
 
 from ..data.images import load_images, resize_to_uint8
@@ -86,7 +86,7 @@ class TokenizeBatch:
         if not len(batch.levels):
             return np.empty((0, layout.num_codes), dtype=layout.code_dtype)
         levels = torch.from_numpy(batch.levels).to(self.processor.image_tokenizer.device)
-        return self.processor.encode_pixels(pixels_from_levels(levels)).numpy().astype(layout.code_dtype)
+        return self.processor.encode_pixels(pixels_from_uint8(levels)).numpy().astype(layout.code_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tokenizer = self.processor.image_tokenizer

@@ -47,7 +47,7 @@ class DiscreteTextTokenizer:
 
     def _encode(self, captions: list[str]) -> Iterator[list[int]]:
         """Ids of each caption of one batch."""
-        symbols = self.model.symbols(captions)
+        symbols = self.model.texts_to_symbols(captions)
         codes = self.model.encode(symbols).cpu() + self._offsets()
         by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
         lengths = self.model.code_shape[0] * self.model.valid_spans(symbols).sum(dim=1)
@@ -61,7 +61,7 @@ class DiscreteTextTokenizer:
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
         """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""
         del max_length
-        return [self.model.code_shape[0] * self.model.spans_of(caption) for caption in captions]
+        return [self.model.code_shape[0] * self.model.count_spans(caption) for caption in captions]
 
     def decode(self, ids: list[int]) -> str:
         """The text that the ids stand for; ValueError for ids that are none, or not where they belong."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, cast
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
-from tokenizers_vq.loading import CONFIG_FILE, TEXT_FILES, first_line, local_copy, read_json
+from tokenizers_vq.loading import CONFIG_FILE, TEXT_FILES, first_line, read_json, resolve_folder
 
 NUM_BYTES = 256
 MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
@@ -94,7 +94,7 @@ class SubwordTokenizer:
     def from_pretrained(cls, name: str | Path) -> Self:
         """Load a saved tokenizer from a folder or the hub; ValueError where there is none."""
         try:
-            folder = local_copy(name, kinds=TEXT_FILES)
+            folder = resolve_folder(name, kinds=TEXT_FILES)
             check_no_remote_code(folder)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
         except (KeyboardInterrupt, SystemExit):

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from tokenizers_vq import DiscreteTokenizer, TextSpanTokenizer
-from tokenizers_vq.images.processing import pixels_from_levels
+from tokenizers_vq.images.processing import pixels_from_uint8
 
 from ..data.images import load_uint8
 
@@ -59,8 +59,8 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         if self.decoded is not None:
-            return {"pixel_values": pixels_from_levels(self.decoded[row])}
-        return {"pixel_values": pixels_from_levels(self._load([row])[0])}
+            return {"pixel_values": pixels_from_uint8(self.decoded[row])}
+        return {"pixel_values": pixels_from_uint8(self._load([row])[0])}
 
     def _load(self, rows: Sequence[int]) -> Tensor:
         """Images as bytes, `b c h w`."""
@@ -81,7 +81,7 @@ class TextDataset(Dataset[dict[str, Tensor]]):
     """Captions of a data set as `symbols` `t` for a text tokenizer, read once."""
 
     def __init__(self, dataset: Any, text_model: TextSpanTokenizer, caption_column: str = "caption"):
-        self.symbols = text_model.symbols(dataset[caption_column][:]).short()
+        self.symbols = text_model.texts_to_symbols(dataset[caption_column][:]).short()
 
     def __len__(self) -> int:
         return len(self.symbols)

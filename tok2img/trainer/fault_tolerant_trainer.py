@@ -17,7 +17,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from tokenizers_vq import ModelWithLoss
-from tokenizers_vq.model_with_loss import inner_of
+from tokenizers_vq.model_with_loss import get_inner_model
 
 from ..atomic_io import check_manifest
 from .checkpointing import folder_of, latest_valid_checkpoint, list_checkpoints, rotate, save_checkpoint
@@ -204,7 +204,7 @@ class FaultTolerantTrainer(transformers.Trainer):
         All processes have to take part.
         """
         trained = self.unwrapped()
-        model = inner_of(trained)
+        model = get_inner_model(trained)
         state = self._whole_weights()
         if state is None:
             return model
@@ -243,7 +243,7 @@ class FaultTolerantTrainer(transformers.Trainer):
 
 def load_weights(model: nn.Module, folder: str | Path | None) -> None:
     """Put the weights of a checkpoint folder into a model that is already built, of which a process may hold but parts."""
-    inner, file = inner_of(model), Path(str(folder), "model.safetensors")
+    inner, file = get_inner_model(model), Path(str(folder), "model.safetensors")
     if any(isinstance(parameter, DTensor) for parameter in inner.parameters()):
         # Not strict: of weights that are tied, a file holds one.
         options = StateDictOptions(full_state_dict=True, strict=False)

@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainingArguments
 
 from tokenizers_vq import DiscreteTokenizer
 from tokenizers_vq.distributed import get_world_size, local_slices
-from tokenizers_vq.model_with_loss import inner_of
+from tokenizers_vq.model_with_loss import get_inner_model
 
 from ..data.augmentation import Augmentation
 from ..prior.loss import PriorWithLoss
@@ -79,7 +79,7 @@ class Trainer(FaultTolerantTrainer):
     def begin(self, *, afresh: bool) -> None:
         """A tokenizer that starts afresh looks at some of its data."""
         model: Any = self.model
-        tokenizer = inner_of(model)
+        tokenizer = get_inner_model(model)
         may_start = afresh and self.starts_from_data
         if may_start and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
             self.init_from_data(tokenizer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pixels_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
-    """Square images as floats: `uint8_from_images`, then `pixels_from_levels`.
+    """Square images as floats: `uint8_from_images`, then `pixels_from_uint8`.
 
     Returns:
         `b c h w`, float32 in [0, 1]
@@ -19,7 +19,7 @@ def pixels_from_images(images: Sequence[Image.Image], *, image_size: int, num_ch
     Raises:
         ValueError: for no images, another mode or channel count, or a size below 1
     """
-    return pixels_from_levels(uint8_from_images(images, image_size=image_size, num_channels=num_channels))
+    return pixels_from_uint8(uint8_from_images(images, image_size=image_size, num_channels=num_channels))
 
 
 def uint8_from_images(images: Sequence[Image.Image], *, image_size: int, num_channels: Literal[1, 3]) -> Tensor:
@@ -45,7 +45,7 @@ def uint8_from_images(images: Sequence[Image.Image], *, image_size: int, num_cha
     return rearrange(torch.from_numpy(squares), "b h w ... -> b (...) h w").contiguous()
 
 
-def pixels_from_levels(levels: Tensor) -> Tensor:
+def pixels_from_uint8(levels: Tensor) -> Tensor:
     """Levels from 0 to 255 -> float32 in [0, 1]."""
     return levels.to(torch.float32).div_(255)
 

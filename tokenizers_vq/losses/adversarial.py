@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..modules.conv import group_norm
-from .reconstruction import ReconstructionLoss, parts_of, squared_error
+from .reconstruction import ReconstructionLoss, loss_terms, squared_error
 
 SMALLEST_IMAGE = 8
 MOST_DOWNSAMPLES = 3
@@ -98,12 +98,12 @@ class AdversarialLoss(nn.Module):
         self.discriminator, self.reconstruction_loss = discriminator, reconstruction_loss
         self.start_step, self.weight = start_step, weight
         self.register_buffer("steps", torch.tensor(0))
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Normalised `b c h w`, twice -> the loss, a scalar; what it consists of is left in `parts`."""
         error = self.reconstruction_loss(reconstruction, target)
-        self.parts = {**parts_of(self.reconstruction_loss), "reconstruction_loss": error.detach()}
+        self.terms = {**loss_terms(self.reconstruction_loss), "reconstruction_loss": error.detach()}
         if not self.training:
             return error
         started = self.steps >= self.start_step
@@ -116,7 +116,7 @@ class AdversarialLoss(nn.Module):
         generator = -functional_call(self.discriminator, fixed, (reconstruction,)).mean()
         weight = self.weight * adaptive_weight(error, generator, reconstruction)
         discriminator_loss = hinge_loss(self.discriminator(target), self.discriminator(reconstruction.detach()))
-        self.parts |= {
+        self.terms |= {
             "generator_loss": generator.detach(),
             "discriminator_loss": discriminator_loss.detach(),
             "disc_weight": weight,

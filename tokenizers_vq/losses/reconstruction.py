@@ -51,7 +51,7 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         self.features, self.weight, self.pixel_loss = features, weight, pixel_loss
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
         if isinstance(features, nn.Module):
             features.eval().requires_grad_(False)
 
@@ -68,7 +68,7 @@ class PerceptualLoss(nn.Module):
             wanted = self._look(target)
         distances = [feature_distance(*pair) for pair in zip(self._look(reconstruction), wanted, strict=True)]
         perceptual, pixel = torch.stack(distances).sum(), self.pixel_loss(reconstruction, target)
-        self.parts = {"pixel_loss": pixel.detach(), "perceptual_loss": perceptual.detach()}
+        self.terms = {"pixel_loss": pixel.detach(), "perceptual_loss": perceptual.detach()}
         return pixel + self.weight * perceptual
 
     def _look(self, normalized: Tensor) -> list[Tensor]:
@@ -82,6 +82,6 @@ def feature_distance(found: Tensor, wanted: Tensor) -> Tensor:
     return difference.square().sum(dim=1).mean()
 
 
-def parts_of(loss: Any) -> dict[str, Tensor]:
+def loss_terms(loss: Any) -> dict[str, Tensor]:
     """What the last value of a loss consisted of, detached; nothing for a loss that does not tell."""
-    return getattr(loss, "parts", {})
+    return getattr(loss, "terms", {})

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from .stage_conditioning import StageNorm
 
 
-def with_neighbours(x: Tensor, dilation: int) -> Tensor:
+def concat_neighbors(x: Tensor, dilation: int) -> Tensor:
     """Each position between those `dilation` before and after it, zero outside: `b t c` -> `b t (3 c)`."""
     padded, length = F.pad(x, (0, 0, dilation, dilation)), x.shape[1]
     return torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
 
 
-def rectified(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer of `b t i`, `b t o`, and where it is negative zero: in place, which only rows can be, for the rest are views."""
     return F.linear(x.flatten(0, 1), weight, bias).relu_().unflatten(0, x.shape[:2])
 
@@ -33,5 +33,5 @@ class DilatedBlock(nn.Module):
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
-        near = with_neighbours(self.norm(x, stage), self.dilation)
-        return x + self.merge(rectified(near, self.spread.weight, self.spread.bias))
+        near = concat_neighbors(self.norm(x, stage), self.dilation)
+        return x + self.merge(linear_relu(near, self.spread.weight, self.spread.bias))

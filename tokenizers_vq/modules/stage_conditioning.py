@@ -15,12 +15,12 @@ class StageGain(nn.Module):
     A gain is folded into the layer before it, wherever that is less work than to scale what comes out.
 
     Args:
-        start: makes the first gains of their two sizes; the original has `torch.randn`.
+        init: makes the first gains of their two sizes; the original has `torch.randn`.
     """
 
-    def __init__(self, num_stages: int, num_channels: int, *, start: Callable[[int, int], Tensor] = torch.ones):
+    def __init__(self, num_stages: int, num_channels: int, *, init: Callable[[int, int], Tensor] = torch.ones):
         super().__init__()
-        self.gain = nn.Parameter(start(num_stages, num_channels))
+        self.gain = nn.Parameter(init(num_stages, num_channels))
 
     def scaled_conv(self, layer: nn.Module, x: Tensor, stage: int) -> Tensor:
         """Convolve `b c h w` and scale: the weights or the pixels, whichever are fewer."""

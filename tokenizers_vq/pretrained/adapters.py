@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..base import own_fields
-from ..loading import first_line, local_folder, missing_or_mismatched_keys, read_config, tensor_headers
+from ..loading import first_line, missing_or_mismatched_keys, read_config, resolve_model_folder, tensor_headers
 from ..validation import check_choice, check_known_fields, check_number
 
 
@@ -191,7 +191,7 @@ def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
         ValueError: for what is no such folder, for a model that is none of `FAMILIES`, and for missing or misshapen tensors.
     """
     try:
-        model, info = _load(local_folder(name, subfolder=subfolder))
+        model, info = _load(resolve_model_folder(name, subfolder=subfolder))
     except Exception as error:  # each library and class makes something else of what it does not know
         raise ValueError(f"cannot load an image tokenizer from {name}: {first_line(error)}") from error
     if absent := missing_or_mismatched_keys(info):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from ..images.normalization import PixelNormalization
-from ..loading import refuse_non_finite
+from ..loading import check_finite
 from ..modules.eval_mode import eval_mode
 from ..quantization.code_usage import perplexity
 from ..quantization.gradient_estimators import straight_through
@@ -96,7 +96,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
         )
-        refuse_non_finite(model, config.family)
+        check_finite(model, config.family)
         with torch.device("meta"):
             tokenizer = cls(config)
         tokenizer.model = model.float()

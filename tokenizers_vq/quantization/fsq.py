@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..validation import check_range
+from ..validation import check_code_range
 from .code_usage import CodeUsage
 from .gradient_estimators import straight_through
 from .vector_layout import VectorView
@@ -70,7 +70,7 @@ class FSQ(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> rounded vectors `... d` (or `b d h w`). ValueError for codes of another type or range."""
-        check_range(codes, self.codebook_size)
+        check_code_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             return self.view.place(self.numbers(codes))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..validation import check_choice, check_number, check_range
+from ..validation import check_choice, check_code_range, check_number
 from .gradient_estimators import GRADIENTS, apply_commitment_loss
 from .nearest_neighbors import nearest_codes
 from .vector_layout import VectorView
@@ -101,7 +101,7 @@ class ResidualQuantizer(nn.Module):
         """
         if not 1 <= codes.shape[-1] <= self.num_quantizers:
             raise ValueError(f"expected codes of 1 to {self.num_quantizers} levels, got {codes.shape[-1]}")
-        check_range(codes, self.codebook_size)
+        check_code_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             total = torch.zeros((), device=codes.device)
             for number, level in enumerate(self.quantizers()[: codes.shape[-1]]):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import best_of_ranks, broadcast_from_rank0, each_summed_over_ranks, own_part_of_noise
-from ..validation import can_read_without_sync, check_choice, check_number, check_range
+from ..distributed import all_reduce_coalesced, all_reduce_top_k, broadcast_from_rank0, local_exponential_noise
+from ..validation import can_read_without_sync, check_choice, check_code_range, check_number
 from .code_usage import CodeUsage
 from .gradient_estimators import GRADIENTS, apply_commitment_loss
 from .kmeans import KMEANS_STEPS, assigned_sums, gumbel_top_k, kmeans
@@ -126,7 +126,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes `...` -> codebook entries `... d` (or `b d h w`). ValueError for codes of another type or range."""
-        check_range(codes, self.codebook_size)
+        check_code_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             return self.view.place(F.embedding(codes.long(), self.entries()))
 
@@ -196,7 +196,7 @@ class VectorQuantizer(nn.Module):
         """Appendix A.1, equations 6-8, by those of the vectors `n d` that are kept; the average grows longer up to `decay`."""
         # What is left out counts for a code that does not exist.
         counts, sums = assigned_sums(vectors, torch.where(kept, codes, self.codebook_size), self.codebook_size + 1)
-        counts, sums = each_summed_over_ranks(counts[:-1], sums[:-1])
+        counts, sums = all_reduce_coalesced(counts[:-1], sums[:-1])
         self.usage.add(counts)
         self.num_batches += 1
         # At first a batch counts for much: the encoder has just begun to move, and codes that lag behind it fall out of use. But no more
@@ -215,12 +215,12 @@ class VectorQuantizer(nn.Module):
 
     def _places(self, vectors: Tensor, codes: Tensor, kept: Tensor, errors: Tensor) -> Tensor:
         """Where codes out of use may go, `k d`: drawn among the worst served of the vectors `n d` of all processes."""
-        noise = own_part_of_noise(errors)
+        noise = local_exponential_noise(errors)
         worst, keys = gumbel_top_k(torch.where(kept, errors, 0), noise, self.codebook_size)
         # A vector that is left out is no place for a code.
         places = torch.where(kept[worst, None], vectors[worst], self.codebook[codes[worst]])
         missing = self.codebook_size - len(worst)
-        return best_of_ranks(F.pad(keys, (0, missing), value=-torch.inf), F.pad(places, (0, 0, 0, missing)))
+        return all_reduce_top_k(F.pad(keys, (0, missing), value=-torch.inf), F.pad(places, (0, 0, 0, missing)))
 
     def _revive(self, dead: Tensor, places: Tensor) -> None:
         """Give each code that is out of use, `k` booleans, the place `d` of its row `k d`."""

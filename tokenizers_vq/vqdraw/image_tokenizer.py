@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base import DiscreteTokenizer, DiscreteTokenizerConfig, TokenizerOutput
 from ..images.normalization import PixelNormalization
-from ..loading import refuse_non_finite
+from ..loading import check_finite
 from ..validation import check_choice, check_image_size, check_stages
 from .beam_search import beam_search
 from .core import VQDraw, build_draw
@@ -134,7 +134,7 @@ class VQDrawForImages(DiscreteTokenizer):
             raise ValueError(f"{path}: {error}") from error
         model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings | overrides))
         model.draw.load_state_dict(convert_state_dict(tensors))
-        refuse_non_finite(model, path)
+        check_finite(model, path)
         return model.eval()
 
     @property

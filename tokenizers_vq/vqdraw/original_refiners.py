@@ -142,7 +142,7 @@ class PublishedRefiner(nn.Module):
     def __init__(self, name: str, *, num_stages: int, codebook_size: int, gaussian: bool = False):
         super().__init__()
         num_channels = state_channels(name, gaussian=gaussian)
-        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, start=torch.randn), num_channels))
+        self.layers = Stack(LAYERS[name](partial(StageGain, num_stages, init=torch.randn), num_channels))
         num_heads = num_stages if name == "svhn" else 1
         self.heads = nn.ModuleList(
             same(HEAD_FEATURES[name], codebook_size * num_channels, HEAD_WIDTHS[name]) for _ in range(num_heads)

@@ -100,22 +100,22 @@ class VQDrawForText(TextSpanTokenizer):
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> codes `b (n s)`."""
-        return self._by_stage(self.draw(self.target(symbols)).codes)
+        return self._by_stage(self.draw(self.make_labels(symbols)).codes)
 
-    def decode_with_mask(self, codes: Tensor, given: Tensor) -> Tensor:
-        """Codes `b (n s)`, of which some are `given`, -> symbols `b t`."""
-        *_, last = self._states(codes, given)
+    def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """Codes `b (n s)`, of which some are `mask`, -> symbols `b t`."""
+        *_, last = self._states(codes, mask)
         return self._observed(last)
 
     @torch.no_grad()
-    def symbols_after_stages(self, codes: Tensor) -> Iterator[Tensor]:
+    def decode_symbols_progressively(self, codes: Tensor) -> Iterator[Tensor]:
         """As the plain form, in one pass."""
-        for state in self._states(*self.in_whole_stages(codes)):
+        for state in self._states(*self.pad_to_stages(codes)):
             yield self._observed(state)
 
-    def _states(self, codes: Tensor, given: Tensor) -> Iterator[Tensor]:
-        """After each stage of the codes `b (n s)`, each span's state after the last of its codes that is `given`, `(b s) t v`."""
-        by_span, is_given = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, given))
+    def _states(self, codes: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """After each stage of the codes `b (n s)`, each span's state after the last of its codes that is `mask`, `(b s) t v`."""
+        by_span, is_given = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, mask))
         before = self.draw.first_state(len(by_span))
         with torch.autocast(codes.device.type, enabled=False):
             for stage, state in enumerate(self.draw.states(by_span)):
@@ -128,7 +128,7 @@ class VQDrawForText(TextSpanTokenizer):
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:
         """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
-        target = self.target(symbols)
+        target = self.make_labels(symbols)
         drawing = self.draw(target)
         observed = self.error.observed(drawing.state.detach())
         live = (target != IGNORE_INDEX).sum()
@@ -150,7 +150,7 @@ class VQDrawForText(TextSpanTokenizer):
 
     def init_from_data(self, symbols: Tensor) -> None:
         """Start as a residual quantizer of `b t`; see `VQDraw.init_from_data`."""
-        spans = self.target(symbols)
+        spans = self.make_labels(symbols)
         spans = spans[(spans != IGNORE_INDEX).any(dim=1)]
         self.draw.init_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
 

@@ -106,9 +106,9 @@ class VQVAEForText(TextSpanTokenizer):
             codes = self.quantizer(self._latents(symbols)).codes
         return self._in_sequence(codes, self.valid_spans(symbols))
 
-    def decode_with_mask(self, codes: Tensor, given: Tensor) -> Tensor:
-        """Codes `b (n s)`, of which some are `given`, -> symbols `b t`."""
-        by_span, known = (rearrange(each, "b (n s) -> b s n", s=self.num_spans) for each in (codes, given))
+    def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """Codes `b (n s)`, of which some are `mask`, -> symbols `b t`."""
+        by_span, known = (rearrange(each, "b (n s) -> b s n", s=self.num_spans) for each in (codes, mask))
         with torch.autocast(codes.device.type, enabled=False):
             return self._logits(self._look_up(by_span, known)).argmax(dim=2)
 
@@ -121,7 +121,7 @@ class VQVAEForText(TextSpanTokenizer):
         else:
             coded = self.quantizer(latents, live)
         logits = self._logits(torch.where(live[..., None], coded.quantized, self._after_the_end()))
-        target = symbols.where(self.live(symbols), IGNORE_INDEX)
+        target = symbols.where(self.valid_mask(symbols), IGNORE_INDEX)
         error = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE_INDEX)
         reconstruction = logits.detach().argmax(dim=2)
         metrics = {
@@ -146,7 +146,7 @@ class VQVAEForText(TextSpanTokenizer):
     def _latents(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> a vector for each span, `b s d`."""
         self.check_symbols(symbols)
-        hidden = self.encoder(self.embedding(symbols.where(self.live(symbols), self.num_symbols)))
+        hidden = self.encoder(self.embedding(symbols.where(self.valid_mask(symbols), self.num_symbols)))
         return self.to_code(rearrange(hidden, "b (s t) c -> b s (t c)", s=self.num_spans))
 
     def _logits(self, vectors: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..base import TokenizerOutput
-from ..losses.reconstruction import ReconstructionLoss, parts_of
+from ..losses.reconstruction import ReconstructionLoss, loss_terms
 from ..model_with_loss import ModelWithLoss
 from .image_tokenizer import VQVAE
 
@@ -27,4 +27,4 @@ class TokenizerWithLoss(ModelWithLoss):
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> the tokenizer's output with this loss, its parts among the metrics."""
         output = self.tokenizer(pixel_values, self.reconstruction_loss)
-        return replace(output, metrics={**output.metrics, **parts_of(self.reconstruction_loss)})
+        return replace(output, metrics={**output.metrics, **loss_terms(self.reconstruction_loss)})

@@ -36,7 +36,7 @@ def main(data: str, seconds: float, *, max_texts: int = 1000) -> dict[str, Any]:
     curves: dict[str, Any] = {}
     for name, settings in MODELS.items():
         model = build_text_model(TokenizerRecipe(tokenizer=f"{name}_text", model=SHARED | settings), rows)
-        symbols = model.symbols(rows["caption"][:])
+        symbols = model.texts_to_symbols(rows["caption"][:])
         steps = train_for(
             model,
             symbols[torch.randperm(len(symbols))],

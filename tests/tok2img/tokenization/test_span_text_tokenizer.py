@@ -50,7 +50,7 @@ def vqdraw() -> VQDrawForText:
 def vqvae() -> VQVAEForText:
     torch.manual_seed(0)
     model = VQVAEForText(VQVAETextConfig(**SETTINGS["vqvae_text"], max_length=16)).eval()
-    model.init_from_data(model.symbols([f"{number} {number**2}" for number in range(50)]))
+    model.init_from_data(model.texts_to_symbols([f"{number} {number**2}" for number in range(50)]))
     return model
 
 
@@ -88,8 +88,8 @@ def test_ids_are_stage_by_stage_for_each_span_up_to_the_end(text_codes, model):
 
 def test_captions_that_come_again_are_encoded_once(text_codes, model, monkeypatch):
     expected = text_codes.encode(["a red", "", "a blue"])
-    seen, symbols = [], model.symbols
-    monkeypatch.setattr(model, "symbols", lambda texts: [seen.extend(texts), symbols(texts)][1])
+    seen, symbols = [], model.texts_to_symbols
+    monkeypatch.setattr(model, "texts_to_symbols", lambda texts: [seen.extend(texts), symbols(texts)][1])
     assert text_codes.encode(["a red", "", "a red", "a blue", ""]) == [expected[index] for index in (0, 1, 0, 2, 1)]
     assert seen == ["a red", "", "a blue"]
 
@@ -221,12 +221,12 @@ class TestReport:
     def test_counts_what_is_right_and_what_it_costs(self, model):
         texts = ["a red square", "", "x", "twelve bytes and more"]
         report = evaluate_text_tokenizer(model, texts)
-        codes, symbols = model.encode(texts), model.symbols(texts)
+        codes, symbols = model.encode(texts), model.texts_to_symbols(texts)
         lengths = [12, 0, 1, 16]
         for stage, seen in enumerate(model.decode_progressively(codes)):
             pairs = zip(seen, [text.encode()[:16] for text in texts], strict=True)
             assert report["exact_match"][stage] == pytest.approx(sum(a.encode() == b for a, b in pairs) / 4)
-        right = (model.decode_symbols(codes) == symbols)[symbols != model.end].sum().item()
+        right = (model.decode_symbols(codes) == symbols)[symbols != model.pad_symbol].sum().item()
         assert report["byte_accuracy"][-1] == pytest.approx(right / sum(lengths))
         assert report["bits_per_byte"][-1] == pytest.approx(3 * 3 * (4 + 1 + 1 + 4) / sum(lengths))
         assert report["texts_cut"] == 1 and report["bytes_per_text"] == sum(lengths) / 4
@@ -234,7 +234,7 @@ class TestReport:
 
     def test_rates_spend_what_they_may(self, model):
         texts = ["a red square", "x"]
-        symbols = model.symbols(texts)
+        symbols = model.texts_to_symbols(texts)
         given = prefix_mask(model, symbols, 2).view(2, 3, 4)
         assert given[0].tolist() == [[True] * 4, [True] * 4, [False] * 4]  # 24 bits at 3 each
         assert not given[1].any()  # 2 bits buy no code
@@ -242,17 +242,17 @@ class TestReport:
 
     def test_at_a_rate_no_more_is_read_than_it_pays_for(self, model):
         texts = ["a red square", "x"]
-        symbols, codes = model.symbols(texts), model.encode(texts)
+        symbols, codes = model.texts_to_symbols(texts), model.encode(texts)
         paid = prefix_mask(model, symbols, 2)
         seen = model.decode_with_mask(codes, paid)
         assert torch.equal(seen, model.decode_with_mask(codes.where(paid, 5), paid))
-        right = (seen == symbols)[symbols != model.end].sum().item()
+        right = (seen == symbols)[symbols != model.pad_symbol].sum().item()
         report = evaluate_text_tokenizer(model, texts)
         assert report["at_bits_per_byte"]["2"]["byte_accuracy"] == pytest.approx(right / 13)
 
     def test_what_nothing_is_paid_for_is_what_a_vqdraw_state_of_zeros_says(self, vqdraw):
-        symbols, codes = vqdraw.symbols(["a red square", "x"]), vqdraw.encode(["a red square", "x"])
-        *_, second, _ = vqdraw.symbols_after_stages(codes[:1])
+        symbols, codes = vqdraw.texts_to_symbols(["a red square", "x"]), vqdraw.encode(["a red square", "x"])
+        *_, second, _ = vqdraw.decode_symbols_progressively(codes[:1])
         seen = vqdraw.decode_with_mask(codes, prefix_mask(vqdraw, symbols, 2))
         assert torch.equal(seen[0, :12], second[0, :12])
         assert torch.equal(seen[1], vqdraw.error.observed(vqdraw.draw.first_state(4)).flatten())

@@ -88,13 +88,13 @@ def test_the_factor_multiplies_the_adaptive_weight(normalized):
     losses = [AdversarialLoss(discriminator, start_step=0, weight=weight).train() for weight in (1.0, 0.25)]
     for loss in losses:
         loss(*normalized)
-    whole, quarter = (loss.parts["disc_weight"] for loss in losses)
+    whole, quarter = (loss.terms["disc_weight"] for loss in losses)
     torch.testing.assert_close(quarter, whole / 4)
 
 
 def test_the_loss_is_the_sum_of_its_parts(normalized):
     loss = AdversarialLoss(small_discriminator(), start_step=0, reconstruction_loss=absolute_error).train()
-    value, parts = loss(*normalized), loss.parts
+    value, parts = loss(*normalized), loss.terms
     assert parts["reconstruction_loss"] == absolute_error(*normalized)
     weighted = parts["disc_weight"] * parts["generator_loss"]
     torch.testing.assert_close(value, parts["reconstruction_loss"] + weighted + parts["discriminator_loss"])
@@ -104,7 +104,7 @@ def test_the_loss_is_the_sum_of_its_parts(normalized):
 def test_one_backward_pass_gives_both_networks_the_gradients_of_their_own_losses(model, images):
     tokenizer, discriminator = copy.deepcopy(model.tokenizer), copy.deepcopy(model.reconstruction_loss.discriminator)
     model(images).loss.backward()
-    weight = model.reconstruction_loss.parts["disc_weight"]
+    weight = model.reconstruction_loss.terms["disc_weight"]
 
     kept = []
 
@@ -131,9 +131,9 @@ def test_before_its_first_step_the_discriminator_does_nothing(tiny_vqvae, images
         of_plain.backward()
         assert of_model == of_plain and all_equal(gradients(tiny_vqvae), gradients(plain))
         assert not any(gradient.any() for gradient in gradients(loss.discriminator).values())
-    assert "generator_loss" not in loss.parts
+    assert "generator_loss" not in loss.terms
     model(images).loss.backward()
-    assert "generator_loss" in loss.parts
+    assert "generator_loss" in loss.terms
     assert all(gradient.any() for name, gradient in gradients(loss.discriminator).items() if name.endswith("weight"))
 
 

@@ -69,7 +69,7 @@ def test_the_perceptual_loss_adds_up_its_layers_and_the_pixels(pair):
     layers = zip(features(pair[0]), features(pair[1]), strict=True)
     expected = absolute_error(*pair) + 0.5 * sum(feature_distance(*layer) for layer in layers)
     torch.testing.assert_close(loss(*pair), expected)
-    assert loss(*pair) == loss.parts["pixel_loss"] + 0.5 * loss.parts["perceptual_loss"]
+    assert loss(*pair) == loss.terms["pixel_loss"] + 0.5 * loss.terms["perceptual_loss"]
 
 
 def test_one_tensor_of_features_will_do(pair):

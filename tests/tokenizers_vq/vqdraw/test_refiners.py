@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_vq.modules.conv import channels_last, group_norm
-from tokenizers_vq.modules.dilated_conv import with_neighbours
+from tokenizers_vq.modules.dilated_conv import concat_neighbors
 from tokenizers_vq.modules.stage_conditioning import StageGain
 from tokenizers_vq.vqdraw.options import DenseOptions, LinearOptions
 from tokenizers_vq.vqdraw.refiners import ConvRefiner, SegmentedRefiner
@@ -82,7 +82,7 @@ def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 6, 4, stride=2, padding=1), nn.ConvTranspose2d(3, 6, 4, stride=2)])
 def test_gains_scale_what_a_convolution_makes(images, layer):
-    gains = StageGain(4, 6, start=torch.randn)
+    gains = StageGain(4, 6, init=torch.randn)
     expected = layer(images) * gains.gain[1, :, None, None]
     for x in (images, channels_last(images)):
         torch.testing.assert_close(gains.scaled_conv(layer, x, 1), expected)
@@ -91,7 +91,7 @@ def test_gains_scale_what_a_convolution_makes(images, layer):
 
 
 def test_gains_scale_what_a_normalisation_makes(images):
-    gains, norm = StageGain(4, 3, start=torch.randn), group_norm(3)
+    gains, norm = StageGain(4, 3, init=torch.randn), group_norm(3)
     expected = norm(images) * gains.gain[1, :, None, None]
     torch.testing.assert_close(gains.scaled_norm(norm, images, 1), expected)
 
@@ -113,7 +113,7 @@ def test_neighbours_and_their_gradient_are_those_of_the_definition(length, dilat
     shifts = [torch.diag_embed(torch.ones(max(0, length - abs(by)), dtype=x.dtype), by) for by in near]
     shifts = [shift if len(shift) == length else x.new_zeros(length, length) for shift in shifts]
     plain = torch.cat([shift @ x for shift in shifts], dim=2)
-    near, weights = with_neighbours(x, dilation), torch.randn_like(plain)
+    near, weights = concat_neighbors(x, dilation), torch.randn_like(plain)
     assert torch.equal(near, plain)
     torch.testing.assert_close(*(torch.autograd.grad((each * weights).sum(), x)[0] for each in (near, plain)))
-    assert not length or torch.autograd.gradgradcheck(with_neighbours, (x, dilation))
+    assert not length or torch.autograd.gradgradcheck(concat_neighbors, (x, dilation))

@@ -47,7 +47,7 @@ def trained() -> VQDrawForText:
     torch.manual_seed(0)
     letters = sorted({*b"?", *"".join(TEXTS).encode()})
     model = VQDrawForText(VQDrawTextConfig(**TINY | {"alphabet": letters, "codebook_size": 16}))
-    symbols = model.symbols(TEXTS * 8)
+    symbols = model.texts_to_symbols(TEXTS * 8)
     model.init_from_data(symbols)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
@@ -139,7 +139,7 @@ class TestText:
     @given(st.lists(st.text(max_size=30), max_size=3))
     def test_symbols_give_back_what_fits(self, model, texts):
         expected = [whole_characters(text.encode()[:18]).decode() for text in texts]
-        assert model.texts(model.symbols(texts)) == expected
+        assert model.symbols_to_texts(model.texts_to_symbols(texts)) == expected
 
     @given(st.text(max_size=30))
     def test_every_text_comes_back_as_some_text(self, model, text):
@@ -147,16 +147,16 @@ class TestText:
 
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, model, text):
-        live = model.valid_spans(model.symbols([text])).sum()
-        assert min(model.spans_of(text), model.num_spans) == live
-        assert (model.spans_of(text) > model.num_spans) == (len(text.encode()) > 18)
+        live = model.valid_spans(model.texts_to_symbols([text])).sum()
+        assert min(model.count_spans(text), model.num_spans) == live
+        assert (model.count_spans(text) > model.num_spans) == (len(text.encode()) > 18)
 
     def test_bytes_outside_the_alphabet_are_question_marks(self, trained):
-        assert trained.texts(trained.symbols(["a Zebra é"])) == ["a ?ebra ??"]
+        assert trained.symbols_to_texts(trained.texts_to_symbols(["a Zebra é"])) == ["a ?ebra ??"]
 
     def test_cut_texts_are_reported_and_end_between_characters(self, model, caplog):
         with caplog.at_level(logging.WARNING, logger="tokenizers_vq"):
-            assert model.texts(model.symbols(["a" * 17 + "é", "short"])) == ["a" * 17, "short"]
+            assert model.symbols_to_texts(model.texts_to_symbols(["a" * 17 + "é", "short"])) == ["a" * 17, "short"]
         assert "1 of 2 texts are longer than 3 spans and were cut" in caplog.text
 
     def test_no_texts_are_no_codes(self, model):
@@ -169,31 +169,31 @@ class TestWordSpans:
             "word": [b"a", b" yello", b"w", b" dog", b",", b" 42", b"  ", b"more"],
             "words": [b"a", b" yello", b"w", b" dog,", b" 42  ", b"more"],
         }
-        assert list(words.pieces(b"a yellow dog, 42  more")) == expected[words.config.span_unit]
+        assert list(words.iter_chunks(b"a yellow dog, 42  more")) == expected[words.config.span_unit]
 
     @given(st.text(max_size=30))
     def test_symbols_give_back_what_fits(self, words, text):
-        fitting = whole_characters(b"".join(list(words.pieces(text.encode()))[:6])).decode()
-        assert words.texts(words.symbols([text])) == [fitting]
+        fitting = whole_characters(b"".join(list(words.iter_chunks(text.encode()))[:6])).decode()
+        assert words.symbols_to_texts(words.texts_to_symbols([text])) == [fitting]
 
     @given(st.text(max_size=24))
     def test_spans_are_counted_without_encoding(self, words, text):
-        live = words.valid_spans(words.symbols([text])).sum()
-        assert min(words.spans_of(text), words.num_spans) == live
+        live = words.valid_spans(words.texts_to_symbols([text])).sum()
+        assert min(words.count_spans(text), words.num_spans) == live
 
     def test_what_fills_up_is_free(self, words):
-        target = words.target(words.symbols(["a tiger"])).view(6, 6)
+        target = words.make_labels(words.texts_to_symbols(["a tiger"])).view(6, 6)
         assert (target != IGNORE_INDEX).sum(dim=1).tolist() == [2, 6, 1, 0, 0, 0]
         assert not words.encode(["a dog"]).view(3, 6)[:, 3:].any()
 
     def test_codes_decode_to_the_reconstruction(self, words):
-        symbols = words.symbols(TEXTS)
+        symbols = words.texts_to_symbols(TEXTS)
         assert torch.equal(words.decode_symbols(words.encode(TEXTS)), words(symbols).reconstruction)
 
 
 class TestCodes:
     def test_decode_to_the_reconstruction(self, model):
-        symbols = model.symbols(TEXTS)
+        symbols = model.texts_to_symbols(TEXTS)
         output = model(symbols)
         assert torch.equal(model.encode(TEXTS), output.codes) and output.codes.shape == (5, 9)
         assert torch.equal(model.decode_symbols(output.codes), output.reconstruction)
@@ -208,8 +208,8 @@ class TestCodes:
 
     def test_spans_know_their_neighbours(self, model):
         """Else a longer context would change nothing."""
-        one, other = model.symbols(["aaaaaabbbbbb"]), model.symbols(["aaaaaacccccc"])
-        states = [model.draw(model.target(each)).errors.view(3, 3, 8)[0] for each in (one, other)]
+        one, other = model.texts_to_symbols(["aaaaaabbbbbb"]), model.texts_to_symbols(["aaaaaacccccc"])
+        states = [model.draw(model.make_labels(each)).errors.view(3, 3, 8)[0] for each in (one, other)]
         assert torch.equal(states[0][0], states[1][0]) and not torch.equal(states[0][1:], states[1][1:])
 
     def test_prefixes_decode_to_the_stages(self, model):
@@ -219,8 +219,8 @@ class TestCodes:
 
     def test_the_one_pass_through_all_stages_equals_the_plain_form(self, model):
         codes = model.encode(TEXTS)[:, :8]
-        plain = super(VQDrawForText, model).symbols_after_stages(codes)
-        for seen, expected in zip(model.symbols_after_stages(codes), plain, strict=True):
+        plain = super(VQDrawForText, model).decode_symbols_progressively(codes)
+        for seen, expected in zip(model.decode_symbols_progressively(codes), plain, strict=True):
             assert torch.equal(seen, expected)
 
     def test_a_prefix_within_a_stage_changes_the_first_spans_only(self, model):
@@ -236,7 +236,9 @@ class TestCodes:
     def test_one_span_may_cover_the_whole_text(self):
         model = tiny(span_length=18)
         assert model.code_shape == (3, 1) and model.encode(TEXTS).shape == (5, 3)
-        assert torch.equal(model.decode_symbols(model.encode(TEXTS)), model(model.symbols(TEXTS)).reconstruction)
+        assert torch.equal(
+            model.decode_symbols(model.encode(TEXTS)), model(model.texts_to_symbols(TEXTS)).reconstruction
+        )
 
 
 class TestTraining:
@@ -245,33 +247,35 @@ class TestTraining:
 
     def test_starts_with_every_option_in_use(self):
         model = VQDrawForText(VQDrawTextConfig(**TINY))
-        symbols = model.symbols(["".join(chr(97 + (start + step) % 26) for step in range(18)) for start in range(26)])
+        symbols = model.texts_to_symbols(
+            ["".join(chr(97 + (start + step) % 26) for step in range(18)) for start in range(26)]
+        )
         model.init_from_data(symbols)
         first = model.encode(symbols).view(26, 3, 3)[:, 0]
         assert len(first.unique()) == 8
 
     def test_every_parameter_gets_a_gradient(self):
         model = tiny().train()
-        model(model.symbols(TEXTS)).loss.backward()
+        model(model.texts_to_symbols(TEXTS)).loss.backward()
         unread = {"draw.refiner.head", "draw.biases"}  # of options that nothing chose
         idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not set(idle) - unread
 
     def test_errors_fall_from_stage_to_stage(self, trained):
-        errors = trained.draw(trained.target(trained.symbols(TEXTS))).chosen.mean(dim=0)
+        errors = trained.draw(trained.make_labels(trained.texts_to_symbols(TEXTS))).chosen.mean(dim=0)
         assert all(after < before for before, after in pairwise(errors.tolist()))
 
     def test_stage_checkpointing_changes_no_gradient(self):
         gradients = []
         for checkpoint_stages in (False, True):
             model = tiny(checkpoint_stages=checkpoint_stages, num_aux_options=0).train()
-            model(model.symbols(TEXTS)).loss.backward()
+            model(model.texts_to_symbols(TEXTS)).loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         torch.testing.assert_close(*gradients)
 
     def test_revival_moves_dead_options_to_texts_that_need_them(self):
         model = tiny()
-        target = model.target(model.symbols(TEXTS))
+        target = model.make_labels(model.texts_to_symbols(TEXTS))
         dead = torch.zeros(3, 8, dtype=torch.bool)
         dead[0, 5] = True
         before = model.draw.biases.clone()

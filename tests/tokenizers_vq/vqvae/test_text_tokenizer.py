@@ -26,7 +26,7 @@ def tiny(**settings) -> VQVAEForText:
 def trained() -> VQVAEForText:
     letters = sorted({*b"?", *"".join(TEXTS).encode()})
     model = tiny(alphabet=letters).train()
-    symbols = model.symbols(TEXTS * 2)
+    symbols = model.texts_to_symbols(TEXTS * 2)
     model.init_from_data(symbols)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):
@@ -41,23 +41,23 @@ def test_training_brings_texts_back(trained):
 
 
 def test_each_level_tells_more_than_those_before_it(trained):
-    symbols = trained.symbols(TEXTS)
-    stages = trained.symbols_after_stages(trained.encode(TEXTS))
-    right = [(seen == symbols)[trained.live(symbols)].float().mean().item() for seen in stages]
+    symbols = trained.texts_to_symbols(TEXTS)
+    stages = trained.decode_symbols_progressively(trained.encode(TEXTS))
+    right = [(seen == symbols)[trained.valid_mask(symbols)].float().mean().item() for seen in stages]
     assert 0.2 < right[0] <= right[1] <= right[2] == 1
 
 
 def test_what_fills_up_changes_no_code(trained):
     """Else a text would code otherwise behind another one's remains."""
-    symbols = trained.symbols(["x", "a blue disc"])
-    other = symbols.where(trained.live(symbols), 3)
-    other[0, 1] = other[1, 11] = trained.end
-    assert not torch.equal(symbols, other) and torch.equal(trained.live(symbols), trained.live(other))
+    symbols = trained.texts_to_symbols(["x", "a blue disc"])
+    other = symbols.where(trained.valid_mask(symbols), 3)
+    other[0, 1] = other[1, 11] = trained.pad_symbol
+    assert not torch.equal(symbols, other) and torch.equal(trained.valid_mask(symbols), trained.valid_mask(other))
     assert torch.equal(trained.encode(symbols), trained.encode(other))
 
 
 def test_spans_know_their_neighbours(trained):
-    one, other = trained.symbols(["a red square", "a red sqssss"])
+    one, other = trained.texts_to_symbols(["a red square", "a red sqssss"])
     latents = trained._latents(torch.stack([one, other]))
     assert not torch.equal(latents[0, 0], latents[1, 0])
 
@@ -65,7 +65,7 @@ def test_spans_know_their_neighbours(trained):
 @pytest.mark.parametrize("quantizer", ["residual", "vector", "fsq"])
 def test_spans_past_the_end_count_for_nothing(quantizer):
     model = tiny(quantizer=quantizer, fsq_levels=[4, 4]).train()
-    symbols = model.symbols(TEXTS)
+    symbols = model.texts_to_symbols(TEXTS)
     model(symbols)
     num_live = int(model.valid_spans(symbols).sum())
     usages = [module for name, module in model.named_modules() if name.endswith("usage")]
@@ -73,13 +73,13 @@ def test_spans_past_the_end_count_for_nothing(quantizer):
     assert [usage.histogram.sum() for usage in usages] == [num_live] * model.code_shape[0]
     model.eval()
     output = model(symbols)
-    changed = symbols.where(model.live(symbols), 5)
+    changed = symbols.where(model.valid_mask(symbols), 5)
     assert model(changed).loss == output.loss
 
 
 def test_codebooks_start_on_latents_of_texts_alone():
     model = tiny()
-    symbols = model.symbols(["x"] * 40 + ["two green cats sat"] * 40)
+    symbols = model.texts_to_symbols(["x"] * 40 + ["two green cats sat"] * 40)
     model.init_from_data(symbols)
     first = model.quantizer.levels[0].codebook
     latents = model.eval()._latents(symbols)[model.valid_spans(symbols)]
@@ -111,8 +111,8 @@ class TestPrefixes:
 
 def test_the_codebook_may_learn_by_its_loss():
     model = tiny(ema_update=False).train()
-    model.init_from_data(model.symbols([f"{number} {number**2}" for number in range(100)]))
-    model(model.symbols(TEXTS)).loss.backward()
+    model.init_from_data(model.texts_to_symbols([f"{number} {number**2}" for number in range(100)]))
+    model(model.texts_to_symbols(TEXTS)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
