@@ -38,12 +38,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, num_channels: int, hidden_channels: int):
         super().__init__()
         self.norm = group_norm(num_channels)
-        self.spread = nn.Conv2d(num_channels, hidden_channels, 3, padding=1)
-        self.merge = nn.Conv2d(hidden_channels, num_channels, 1)
+        self.expand = nn.Conv2d(num_channels, hidden_channels, 3, padding=1)
+        self.project = nn.Conv2d(hidden_channels, num_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c h w` -> `b c h w`."""
-        return x + batch_invariant_conv1x1(self.merge, F.relu(self.spread(F.relu(self.norm(x)))))
+        return x + batch_invariant_conv1x1(self.project, F.relu(self.expand(F.relu(self.norm(x)))))
 
 
 def downsampling(in_channels: int, widths: list[int]) -> nn.Sequential:

@@ -28,10 +28,10 @@ class DilatedBlock(nn.Module):
         super().__init__()
         self.dilation = dilation
         self.norm = StageNorm(num_stages, num_channels)
-        self.spread = nn.Linear(3 * num_channels, 2 * num_channels)
-        self.merge = nn.Linear(2 * num_channels, num_channels)
+        self.expand = nn.Linear(3 * num_channels, 2 * num_channels)
+        self.project = nn.Linear(2 * num_channels, num_channels)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b t c` -> `b t c`."""
         near = concat_neighbors(self.norm(x, stage), self.dilation)
-        return x + self.merge(linear_relu(near, self.spread.weight, self.spread.bias))
+        return x + self.project(linear_relu(near, self.expand.weight, self.expand.bias))

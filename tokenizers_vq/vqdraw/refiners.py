@@ -21,15 +21,15 @@ class StagedBlock(nn.Module):
     def __init__(self, num_stages: int, num_channels: int, hidden_channels: int):
         super().__init__()
         self.norm = group_norm(num_channels)
-        self.spread = nn.Conv2d(num_channels, hidden_channels, 3, padding=1)
-        self.merge = nn.Conv2d(hidden_channels, num_channels, 1)
+        self.expand = nn.Conv2d(num_channels, hidden_channels, 3, padding=1)
+        self.project = nn.Conv2d(hidden_channels, num_channels, 1)
         self.scale_in = StageGain(num_stages, num_channels)
         self.scale_hidden = StageGain(num_stages, hidden_channels)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
         """`b c h w` -> `b c h w`."""
         normed = self.scale_in.scaled_norm(self.norm, x, stage).relu_()
-        return x + self.merge(self.scale_hidden.scaled_conv(self.spread, normed, stage).relu_())
+        return x + self.project(self.scale_hidden.scaled_conv(self.expand, normed, stage).relu_())
 
 
 class ConvRefiner(nn.Module):

@@ -98,7 +98,7 @@ def test_of_a_tokenizer_heads_of_stages_are_no_matrices():
     names = {name for name, parameter in refiner.named_parameters() if id(parameter) in chosen}
     assert names == {
         *("to_quarter.weight", "back.weight"),
-        *("blocks.0.spread.weight", "blocks.0.merge.weight", "refine.spread.weight", "refine.merge.weight"),
+        *("blocks.0.expand.weight", "blocks.0.project.weight", "refine.expand.weight", "refine.project.weight"),
     }
 
 
