@@ -175,9 +175,9 @@ def our_quantizer(codebook: Tensor) -> nn.Module:
 def place(quantizer: VectorQuantizer, codebook: Tensor) -> None:
     """Put a codebook where k-means would have."""
     quantizer.codebook.copy_(codebook)
-    quantizer.sums.copy_(codebook)
-    quantizer.counts.fill_(1)
-    quantizer.started.fill_(True)
+    quantizer.embed_avg.copy_(codebook)
+    quantizer.cluster_size.fill_(1)
+    quantizer.initialized.fill_(True)
 
 
 def encode_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:

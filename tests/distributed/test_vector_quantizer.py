@@ -1,4 +1,4 @@
-"""Two processes that train one codebook, each on data of its own."""
+"""Training one codebook on two processes, each with its own data."""
 
 import socket
 from datetime import timedelta
@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def join(rank: int, port: int) -> None:
-    """Make a pair with another process."""
+    """Join a process group of two."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group(
@@ -28,7 +28,7 @@ def join(rank: int, port: int) -> None:
 
 
 def train(rank: int, port: int, num_quantizers: int, folder: str) -> None:
-    """Twelve steps of process `rank`: unlike vectors, unequal numbers of them, and other random numbers."""
+    """Train process `rank` for twelve steps on its own vectors, with its own seed and batch size."""
     join(rank, port)
     torch.manual_seed(rank)
     module = ResidualQuantizer(8, 4, num_quantizers) if num_quantizers else VectorQuantizer(8, 4)
@@ -43,25 +43,28 @@ def train(rank: int, port: int, num_quantizers: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("num_quantizers", [0, 2])
-def test_codebooks_of_two_processes_are_the_same_to_the_last_bit(num_quantizers, tmp_path):
+def test_vector_quantizer_two_processes_have_identical_codebooks(num_quantizers, tmp_path):
     torch.multiprocessing.spawn(train, args=(free_port(), num_quantizers, str(tmp_path)), nprocs=2)
     first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    codebook = first["levels.0.codebook" if num_quantizers else "codebook"]
-    assert (codebook.mean(dim=1) < 2).any() and (codebook.mean(dim=1) > 3).any(), "it serves the data of both"
+    codebook = first["layers.0.codebook" if num_quantizers else "codebook"]
+    assert (codebook.mean(dim=1) < 2).any() and (codebook.mean(dim=1) > 3).any(), "the codebook covers the data of both"
     usages = [load_file(tmp_path / f"usage{rank}")["usage"] for rank in (0, 1)]
     assert torch.equal(*usages)
 
 
 def train_by_halves(rank: int, port: int, folder: str) -> None:
-    """Process `rank` sees its half of every batch."""
+    """Train process `rank` on its half of every batch."""
     join(rank, port)
     save_file(train_on(lambda batch: batch.chunk(2)[rank]).state_dict(), Path(folder, str(rank)))
     torch.distributed.destroy_process_group()
 
 
 def train_on(share, *, replace_dead_codes: bool = True) -> VectorQuantizer:
-    """Eight steps on a share of batches that wander off, so that codes fall out of use; fewer vectors than codes in the last."""
+    """Train for eight steps on a share of drifting batches, so that codes die.
+
+    The last batch has fewer vectors than there are codes.
+    """
     batches = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     module = VectorQuantizer(24, 4, replace_dead_codes=replace_dead_codes).train()
@@ -71,10 +74,10 @@ def train_on(share, *, replace_dead_codes: bool = True) -> VectorQuantizer:
     return module
 
 
-def test_two_processes_put_codes_back_where_one_would_that_sees_both_their_halves(tmp_path):
+def test_dead_code_replacement_two_processes_equal_one_with_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(train_by_halves, args=(free_port(), str(tmp_path)), nprocs=2)
     whole, half = train_on(lambda batch: batch).state_dict(), load_file(tmp_path / "1")
     untouched = train_on(lambda batch: batch, replace_dead_codes=False).codebook
-    assert (whole["codebook"] - untouched).abs().amax(dim=1).gt(0.1).sum() > 12, "half of the codes were put back"
+    assert (whole["codebook"] - untouched).abs().amax(dim=1).gt(0.1).sum() > 12, "half of the codes were replaced"
     for name, tensor in whole.items():
         torch.testing.assert_close(half[name], tensor, msg=name)

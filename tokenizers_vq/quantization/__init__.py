@@ -1,1 +1,1 @@
-"""Vector quantization: codebooks, residual quantization, FSQ."""
+"""Quantizers: vector quantization (VQ), residual VQ and finite scalar quantization (FSQ)."""

@@ -1,4 +1,4 @@
-"""Settings that name a quantizer, and the quantizer they describe."""
+"""Settings of a quantizer, and the function that builds it."""
 
 import math
 from dataclasses import field
@@ -15,15 +15,25 @@ Quantizer = VectorQuantizer | ResidualQuantizer | FSQ
 
 
 class QuantizerConfig(DiscreteTokenizerConfig):
-    """Settings of the quantizer of a VQ-VAE, whatever that codes.
+    """Settings of the quantizer of a VQ-VAE for any modality.
 
     Attributes:
-        quantizer: "vector", "residual" or "fsq".
-        code_dim: length of a codebook vector. codebook_dim: of those that are searched, behind a linear layer; 0: the same.
-        num_quantizers: codebooks of a residual quantizer, whose entries add up.
-        fsq_levels: of an FSQ, whose codebook size is their product.
-        commitment: beta of equation 3. decay: of the codebook's moving average. ema: move the codebook by that average, not by a loss.
-        gradient, revive, cosine: see `VectorQuantizer`.
+        quantizer: "vector" (default; one codebook), "residual" (several codebooks whose entries add
+            up) or "fsq" (rounded numbers without a codebook).
+        codebook_size: Entries of each codebook. An FSQ has the product of its `fsq_levels` instead.
+        code_dim: Channels of the latents that are quantized, 64 by default.
+        codebook_dim: Length of the entries, reached through a linear projection. 0 (default) =
+            `code_dim`.
+        num_quantizers: Codebooks of a residual quantizer, i.e. codes per vector. Others have one.
+        fsq_levels: Levels of each number of an FSQ. The default makes 1,000 codes.
+        commitment_weight: Beta of equation 3 in van den Oord et al. 2017, where it is 0.25 as here.
+        decay: Decay of the codebook's moving averages. The default 0.99 averages over about 100
+            steps.
+        ema_update: True (default) = move the codebook by moving averages. False = by gradients.
+        gradient: "straight_through" (default) or "rotation_trick" (Fifty et al. 2024).
+        replace_dead_codes: True (default) = move codes that are hardly used to vectors with large
+            errors.
+        use_cosine_sim: True = compare the directions of vectors. False (default) = their distances.
     """
 
     quantizer: str = "vector"
@@ -50,12 +60,17 @@ class QuantizerConfig(DiscreteTokenizerConfig):
 
     @property
     def codes_per_vector(self) -> int:
-        """Levels of a residual quantizer; 1 of any other."""
+        """Number of codes of a vector: `num_quantizers` of a residual quantizer, else 1."""
         return self.num_quantizers if self.quantizer == "residual" else 1
 
 
 def build_quantizer(config: QuantizerConfig, *, channel_axis: int = 1) -> Quantizer:
-    """The quantizer that a config describes, for `b d h w`; for `... d` with `channel_axis=-1`."""
+    """Build the quantizer that a config describes.
+
+    Args:
+        config: The settings.
+        channel_axis: Axis of the channels: 1 for `b d h w`, -1 for `... d`.
+    """
     if config.quantizer == "fsq":
         return FSQ(config.fsq_levels, config.code_dim, channel_axis=channel_axis)
     settings = {

@@ -1,4 +1,7 @@
-"""Finite scalar quantization: a few numbers, each rounded to a few values (Mentzer et al. 2024). No codebook, so none can collapse."""
+"""Finite scalar quantization (FSQ): a few numbers, each rounded to a few levels.
+
+The paper is Mentzer et al. 2024. Nothing is learned, so no codebook can collapse.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,73 +17,106 @@ from .vector_quantizer import QuantizerOutput
 
 
 class FSQ(nn.Module):
-    """Rounds each of `len(levels)` numbers to one of its levels; the code is all of them as digits of one number.
+    """Quantizer that rounds each of `len(levels)` numbers to one of its levels.
+
+    A code is an integer with the rounded numbers as its digits.
 
     Args:
-        levels: values of each number, at least 2, e.g. `(8, 5, 5, 5)` for 1,000 codes.
-        code_dim: channels of the input, with linear layers to the numbers and back; 0: one channel a number.
-        channel_axis: which axis of the input holds the channels: -1 for `... d`, 1 for `b d h w`.
+        levels: Number of levels of each number, at least 2. `(8, 5, 5, 5)` makes 1,000 codes.
+        code_dim: Channels of the input. Linear projections lead to the numbers and back.
+            0 = `len(levels)` channels without projections.
+        channel_axis: Axis of the channels: -1 for `... d`, 1 for `b d h w`.
 
     Raises:
-        ValueError: for no level, or a number that can take fewer than two values.
+        ValueError: If `levels` is empty or has an entry below 2.
+
+    Example:
+        >>> import torch
+        >>> fsq = FSQ(levels=(3, 3))
+        >>> output = fsq(torch.tensor([[0.1, -2.0], [5.0, 0.0]]))
+        >>> output.codes.tolist(), output.quantized.tolist()
+        ([1, 5], [[0.0, -1.0], [1.0, 0.0]])
+        >>> fsq.lookup(output.codes).tolist()
+        [[0.0, -1.0], [1.0, 0.0]]
     """
 
     basis: Tensor
-    sizes: Tensor
+    levels: Tensor
 
     def __init__(self, levels: Sequence[int], code_dim: int = 0, *, channel_axis: int = -1):
         super().__init__()
         if not levels or any(not isinstance(size, int) or isinstance(size, bool) or size < 2 for size in levels):
-            raise ValueError(f"levels must be whole numbers of at least 2, got {list(levels)}")
-        self.view = VectorView(code_dim or len(levels), channel_axis=channel_axis, inner_dim=len(levels))
+            raise ValueError(f"Expected levels to be whole numbers of at least 2, got {list(levels)}.")
+        self.view = VectorView(code_dim or len(levels), channel_axis=channel_axis, codebook_dim=len(levels))
         self.codebook_size = math.prod(levels)
         self.usage = CodeUsage(self.codebook_size)
-        self.register_buffer("sizes", torch.tensor(levels))
-        self.register_buffer("basis", torch.tensor([math.prod(levels[:place]) for place in range(len(levels))]))
+        self.register_buffer("levels", torch.tensor(levels))
+        # Place values of a mixed-radix number: (8, 5, 5) has the basis (1, 8, 40).
+        self.register_buffer("basis", torch.tensor([math.prod(levels[:digit]) for digit in range(len(levels))]))
 
     @property
-    def skipped(self) -> Tensor:
-        """Vectors that were not finite, in training."""
-        return self.view.skipped
+    def num_non_finite(self) -> Tensor:
+        """Number of vectors with NaN or infinity in training, a scalar."""
+        return self.view.num_non_finite
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
-        """`... d` (or `b d h w`) -> rounded, codes `...` (`b h w`), and no loss. Errors and `mask` as of `VectorQuantizer`."""
+        """Round `... d` (or `b d h w`), with the gradient passed straight through the rounding.
+
+        Args:
+            x: Vectors, `... d` (or `b d h w`).
+            mask: False for vectors to leave out of the usage, `...` (or `b h w`) bool. None = keep
+                all.
+
+        Returns:
+            Rounded values like `x`, codes `...` (or `b h w`), and a loss of 0.
+
+        Raises:
+            ValueError: As `VectorQuantizer.forward`.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            vectors = self.view.open(x, mask)
+            vectors = self.view.flatten(x, mask)
             bounded = self.bound(vectors.flat)
-            codes = ((bounded.detach().round() + self.sizes // 2).long() * self.basis).sum(dim=1)
-            # By way of the codes, so that they decode to the same bits.
-            quantized = straight_through(bounded / (self.sizes // 2), self.numbers(codes))
-            quantized = self.view.close(quantized, vectors)
+            codes = ((bounded.detach().round() + self.levels // 2).long() * self.basis).sum(dim=1)
+            # The values are computed from the codes, so that decoding the codes gives the same
+            # bits.
+            quantized = straight_through(bounded / (self.levels // 2), self.codes_to_values(codes))
+            quantized = self.view.unflatten(quantized, vectors)
         if self.training:
             self.usage.add_codes(vectors, codes)
         return QuantizerOutput(quantized, codes.reshape(vectors.grid), quantized.new_zeros((), dtype=torch.float32))
 
-    def bound(self, numbers: Tensor) -> Tensor:
-        """Numbers `n d` -> between the lowest and the highest level of each (the paper's appendix A)."""
-        half = (self.sizes - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
-        return (numbers + (offset / half).atanh()).tanh() * half - offset
+    def bound(self, values: Tensor) -> Tensor:
+        """Squash numbers `n d` smoothly into the range of their levels (appendix A of the paper).
 
-    def numbers(self, codes: Tensor) -> Tensor:
-        """Codes `...` -> the numbers they stand for, `... d`, in -1..1."""
-        half = self.sizes // 2
-        digits = codes[..., None] // self.basis % self.sizes
+        An even number of levels is shifted by half a level, because it has no level in the middle.
+        """
+        half_width = (self.levels - 1) * (1 + 1e-3) / 2  # slightly wider, so that the outer levels are reached
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return (values + (offset / half_width).atanh()).tanh() * half_width - offset
+
+    def codes_to_values(self, codes: Tensor) -> Tensor:
+        """Return the rounded numbers of codes, `...` -> `... d`, scaled to [-1, 1]."""
+        half = self.levels // 2
+        digits = codes[..., None] // self.basis % self.levels
         return (digits - half) / half
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `...` -> rounded vectors `... d` (or `b d h w`). ValueError for codes of another type or range."""
+        """Return the vectors of codes: `...` -> `... d` (or `b h w` -> `b d h w`).
+
+        Raises:
+            ValueError: If the codes are not integers or not in 0..k-1.
+        """
         check_code_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
-            return self.view.place(self.numbers(codes))
+            return self.view.from_entries(self.codes_to_values(codes))
 
     def codebooks(self) -> list[Tensor]:
-        """What every code stands for, `k d`."""
-        return [self.numbers(torch.arange(self.codebook_size, device=self.basis.device))]
+        """Return the implicit codebook, `k d`: the values of every code."""
+        return [self.codes_to_values(torch.arange(self.codebook_size, device=self.basis.device))]
 
     def init_from_data(self, x: Tensor) -> None:
-        """Nothing here is placed by data."""
+        """Do nothing: the levels are fixed and need no initialization."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """Perplexity of the codes, and the share of them that was given, in training since the usage was reset."""
+        """Return `perplexity` and `code_usage` of the codes in training since the last reset."""
         return self.usage.metrics()

@@ -1,4 +1,8 @@
-"""Gradient estimators through quantization: straight-through and the rotation trick."""
+"""Gradients through quantization: straight-through, rotation trick and commitment loss.
+
+Choosing the nearest entry has no derivative. Each estimator returns the entries bit for bit, and
+differs only in the gradient that it passes to the encoder's vectors.
+"""
 
 from typing import Any
 
@@ -6,85 +10,128 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .vector_layout import Vectors, zero_non_finite
+from .vector_layout import Vectors, zero_unless
 
 GRADIENTS = ("straight_through", "rotation_trick")
+MIN_NORM = 1e-6  # a shorter vector has no direction that could be rotated
 
 
 class StraightThrough(torch.autograd.Function):
-    """Chosen vectors that give their gradient to those they stand for: no sum and no difference is taken for it."""
+    """Straight-through estimator as one node of the graph.
+
+    The usual form `z + (q - z).detach()` costs two passes over memory and changes the last bit of
+    `q`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, chosen: Tensor) -> Tensor:
-        """`n d`, `n d` -> the chosen `n d`."""
-        return chosen.detach()
+    def forward(ctx: Any, vectors: Tensor, quantized: Tensor) -> Tensor:
+        """Return the entries `n d` in place of the vectors `n d`."""
+        return quantized.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """To the vectors all, to the chosen nothing."""
+        """Pass the gradient `n d` to `vectors` unchanged; `quantized` gets none."""
         return gradients[0], None
 
 
-def straight_through(vectors: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen vectors `n d` to the last bit, with the gradient of the vectors they stand for (Bengio et al. 2013)."""
-    return StraightThrough.apply(vectors, chosen)
+def straight_through(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """Return entries `n d` that pass their gradient to `vectors` `n d` (Bengio et al. 2013)."""
+    return StraightThrough.apply(vectors, quantized)
+
+
+def rotation_trick(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """Return entries with a gradient that is rotated and scaled as the vectors were.
+
+    Equation 4 of Fifty et al. 2024, with everything in brackets held constant:
+
+        q = [|q| / |e| R] e,   R = I - 2 r r' + 2 q1 e1',   r = (e1 + q1) / |e1 + q1|
+
+    where e1 and q1 are e and q scaled to length 1. A vector of length 0 has no direction to rotate
+    and gets its gradient straight through.
+
+    Args:
+        vectors: The encoder's vectors e, `n d`.
+        quantized: Their codebook entries q, `n d`.
+    """
+    e, q = vectors.detach(), quantized.detach()
+    e_norm, q_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (e, q))
+    e, q = e / e_norm.clamp_min(1e-12), q / q_norm.clamp_min(1e-12)
+    r = F.normalize(e + q, dim=1)
+    # R e by two inner products: the matrix itself, `n d d`, is never built.
+    reflected = vectors - 2 * r * (vectors * r).sum(dim=1, keepdim=True)
+    rotated = reflected + 2 * q * (vectors * e).sum(dim=1, keepdim=True)
+    has_direction = (e_norm > MIN_NORM) & (q_norm > MIN_NORM)
+    scaled = torch.where(has_direction, rotated * (q_norm / e_norm.clamp_min(1e-12)), vectors)
+    # Rounding leaves `scaled` a bit away from the entry, but a code must decode to the same bits.
+    return straight_through(scaled, quantized)
 
 
 class CommitmentLoss(torch.autograd.Function):
-    """Chosen vectors that give their gradient to those they stand for, and a loss that pulls on these; both go back in one pass."""
+    """Straight-through estimator and commitment loss in one node.
+
+    The backward pass adds both gradients to the vectors in a single pass over memory.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, vectors: Tensor, chosen: Tensor, loss: Tensor, pull: Tensor, scale: Tensor
+        ctx: Any, vectors: Tensor, quantized: Tensor, loss: Tensor, residual: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`n d`, `n d`, the loss and its gradient to the vectors, `pull` `n d` times `scale` -> the chosen `n d`, the loss."""
-        ctx.save_for_backward(pull, scale)
-        ctx.set_materialize_grads(False)  # no zeros for what is not used
-        return chosen.detach(), loss.clone()
+        """Return the entries `n d` and the loss.
+
+        Args:
+            ctx: Keeps `residual` and `scale` for `backward`.
+            vectors: Receive the gradients, `n d`.
+            quantized: Their entries, `n d`.
+            loss: Value of the loss, a scalar. It may carry a gradient to the codebook.
+            residual: Direction of the loss's gradient to `vectors`, `n d`.
+            scale: Factor of that direction, a scalar.
+        """
+        ctx.save_for_backward(residual, scale)
+        ctx.set_materialize_grads(False)  # an output that is not used needs no zeros
+        return quantized.detach(), loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """To the vectors that of the chosen and of the loss, to the loss its own; a gradient of that gradient it has not."""
+        """Return the gradients for `vectors` (from both outputs) and for `loss`.
+
+        Raises:
+            RuntimeError: If a second derivative is asked for, which would silently be wrong.
+        """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("a quantizer's gradient has no gradient of its own (create_graph=True asks for one)")
-        pull, scale = ctx.saved_tensors
-        of_chosen, of_loss = gradients
-        if of_loss is None or not ctx.needs_input_grad[0]:
-            return of_chosen, None, of_loss, None, None
-        scale = scale * of_loss
-        to_vectors = pull * scale if of_chosen is None else torch.addcmul(of_chosen, pull, scale)
-        return to_vectors, None, of_loss, None, None
-
-
-def rotation_trick(vectors: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen vectors `n d` to the last bit, their gradient turned and scaled as the step from a vector to its code is.
-
-    The rotation trick (Fifty et al. 2024, equation 4): q = |q|/|e| R e, with the rotation R and the ratio held constant. Vectors of
-    length 0 have no direction and get the gradient straight through.
-    """
-    e, q = vectors.detach(), chosen.detach()
-    e_norm, q_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (e, q))
-    e, q = e / e_norm.clamp_min(1e-12), q / q_norm.clamp_min(1e-12)
-    middle = F.normalize(e + q, dim=1)
-    reflected = vectors - 2 * middle * (vectors * middle).sum(dim=1, keepdim=True)
-    turned = reflected + 2 * q * (vectors * e).sum(dim=1, keepdim=True)
-    has_direction = (e_norm > 1e-6) & (q_norm > 1e-6)
-    turned = torch.where(has_direction, turned * (q_norm / e_norm.clamp_min(1e-12)), vectors)
-    return straight_through(turned, chosen)
+            raise RuntimeError("Expected a first derivative, got create_graph=True: quantizers have no second one.")
+        residual, scale = ctx.saved_tensors
+        quantized_grad, loss_grad = gradients
+        if loss_grad is None or not ctx.needs_input_grad[0]:
+            return quantized_grad, None, loss_grad, None, None
+        scale = scale * loss_grad
+        vectors_grad = residual * scale if quantized_grad is None else torch.addcmul(quantized_grad, residual, scale)
+        return vectors_grad, None, loss_grad, None, None
 
 
 def apply_commitment_loss(
-    kind: str, vectors: Vectors, chosen: Tensor, loss: Tensor, *, pull: Tensor | None, weight: float
+    gradient: str, vectors: Vectors, quantized: Tensor, loss: Tensor, *, residual: Tensor | None, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The chosen vectors `n d` with a gradient of a kind to `vectors`, and the loss with the commitment's.
+    """Attach the gradients of the estimator and of the commitment loss to `vectors`.
+
+    The commitment loss is the third term of equation 3 (van den Oord et al. 2017), beta |z -
+    sg(e)|^2. Its value is already in `loss`; its gradient, 2 beta (z - e) over the number of
+    vectors, is added here.
 
     Args:
-        loss: its value, the commitment's term in it, whose gradient is given here: `weight` times the mean square over vectors.
-        pull: what the chosen leave of the vectors, `n d`, summed over the levels where there are several; None where no gradient is wanted.
+        gradient: "straight_through" or "rotation_trick".
+        vectors: The vectors that receive the gradients.
+        quantized: Their entries, `n d`.
+        loss: Value of the loss, a scalar.
+        residual: `vectors - quantized`, `n d`, summed over the codebooks if there are several.
+            None = no gradient is needed.
+        weight: Weight of the squared distance, a sum over `d` and a mean over `n`.
+
+    Returns:
+        The entries `n d` and the loss, a scalar, both with gradients.
     """
-    if pull is None:
-        return chosen.detach(), loss
-    pull = zero_non_finite(vectors.kept, pull)
-    scale = 2 * weight / vectors.kept.sum().clamp_min(1)
-    quantized, loss = CommitmentLoss.apply(vectors.flat, chosen, loss, pull, scale)
-    return rotation_trick(vectors.flat, chosen) if kind == "rotation_trick" else quantized, loss
+    if residual is None:
+        return quantized.detach(), loss
+    residual = zero_unless(vectors.mask, residual)
+    scale = 2 * weight / vectors.mask.sum().clamp_min(1)
+    straight, loss = CommitmentLoss.apply(vectors.flat, quantized, loss, residual, scale)
+    return (rotation_trick(vectors.flat, quantized) if gradient == "rotation_trick" else straight), loss

@@ -1,103 +1,147 @@
-"""Which of `k` vectors is nearest, and where `k` vectors best stand: search, k-means, and places for vectors out of use."""
+"""Nearest-neighbor search in a codebook: exact, and with the same result for any batch size.
+
+`plain_nearest_codes` is the definition in one line. `nearest_codes` gives the same codes without
+the `n k` distances in memory, and `nearest_entries` also returns entries, residuals and errors.
+"""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# Vectors and codes compared at once: their float32 scores stay in a core's cache, whatever the codebook's size, and just below 2 MB, from
-# where on torch asks for huge pages.
+# Vectors and codebook entries compared together. Their float32 scores stay in a core's cache, and
+# just below 2 MB, from where on torch asks the system for huge pages.
 CHUNK = 1008, 512
 CHUNK_ON_GPU = 2**13, 2**13
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-NUM_IMAGES = 16  # of so many and more torch hands a convolution to oneDNN, whatever their size
+NUM_IMAGES = 16  # torch gives a convolution of at least 16 images to oneDNN, whatever their size
 
 
-def nearest(vectors: Tensor, codebook: Tensor, chosen: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes `n` of the entries `k d` nearest to vectors `n d`, and their squared distances `n`.
+def plain_nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the codes `n` of vectors `n d` by definition: argmin_k |v - e_k|, codebook `k d`.
 
-    The entries themselves are written to `chosen` `n d`, and what they leave of the vectors to `rest` `n d`, if that is given: all while
-    a chunk of them is in the cache, and to memory of the caller's, for new memory costs as much as a lookup.
+    This is equation 1 of van den Oord et al. 2017. The tests compare the fast forms with it.
     """
-    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
-        search = Search(codebook, len(vectors))
-        codes, errors = vectors.new_empty(len(vectors), dtype=torch.long), vectors.new_empty(len(vectors))
-        scratch = torch.empty_like(vectors[: search.num_rows])
-        for first in range(0, len(vectors), search.num_rows):
-            rows = slice(first, first + search.num_rows)
-            torch.index_select(codebook, 0, codes[rows].copy_(search(vectors[rows])), out=chosen[rows])
-            left = scratch[: len(codes[rows])] if rest is None else rest[rows]
-            torch.sub(vectors[rows], chosen[rows], out=left)
-            torch.linalg.vector_norm(left, dim=1, out=errors[rows]).square_()
-        return codes, errors
+    return torch.cdist(vectors, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry `k d` nearest to each vector `n d` -> `n`, in float32 whatever autocast says."""
+    """Find the nearest codebook entry of each vector, in float32 even under autocast.
+
+    Args:
+        vectors: `n d`.
+        codebook: `k d`.
+
+    Returns:
+        The codes, `n` int64. Of equally near entries the first.
+    """
     with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
-        search = Search(codebook.float(), len(vectors))
-        return torch.cat([search(chunk) for chunk in vectors.float().split(search.num_rows)])
+        search = NearestNeighborSearch(codebook.float(), len(vectors))
+        return torch.cat([search(chunk) for chunk in vectors.float().split(search.chunk_size)])
 
 
-class Search:
-    """Finds the nearest entries of a codebook `k d` to `num_rows` vectors at a time, or as many as there are.
+def nearest_entries(
+    vectors: Tensor, codebook: Tensor, quantized: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest entry of each vector, and write the entries and residuals to given buffers.
 
-    |v - e|^2 without |v|^2, which no choice of e changes; both are seen from the middle of the codebook, so that far from zero, too, the
-    products leave digits to tell distances by.
+    Each chunk is looked up and subtracted while it is in the cache. The buffers belong to the
+    caller because allocating them would cost as much as the lookup.
+
+    Args:
+        vectors: `n d` float32.
+        codebook: `k d` float32.
+        quantized: Receives the entries, `n d`.
+        residual: Receives `vectors - quantized`, `n d`; may be `vectors` itself. None = not needed.
+
+    Returns:
+        The codes, `n` int64, and the squared distances, `n`.
+    """
+    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
+        search = NearestNeighborSearch(codebook, len(vectors))
+        codes, errors = vectors.new_empty(len(vectors), dtype=torch.long), vectors.new_empty(len(vectors))
+        scratch = torch.empty_like(vectors[: search.chunk_size])
+        for first in range(0, len(vectors), search.chunk_size):
+            rows = slice(first, first + search.chunk_size)
+            torch.index_select(codebook, 0, codes[rows].copy_(search(vectors[rows])), out=quantized[rows])
+            difference = scratch[: len(codes[rows])] if residual is None else residual[rows]
+            torch.sub(vectors[rows], quantized[rows], out=difference)
+            # From the difference itself: the search's score has lost the digits of small distances.
+            torch.linalg.vector_norm(difference, dim=1, out=errors[rows]).square_()
+        return codes, errors
+
+
+class NearestNeighborSearch:
+    """Search for the nearest codebook entries, called for one chunk of vectors after another.
+
+    The nearest entry has the highest score v e - |e|^2 / 2, because |v|^2 is the same for all
+    entries:
+
+        |v - e|^2 = |v|^2 - 2 (v e - |e|^2 / 2)
+
+    Vectors and entries are first shifted by the mean entry. Otherwise the scores of data far from
+    zero would have too few digits left to tell distances apart.
+
+    Args:
+        codebook: `k d` float32.
+        num_vectors: Number of vectors to search for, which limits the memory set aside.
     """
 
     def __init__(self, codebook: Tensor, num_vectors: int):
-        num, size = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
-        self.num_rows = max(1, min(num, num_vectors))
-        self.middle = codebook.mean(dim=0)
-        missing = -len(codebook) % NUM_IMAGES  # filled up with entries that are nearest to nothing
-        entries = codebook.new_full((len(codebook) + missing, codebook.shape[1] + 1), torch.inf)
+        chunk_size, entries_per_chunk = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
+        self.chunk_size = max(1, min(chunk_size, num_vectors))
+        self.center = codebook.mean(dim=0)
+        # Filled up to a multiple of NUM_IMAGES by entries of infinite length, which are never
+        # nearest.
+        num_padding = -len(codebook) % NUM_IMAGES
+        entries = codebook.new_full((len(codebook) + num_padding, codebook.shape[1] + 1), torch.inf)
         entries[len(codebook) :, :-1] = 0
-        known = entries[: len(codebook)]
-        known[:, :-1].copy_(codebook).sub_(self.middle)
-        # |e|^2 / 2 is one more product, with -1: cheaper than a sum of all scores.
-        known[:, -1] = torch.linalg.vector_norm(known[:, :-1], dim=1).square() / 2
-        self.parts = [as_images(part) for part in entries.split(size)]
-        self.rows = codebook.new_full((self.num_rows, codebook.shape[1] + 1), -1)  # stays in the cache
+        shifted = entries[: len(codebook)]
+        shifted[:, :-1].copy_(codebook).sub_(self.center)
+        # |e|^2 / 2 as one more channel, multiplied by -1: cheaper than a pass over all scores.
+        shifted[:, -1] = torch.linalg.vector_norm(shifted[:, :-1], dim=1).square() / 2
+        self.chunks = [as_images(chunk) for chunk in entries.split(entries_per_chunk)]
+        # The vectors of a chunk, `n (d + 1)`, in memory that stays in the cache.
+        self.queries = codebook.new_full((self.chunk_size, codebook.shape[1] + 1), -1)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Vectors `n d`, at most `num_rows` -> codes `n`: those with which the products of entry and vector, with |e|^2 / 2 and -1 at
-        their ends, are highest.
-        """
-        rows = self.rows[: len(vectors)]
-        rows[:, :-1].copy_(vectors).sub_(self.middle)
-        found = [highest(products(part, rows)) for part in self.parts]
-        if len(found) == 1:
-            return found[0][1]
-        values, best_rows = map(torch.stack, zip(*found, strict=True))
-        best = highest(values)[1]
-        return best * self.parts[0].shape[2] * NUM_IMAGES + best_rows.gather(0, best[None])[0]
+        """Return the codes `n` of at most `chunk_size` vectors `n d`."""
+        queries = self.queries[: len(vectors)]
+        queries[:, :-1].copy_(vectors).sub_(self.center)
+        best = [column_argmax(inner_products(chunk, queries)) for chunk in self.chunks]
+        if len(best) == 1:
+            return best[0][1]
+        scores, rows = map(torch.stack, zip(*best, strict=True))  # `chunks n`
+        best_chunk = column_argmax(scores)[1]
+        entries_per_chunk = self.chunks[0].shape[2] * NUM_IMAGES
+        return best_chunk * entries_per_chunk + rows.gather(0, best_chunk[None])[0]
 
 
-def as_images(part: Tensor) -> Tensor:
-    """Rows `(p k) d` as the pixels of images, `p d k 1`, channels last."""
-    return rearrange(part, "(p k) d -> p d k 1", p=NUM_IMAGES)
+def as_images(entries: Tensor) -> Tensor:
+    """Arrange entries `(p k) d` as `p` images of `k` pixels, `p d k 1`, channels last."""
+    return rearrange(entries, "(p k) d -> p d k 1", p=NUM_IMAGES)
 
 
-def products(images: Tensor, rows: Tensor) -> Tensor:
-    """Products of all pixels `p d k 1` and rows `n d` -> `(p k) n`.
+def inner_products(images: Tensor, queries: Tensor) -> Tensor:
+    """Multiply entries, arranged as images `p d k 1`, with queries `n d`: `(p k) n`.
 
-    On a CPU by a convolution: oneDNN, which torch convolves with, is twice as fast on an AMD as what torch multiplies matrices with (190
-    and 98 GFLOP/s a core), and gives the same bits for few rows as for many.
+    On a CPU the product is a 1x1 convolution with the queries as weights, because torch convolves
+    with oneDNN. Its result for a query does not depend on the other queries, unlike that of a
+    matrix product. Measured on an AMD core: 190 GFLOP/s, compared with 98 for the matrix product.
     """
-    if HAS_ONEDNN and images.device.type == "cpu" and len(rows):
-        return F.conv2d(images, rows[:, :, None, None]).movedim(1, 3).flatten(0, 2)
-    return rearrange(images, "p d k 1 -> (p k) d") @ rows.T
+    if HAS_ONEDNN and images.device.type == "cpu" and len(queries):
+        return F.conv2d(images, queries[:, :, None, None]).movedim(1, 3).flatten(0, 2)
+    return rearrange(images, "p d k 1 -> (p k) d") @ queries.T
 
 
-def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest score of each column `k n` and its row, the first if there are several -> `n`, `n`.
+def column_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maximum of each column of `k n` and its row, the first of equals: `n`, `n`.
 
-    A maximum pooled over whole columns: of torch's ways to tell where a maximum is the only vectorised one on a CPU, 10 times as fast as
-    `argmax`.
+    On a CPU the columns are max-pooled, the only vectorized way in torch. Measured: 10 times faster
+    than `argmax`.
     """
     if scores.device.type != "cpu" or not scores.numel():
         return scores.max(dim=0)
-    images = scores[None, :, None].movedim(3, 1)  # `1 n k 1`, channels last
-    values, rows = F.max_pool2d_with_indices(images, (len(scores), 1))
+    image = scores[None, :, None].movedim(3, 1)  # `1 n k 1`, channels last
+    values, rows = F.max_pool2d_with_indices(image, (len(scores), 1))
     return values.flatten(), rows.flatten()

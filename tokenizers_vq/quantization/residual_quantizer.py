@@ -1,7 +1,8 @@
-"""Residual quantization: a sum of codebook vectors, each of which corrects what those before it leave.
+"""Residual vector quantization (RVQ): each codebook quantizes what those before it leave.
 
-Fixed vectors for every level, as in multi-stage vector quantization (Juang & Gray 1982) and SoundStream (Zeghidour et al. 2021,
-section III.C); VQ-DRAW is what becomes of it when a network makes the vectors of each level out of the image so far.
+Introduced as multi-stage vector quantization (Juang and Gray 1982); SoundStream (Zeghidour et al.
+2021, section III.C) uses it in an autoencoder. VQ-DRAW generalizes it: there, a network proposes
+the entries of each stage from the image so far.
 """
 
 from dataclasses import replace
@@ -19,14 +20,30 @@ from .vector_quantizer import QuantizerOutput, VectorQuantizer
 
 
 class ResidualQuantizer(nn.Module):
-    """`num_quantizers` codebooks of `codebook_size` vectors of `code_dim`, whose nearest entries add up; codes are `... n`, coarse to fine.
+    """Sum of one entry from each of `num_quantizers` codebooks; codes are `... n`, coarse to fine.
+
+    Any prefix of a vector's codes can be looked up and gives a coarser vector.
 
     Args:
-        gradient, codebook_dim, channel_axis: as of `VectorQuantizer`, for the sum.
-        settings: further settings of each level's `VectorQuantizer`.
+        codebook_size: Number of entries `k` of each codebook.
+        code_dim: Number of channels `d`.
+        num_quantizers: Number of codebooks `n`.
+        gradient: "straight_through" or "rotation_trick", for the sum.
+        codebook_dim: Length of the entries, with linear projections there and back. 0 = `code_dim`.
+        channel_axis: Axis of the channels: -1 for `... d`, 1 for `b d h w`.
+        **settings: Further arguments of each `VectorQuantizer`.
 
     Raises:
-        ValueError: as `VectorQuantizer`, and for fewer than one level, or `use_cosine_sim`: unit vectors do not add up to smaller corrections.
+        ValueError: As `VectorQuantizer`; if `num_quantizers` is below 1; or for `use_cosine_sim`.
+
+    Example:
+        >>> import torch
+        >>> quantizer = ResidualQuantizer(codebook_size=16, code_dim=4, num_quantizers=3)
+        >>> codes = quantizer(torch.randn(2, 10, 4)).codes
+        >>> codes.shape
+        torch.Size([2, 10, 3])
+        >>> quantizer.lookup(codes[..., :1]).shape
+        torch.Size([2, 10, 4])
     """
 
     def __init__(
@@ -45,88 +62,105 @@ class ResidualQuantizer(nn.Module):
         check_choice("gradient", gradient, GRADIENTS)
         if settings.get("use_cosine_sim"):
             raise ValueError(
-                "a ResidualQuantizer cannot compare directions: set cosine to false, or use a VectorQuantizer"
+                "Expected use_cosine_sim=False for a ResidualQuantizer, got True: vectors of length 1 cannot add up "
+                "to ever smaller corrections. Use a VectorQuantizer to compare directions."
             )
-        self.view = VectorView(code_dim, channel_axis=channel_axis, inner_dim=codebook_dim or code_dim)
-        self.levels = nn.ModuleList(
-            VectorQuantizer(codebook_size, codebook_dim or code_dim, **settings) for _ in range(num_quantizers)
+        codebook_dim = codebook_dim or code_dim
+        self.view = VectorView(code_dim, channel_axis=channel_axis, codebook_dim=codebook_dim)
+        self.layers = nn.ModuleList(
+            VectorQuantizer(codebook_size, codebook_dim, **settings) for _ in range(num_quantizers)
         )
         self.codebook_size, self.num_quantizers, self.gradient = codebook_size, num_quantizers, gradient
 
     @property
-    def skipped(self) -> Tensor:
-        """Vectors that were not finite, in training."""
-        return self.view.skipped
+    def num_non_finite(self) -> Tensor:
+        """Number of vectors with NaN or infinity in training, a scalar."""
+        return self.view.num_non_finite
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, known: Tensor | None = None) -> QuantizerOutput:
-        """`... d` (or `b d h w`) -> the sum of one entry a level, codes `... n` (`b h w n`), and the mean loss of the levels.
-
-        Errors and `mask` as of `VectorQuantizer`.
+    def forward(self, x: Tensor, mask: Tensor | None = None, code_mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize `... d` (or `b d h w`) with all codebooks and, in training, update them.
 
         Args:
-            known: `... n`, as of `lookup`: false where an entry is left out of the sum, so that a decoder learns to do with the first
-                few; its level learns from the vector nonetheless.
+            x: Vectors, `... d` (or `b d h w`).
+            mask: False for vectors to leave out of the loss, the codebooks and the usage, `...` (or
+                `b h w`) bool. None = keep all.
+            code_mask: False for entries to leave out of the sum, `... n` bool, so that a decoder
+                learns to decode prefixes. Their codebooks learn from the vector nevertheless.
+
+        Returns:
+            Sums of entries like `x`, codes `... n` (or `b h w n`), and the mean loss of the
+            codebooks.
+
+        Raises:
+            ValueError: As `VectorQuantizer.forward`.
         """
         with torch.autocast(x.device.type, enabled=False):
-            vectors = self.view.open(x, mask)
-            rest, codes, losses = vectors, [], []
+            vectors = self.view.flatten(x, mask)
+            remaining, codes, losses = vectors, [], []
             total = torch.zeros_like(vectors.flat)
-            pull = torch.zeros_like(total) if vectors.flat.requires_grad else None
-            # Memory for all levels: new memory would cost as much as a lookup. A level that learns looks again at what came into it.
+            # The commitment loss of each codebook has its own residual as gradient to the encoder.
+            residual_sum = torch.zeros_like(total) if vectors.flat.requires_grad else None
+            # Buffers for all codebooks, as new memory costs as much as a lookup. A codebook that
+            # learns reads its input again after the search, so input and residual need two buffers
+            # then.
             learns = self.training or torch.is_grad_enabled()
-            chosen, *lefts = (torch.empty_like(total) for _ in range(3 if learns else 2))
-            for number, level in enumerate(self.quantizers()):
-                left = lefts[number % len(lefts)]
-                level_codes, level_loss = level.assign(rest, chosen, left)
-                rest = replace(rest, flat=left)
-                if pull is not None:  # every level's term draws the encoder; none of them another level
-                    pull += left
-                total += chosen if known is None else chosen * known[..., number].reshape(-1, 1)
-                codes.append(level_codes)
-                losses.append(level_loss)
-            loss, weight = torch.stack(losses).mean(), self.quantizers()[0]._scaled_commitment / self.num_quantizers
-            quantized, loss = apply_commitment_loss(self.gradient, vectors, total, loss, pull=pull, weight=weight)
-            quantized = self.view.close(quantized, vectors)
+            entries, *buffers = (torch.empty_like(total) for _ in range(3 if learns else 2))
+            for index, quantizer in enumerate(self.quantizers()):
+                residual = buffers[index % len(buffers)]
+                quantizer_codes, quantizer_loss = quantizer.quantize(remaining, entries, residual)
+                remaining = replace(remaining, flat=residual)
+                if residual_sum is not None:
+                    residual_sum += residual
+                total += entries if code_mask is None else entries * code_mask[..., index].reshape(-1, 1)
+                codes.append(quantizer_codes)
+                losses.append(quantizer_loss)
+            loss, weight = torch.stack(losses).mean(), self.quantizers()[0].commitment_scale / self.num_quantizers
+            quantized, loss = apply_commitment_loss(
+                self.gradient, vectors, total, loss, residual=residual_sum, weight=weight
+            )
+            quantized = self.view.unflatten(quantized, vectors)
         stacked = torch.stack(codes, dim=1).reshape(*vectors.grid, self.num_quantizers)
         return QuantizerOutput(quantized, stacked, loss)
 
-    def lookup(self, codes: Tensor, known: Tensor | None = None) -> Tensor:
-        """Codes `... n`, or those of the first levels alone, -> sums of entries `... d` (or `b d h w`).
+    def lookup(self, codes: Tensor, code_mask: Tensor | None = None) -> Tensor:
+        """Sum the entries of codes: `... n` -> `... d` (or `b h w n` -> `b d h w`).
 
         Args:
-            known: `n`, or `... n`, false where a code is still to come and adds nothing.
+            codes: Codes of the first 1 to `num_quantizers` codebooks, `... n`.
+            code_mask: False for codes that add nothing, `n` or `... n` bool. None = all add.
 
         Raises:
-            ValueError: for no level, or more than there are, and for codes of another type or range.
+            ValueError: If the number of codes is 0 or above `num_quantizers`, or if they are not
+                integers in 0..k-1.
         """
         if not 1 <= codes.shape[-1] <= self.num_quantizers:
-            raise ValueError(f"expected codes of 1 to {self.num_quantizers} levels, got {codes.shape[-1]}")
+            raise ValueError(f"Expected codes of 1 to {self.num_quantizers} codebooks, got {codes.shape[-1]}.")
         check_code_range(codes, self.codebook_size)
         with torch.autocast(codes.device.type, enabled=False):
             total = torch.zeros((), device=codes.device)
-            for number, level in enumerate(self.quantizers()[: codes.shape[-1]]):
-                chosen = F.embedding(codes[..., number].long(), level.entries())
-                total = total + (chosen if known is None else chosen * known[..., number, None])
-            return self.view.place(total)
+            for index, quantizer in enumerate(self.quantizers()[: codes.shape[-1]]):
+                entries = F.embedding(codes[..., index].long(), quantizer.entries())
+                total = total + (entries if code_mask is None else entries * code_mask[..., index, None])
+            return self.view.from_entries(total)
 
     def quantizers(self) -> list[VectorQuantizer]:
-        """The levels, coarse to fine."""
-        return [level for level in self.levels if isinstance(level, VectorQuantizer)]
+        """Return the quantizer of each codebook, coarse to fine."""
+        return [layer for layer in self.layers if isinstance(layer, VectorQuantizer)]
 
     def codebooks(self) -> list[Tensor]:
-        """The codebook of each level, `k d`, without gradient."""
-        return [level.entries().detach() for level in self.quantizers()]
+        """Return the codebooks, `k d` each, without gradient."""
+        return [quantizer.entries().detach() for quantizer in self.quantizers()]
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor) -> None:
-        """Put the codebooks on the vectors of `... d` (or `b d h w`), each on what those before it leave."""
-        vectors = self.view.open(x)
-        rest = vectors.flat[vectors.kept]
-        for level in self.quantizers():
-            level.start(rest)
-            rest = rest - F.embedding(nearest_codes(rest, level.entries()), level.entries())
+        """Initialize each codebook by k-means on the residuals of `... d` (or `b d h w`)."""
+        vectors = self.view.flatten(x)
+        residual = vectors.flat[vectors.mask]
+        for quantizer in self.quantizers():
+            quantizer.init_codebook(residual)
+            residual = residual - F.embedding(nearest_codes(residual, quantizer.entries()), quantizer.entries())
 
     def metrics(self) -> dict[str, Tensor]:
-        """Perplexity and share of codes given, means over the levels."""
-        each = [level.metrics() for level in self.quantizers()]
+        """Return `perplexity` and `code_usage`, averaged over the codebooks."""
+        each = [quantizer.metrics() for quantizer in self.quantizers()]
         return {name: torch.stack([metrics[name] for metrics in each]).mean() for name in each[0]}

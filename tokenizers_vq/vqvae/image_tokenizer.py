@@ -22,7 +22,7 @@ from ..modules.conv import ResidualBlock, channels_last, downsampling, group_nor
 from ..modules.eval_mode import eval_mode
 from ..quantization.code_usage import reset_code_usage
 from ..quantization.configuration import Quantizer, build_quantizer
-from ..quantization.kmeans import VECTORS_SHOWN
+from ..quantization.kmeans import MAX_INIT_VECTORS
 from ..quantization.residual_quantizer import ResidualQuantizer
 from ..validation import skip_validation
 from .configuration import VQVAEConfig
@@ -125,7 +125,7 @@ class VQVAE(DiscreteTokenizer):
     @property
     def num_init_examples(self) -> int:
         """As many as have enough cells for k-means."""
-        return max(1, VECTORS_SHOWN // math.prod(self.cells()[-1]))
+        return max(1, MAX_INIT_VECTORS // math.prod(self.cells()[-1]))
 
     @torch.no_grad()
     def init_from_data(self, pixel_values: Tensor) -> None:

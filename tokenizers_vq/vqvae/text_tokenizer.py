@@ -13,7 +13,7 @@ from ..modules.dilated_conv import DilatedBlock
 from ..modules.eval_mode import eval_mode
 from ..quantization.code_usage import reset_code_usage
 from ..quantization.configuration import QuantizerConfig, build_quantizer
-from ..quantization.kmeans import VECTORS_SHOWN
+from ..quantization.kmeans import MAX_INIT_VECTORS
 from ..quantization.residual_quantizer import ResidualQuantizer
 from ..text_base import IGNORE_INDEX, TextSpanConfig, TextSpanTokenizer
 from ..validation import check_counts, skip_validation
@@ -134,7 +134,7 @@ class VQVAEForText(TextSpanTokenizer):
     @property
     def num_init_examples(self) -> int:
         """As many as have enough spans for k-means."""
-        return max(1, VECTORS_SHOWN // self.num_spans)
+        return max(1, MAX_INIT_VECTORS // self.num_spans)
 
     @torch.no_grad()
     def init_from_data(self, symbols: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sums of codebook vectors, and the control without a codebook."""
+"""Residual quantization, and finite scalar quantization (FSQ)."""
 
 import copy
 import itertools
@@ -10,22 +10,22 @@ from tokenizers_vq import FSQ, ResidualQuantizer, VectorQuantizer
 
 
 def trained(num_quantizers: int = 3, **settings) -> tuple[ResidualQuantizer, torch.Tensor]:
-    """A residual quantizer placed on vectors `n d`, in eval mode, and those vectors."""
+    """Return a residual quantizer in eval mode and the vectors `n d` that initialized it."""
     module, x = ResidualQuantizer(16, 4, num_quantizers, **settings), torch.randn(400, 4)
     module.init_from_data(x)
     return module.eval(), x
 
 
-def test_each_level_codes_what_those_before_it_leave():
+def test_residual_quantizer_each_codebook_quantizes_the_residual_of_those_before():
     module, x = trained()
-    codes, rest = module(x).codes, x
-    for number, level in enumerate(module.levels):
-        chosen = level(rest)
-        assert torch.equal(codes[:, number], chosen.codes)
-        rest = rest - chosen.quantized
+    codes, residual = module(x).codes, x
+    for index, layer in enumerate(module.layers):
+        output = layer(residual)
+        assert torch.equal(codes[:, index], output.codes)
+        residual = residual - output.quantized
 
 
-def test_every_prefix_decodes_and_each_level_lowers_the_error():
+def test_residual_quantizer_every_prefix_decodes_with_a_lower_error():
     module, x = trained()
     codes = module(x).codes
     errors = [(module.lookup(codes[:, :last]) - x).square().mean().item() for last in (1, 2, 3)]
@@ -34,50 +34,48 @@ def test_every_prefix_decodes_and_each_level_lowers_the_error():
 
 
 @pytest.mark.parametrize("codebook_dim", [0, 2])
-def test_entries_that_are_not_shown_are_left_out_of_the_sum_alone(codebook_dim):
+def test_residual_quantizer_code_mask_changes_the_sum_but_neither_codes_nor_loss(codebook_dim):
     module, x = trained(codebook_dim=codebook_dim)
-    known = torch.arange(3) < torch.randint(1, 4, (400, 1))
-    whole, some = module(x), module(x.requires_grad_(), known=known)
+    code_mask = torch.arange(3) < torch.randint(1, 4, (400, 1))
+    whole, some = module(x), module(x.requires_grad_(), code_mask=code_mask)
     assert torch.equal(some.codes, whole.codes) and torch.equal(some.loss, whole.loss)
-    assert torch.equal(some.quantized, module.lookup(whole.codes, known))
+    assert torch.equal(some.quantized, module.lookup(whole.codes, code_mask))
     some.quantized.sum().backward()
     assert x.grad is not None and x.grad.any(dim=1).all()
 
 
 @pytest.mark.parametrize("num_codes", [0, 4])
-def test_codes_of_no_level_or_too_many_are_refused(num_codes):
+def test_residual_lookup_rejects_no_codes_and_too_many(num_codes):
     module, _ = trained()
-    with pytest.raises(ValueError, match=f"codes of 1 to 3 levels, got {num_codes}"):
+    with pytest.raises(ValueError, match=f"Expected codes of 1 to 3 codebooks, got {num_codes}"):
         module.lookup(torch.zeros(5, num_codes, dtype=torch.long))
 
 
-def test_every_levels_commitment_draws_the_encoder():
+def test_residual_quantizer_commitment_gradient_is_the_mean_over_all_codebooks():
     module, x = trained(commitment_weight=0.5)
     x = x.requires_grad_()
     module(x).loss.backward()
-    expected, rest = torch.zeros_like(x), x.detach()
-    for level in module.levels:
-        left = rest - level(rest).quantized
-        expected += (
-            0.5 * 2 * left / x.numel() / 3
-        )  # the mean over levels of beta |z - e|^2, each over all that is summed
-        rest = left
+    expected, residual = torch.zeros_like(x), x.detach()
+    for layer in module.layers:
+        residual = residual - layer(residual).quantized
+        # The loss is the mean over codebooks of beta |z - e|^2, which is a mean over vectors and channels.
+        expected += 0.5 * 2 * residual / x.numel() / 3
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_without_average_every_codebook_gets_its_own_gradient_alone():
+def test_residual_quantizer_without_ema_each_codebook_gets_only_its_own_gradient():
     module, x = trained(ema_update=False, commitment_weight=0.0)
     module(x).loss.backward()
-    rest = x
-    for level in module.levels:
-        output = level(rest)
-        difference = 2 * (output.quantized - rest).detach() / x.numel() / 3
+    residual = x
+    for layer in module.layers:
+        output = layer(residual)
+        difference = 2 * (output.quantized - residual).detach() / x.numel() / 3
         expected = torch.zeros(16, 4).index_add_(0, output.codes, difference)
-        torch.testing.assert_close(level.codebook.grad, expected)
-        rest = (rest - output.quantized).detach()
+        torch.testing.assert_close(layer.codebook.grad, expected)
+        residual = (residual - output.quantized).detach()
 
 
-def test_the_loss_is_the_same_without_gradient():
+def test_residual_quantizer_loss_is_the_same_under_no_grad():
     for ema_update in (True, False):
         module, x = trained(ema_update=ema_update)
         loss = module(x).loss
@@ -85,33 +83,33 @@ def test_the_loss_is_the_same_without_gradient():
             assert torch.equal(module(x).loss, loss.detach()) if ema_update else torch.isclose(module(x).loss, loss)
 
 
-def test_training_moves_all_levels_and_reports_their_mean_usage():
+def test_residual_quantizer_training_initializes_all_codebooks_and_reports_mean_usage():
     module, x = ResidualQuantizer(16, 4, 2, codebook_dim=3).train(), torch.randn(400, 4)
     module(x)
-    each = [level.metrics()["perplexity"] for level in module.levels]
+    each = [layer.metrics()["perplexity"] for layer in module.layers]
     torch.testing.assert_close(module.metrics()["perplexity"], torch.stack(each).mean())
-    assert all(level.started for level in module.levels)
+    assert all(layer.initialized for layer in module.layers)
 
 
 # FSQ
 
 
-def test_fsq_gives_as_many_codes_as_the_product_of_its_levels_and_each_is_its_own_vector():
+def test_fsq_has_one_distinct_vector_for_each_product_of_levels():
     module = FSQ((4, 3, 5)).eval()
     vectors = module.lookup(torch.arange(60))
     assert module.codebook_size == 60 and len(vectors.unique(dim=0)) == 60
     assert vectors.min() == -1 and vectors.max() == 1
-    numbers = torch.tensor(list(itertools.product(torch.linspace(-3, 3, 25).tolist(), repeat=3)))
-    assert len(module(numbers).codes.unique()) == 60
+    values = torch.tensor(list(itertools.product(torch.linspace(-3, 3, 25).tolist(), repeat=3)))
+    assert len(module(values).codes.unique()) == 60
 
 
-def test_fsq_of_odd_levels_rounds_the_bounded_number():
+def test_fsq_odd_levels_round_the_bounded_value():
     x = torch.linspace(-4, 4, 101)[:, None]
     rounded = (x.tanh() * 2 * 1.001).round() / 2
     torch.testing.assert_close(FSQ((5,)).eval()(x).quantized, rounded)
 
 
-def test_fsq_passes_the_gradient_of_the_bound():
+def test_fsq_gradient_is_that_of_the_bound():
     x = torch.randn(20, 2, requires_grad=True)
     module = FSQ((8, 5))
     module(x).quantized.sum().backward()
@@ -129,7 +127,7 @@ def test_fsq_counts_its_codes_in_training():
 
 @pytest.mark.parametrize("module", [VectorQuantizer(16, 4), ResidualQuantizer(16, 4, 2), FSQ((5, 4), 4)])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_quantizer_that_stands_compiles_into_one_graph(module, training):
+def test_initialized_quantizer_compiles_into_one_graph(module, training):
     x = torch.randn(300, 4)
     module.init_from_data(x)
     module.train(training)

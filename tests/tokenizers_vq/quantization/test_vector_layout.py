@@ -1,4 +1,4 @@
-"""Layouts, masks and gradients, which all quantizers share."""
+"""Layouts, masks and gradient estimators, which all quantizers share."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ LAYOUTS = [((10, 4), -1), ((2, 4, 7), 1), ((2, 3, 5, 4), -1), ((2, 4, 3, 5), 1),
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_every_layout_gives_codes_without_the_channel_axis_and_looks_them_up_again(build, shape, axis):
+def test_quantizer_any_layout_drops_the_channel_axis_and_lookup_restores_it(build, shape, axis):
     module, x = build(channel_axis=axis).eval(), 3 * torch.randn(shape)
     output = module(x)
     grid = x.movedim(axis, -1).shape[:-1]
@@ -33,43 +33,43 @@ def test_every_layout_gives_codes_without_the_channel_axis_and_looks_them_up_aga
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((10, 5), -1), ((2, 3, 4), 1), ((), -1), ((4,), 1)])
-def test_another_number_of_channels_is_refused(build, shape, axis):
+def test_quantizer_rejects_another_number_of_channels(build, shape, axis):
     with pytest.raises(
-        ValueError, match=rf"expected 4 channels on axis {axis}, got shape \({', '.join(map(str, shape))}"
+        ValueError, match=rf"Expected 4 channels on axis {axis}, got shape \({', '.join(map(str, shape))}"
     ):
         build(channel_axis=axis)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("wrong", [[60, 0, 0], [0, -1, 0], [0.0, 1.0, 2.0]], ids=str)
-def test_codes_of_no_entry_are_refused(build, wrong):
+def test_lookup_rejects_codes_out_of_range_and_floats(build, wrong):
     with pytest.raises(
         ValueError, match=r"codes must (lie in 0\.\.\d+, got (0\.\.60|-1\.\.0)|be integers, got torch\.float32)"
     ):
         build().lookup(torch.tensor([wrong]))
 
 
-def test_codes_of_every_kind_of_integer_are_looked_up(build):
+def test_lookup_accepts_every_integer_dtype(build):
     module, codes = build(), torch.tensor([[0, 3, 7]])
     for dtype in (torch.int32, torch.int16, torch.uint8):
         assert torch.equal(module.lookup(codes.to(dtype)), module.lookup(codes))
 
 
-def test_a_quantizer_in_bfloat16_searches_in_float32(build):
+def test_quantizer_in_bfloat16_searches_in_float32(build):
     module, x = build().eval().to(torch.bfloat16), torch.randn(50, 4).bfloat16()
     output, expected = module(x), module.float()(x.float())
     assert output.quantized.dtype == torch.bfloat16 and torch.equal(output.codes, expected.codes)
     torch.testing.assert_close(output.quantized.float(), expected.quantized, atol=0.02, rtol=0.01)
 
 
-def test_masked_vectors_count_for_nothing(build):
+def test_masked_vectors_change_neither_loss_nor_codebook_nor_usage(build):
     torch.manual_seed(1)
     module, twin = build().train(), build().train()
     twin.load_state_dict(module.state_dict())
     for each in module.modules(), twin.modules():
         for part in each:
             if isinstance(part, VectorQuantizer):
-                part.started.fill_(True)
-                part.replace_dead_codes = False  # the two would draw different places
+                part.initialized.fill_(True)
+                part.replace_dead_codes = False  # the two would sample different candidates
     x, noise = torch.randn(40, 4), 50 * torch.randn(40, 4)
     mask = torch.arange(80) < 40
     torch.manual_seed(2)
@@ -82,29 +82,29 @@ def test_masked_vectors_count_for_nothing(build):
     for name, value in module.metrics().items():
         torch.testing.assert_close(value, twin.metrics()[name])
     for (name, state), (_, other) in zip(module.named_buffers(), twin.named_buffers(), strict=True):
-        if name.endswith(("counts", "sums", "codebook")):
+        if name.endswith(("cluster_size", "embed_avg", "codebook")):
             torch.testing.assert_close(state, other, msg=name)
 
 
-def test_a_mask_keeps_its_gradient_out_of_the_loss():
+def test_masked_vectors_get_no_gradient_from_the_loss():
     x = torch.randn(6, 4, requires_grad=True)
     VectorQuantizer(16, 4).eval()(x, torch.tensor([True] * 4 + [False] * 2)).loss.backward()
     assert x.grad[:4].any() and not x.grad[4:].any()
 
 
 @pytest.mark.parametrize("mask", [torch.ones(9, dtype=torch.bool), torch.ones(10, 4, dtype=torch.bool), torch.ones(10)])
-def test_a_mask_that_does_not_fit_is_refused(build, mask):
-    with pytest.raises(ValueError, match=r"mask must be boolean of shape \(10,\), got torch\..* of \("):
+def test_quantizer_rejects_a_mask_of_another_shape_or_dtype(build, mask):
+    with pytest.raises(ValueError, match=r"Expected a boolean mask of shape \(10,\), got torch\..* of shape \("):
         build()(torch.randn(10, 4), mask)
 
 
-def test_a_mask_that_leaves_out_everything_is_refused(build):
-    with pytest.raises(ValueError, match="leaves out every vector"):
+def test_quantizer_rejects_a_mask_that_keeps_nothing(build):
+    with pytest.raises(ValueError, match="keeps at least one vector, got all False"):
         build()(torch.randn(10, 4), torch.zeros(10, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True])
-def test_sizes_below_one_are_refused(size):
+def test_quantizer_rejects_sizes_below_one(size):
     for make in (
         lambda: VectorQuantizer(size, 4),
         lambda: VectorQuantizer(4, size),
@@ -114,7 +114,7 @@ def test_sizes_below_one_are_refused(size):
             make()
 
 
-def test_half_precision_comes_back_as_it_was(build):
+def test_quantizer_half_precision_input_gives_half_precision_output(build):
     x = torch.randn(20, 4).half()
     module = build().eval()
     output = module(x)
@@ -122,7 +122,7 @@ def test_half_precision_comes_back_as_it_was(build):
     assert torch.equal(output.codes, module(x.float()).codes)
 
 
-def test_bfloat16_autocast_changes_no_code(build):
+def test_quantizer_under_bfloat16_autocast_gives_the_same_codes(build):
     module, x = build().eval(), torch.randn(200, 4)
     expected = module(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -130,25 +130,25 @@ def test_bfloat16_autocast_changes_no_code(build):
     assert torch.equal(output.codes, expected.codes) and torch.equal(output.quantized, expected.quantized)
 
 
-def test_vectors_that_are_not_finite_are_counted_in_training_alone(build):
+def test_non_finite_vectors_are_counted_only_in_training(build):
     module, x = build().train(), torch.randn(10, 4)
     x[3, 1] = float("nan")
     module(x)
     module.eval()(x)
-    assert module.skipped == 1
+    assert module.num_non_finite == 1
 
 
 # Gradients
 
 
-def test_straight_through_is_the_code_and_the_gradient_of_the_vector():
+def test_straight_through_returns_the_entry_with_the_gradient_of_the_vector():
     vectors, chosen = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
     weight = torch.randn(8, 4)
     (straight_through(vectors, chosen) * weight).sum().backward()
     assert torch.equal(straight_through(vectors, chosen), chosen) and torch.equal(vectors.grad, weight)
 
 
-def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
+def test_rotation_trick_gradient_is_rotated_like_the_vector():
     vectors, chosen = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
     output = rotation_trick(vectors, chosen)
     assert torch.equal(output, chosen)
@@ -163,15 +163,13 @@ def test_the_rotation_trick_turns_the_gradient_as_the_vector_was_turned():
 
 
 @pytest.mark.parametrize("used", [slice(0, 2), slice(0, 1), slice(1, 2)])
-def test_the_gradient_of_the_commitment_is_that_of_the_mean_square_left_and_comes_with_what_passes_straight_through(
-    used,
-):
+def test_commitment_gradient_equals_that_of_the_plain_form_and_adds_to_straight_through(used):
     flat = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     kept, chosen = torch.tensor([True, True, False, True, True, True]), torch.randn(6, 4, dtype=torch.float64)
     vectors = Vectors(flat, kept, torch.Size([6]), flat.dtype)
     value = 0.3 * (flat - chosen)[kept].square().sum(dim=1).mean()
     outputs = apply_commitment_loss(
-        "straight_through", vectors, chosen, value.detach(), pull=(flat - chosen).detach(), weight=0.3
+        "straight_through", vectors, chosen, value.detach(), residual=(flat - chosen).detach(), weight=0.3
     )
     assert torch.equal(outputs[0], chosen) and torch.equal(outputs[1], value)
     plain = (flat + (chosen - flat).detach(), value)
@@ -183,7 +181,7 @@ def test_the_gradient_of_the_commitment_is_that_of_the_mean_square_left_and_come
     torch.testing.assert_close(found, expected)
 
 
-def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
+def test_rotation_trick_zero_vector_gets_its_gradient_straight_through():
     vectors = torch.zeros(3, 4, requires_grad=True)
     weight = torch.randn(3, 4)
     (rotation_trick(vectors, torch.randn(3, 4)) * weight).sum().backward()
@@ -191,19 +189,19 @@ def test_a_vector_of_length_zero_gets_its_gradient_straight_through():
 
 
 @pytest.mark.parametrize("kind", ["vector", "residual"])
-def test_the_gradient_estimator_changes_no_value(kind):
-    plain, turned = (QUANTIZERS[kind](gradient=gradient).eval() for gradient in ("straight_through", "rotation_trick"))
-    turned.load_state_dict(plain.state_dict())
+def test_gradient_estimator_does_not_change_values(kind):
+    plain, rotated = (QUANTIZERS[kind](gradient=gradient).eval() for gradient in ("straight_through", "rotation_trick"))
+    rotated.load_state_dict(plain.state_dict())
     x = torch.randn(20, 4)
-    assert torch.equal(plain(x).quantized, turned(x).quantized)
+    assert torch.equal(plain(x).quantized, rotated(x).quantized)
 
 
-def test_whole_numbers_are_refused(build):
-    with pytest.raises(ValueError, match="expected floats, got torch.int64"):
+def test_quantizer_rejects_integers(build):
+    with pytest.raises(ValueError, match="Expected a floating-point tensor, got torch.int64"):
         build()(torch.ones(3, 4, dtype=torch.int64))
 
 
-def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong():
+def test_quantizer_rejects_second_derivatives():
     x = torch.randn(20, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no gradient of its own"):
+    with pytest.raises(RuntimeError, match="Expected a first derivative"):
         torch.autograd.grad(VectorQuantizer(16, 4).eval()(x).loss, x, create_graph=True)

@@ -5,31 +5,38 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import VectorQuantizer
-from tokenizers_vq.quantization import nearest_neighbors as clustering
+from tokenizers_vq.quantization import nearest_neighbors
 from tokenizers_vq.quantization.code_usage import perplexity
-from tokenizers_vq.quantization.kmeans import assigned_sums, kmeans
-from tokenizers_vq.quantization.nearest_neighbors import as_images, highest, nearest, nearest_codes, products
-from tokenizers_vq.quantization.vector_quantizer import DEAD_SHARE
+from tokenizers_vq.quantization.kmeans import cluster_statistics, kmeans
+from tokenizers_vq.quantization.nearest_neighbors import (
+    as_images,
+    column_argmax,
+    inner_products,
+    nearest_codes,
+    nearest_entries,
+    plain_nearest_codes,
+)
+from tokenizers_vq.quantization.vector_quantizer import DEAD_CODE_THRESHOLD
 
 NAN, INF = float("nan"), float("inf")
 
 
 def trained_from(codebook: Tensor, **settings) -> VectorQuantizer:
-    """A quantizer in training whose codebook stands already, as if each code had just got an even share."""
+    """Return a quantizer in training mode with this codebook, as if each code had just got one vector."""
     module = VectorQuantizer(*codebook.shape, **settings).train()
     module.codebook.data.copy_(codebook)
-    module.sums.copy_(codebook)
-    module.counts.fill_(1)
+    module.embed_avg.copy_(codebook)
+    module.cluster_size.fill_(1)
     module.num_batches.fill_(1e6)
-    module.started.fill_(True)
+    module.initialized.fill_(True)
     return module
 
 
 def clusters(num: int, *, per_cluster: int = 32, spread: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Well separated centres on a ring `k d` and noisy vectors `n d` around them."""
+    """Return well separated centers `k d` on a ring and noisy vectors `n d` around them."""
     angles = torch.arange(num) * (2 * torch.pi / num)
-    centres = 10 * torch.stack([angles.cos(), angles.sin()], dim=1)
-    return centres, (centres.repeat(per_cluster, 1) + spread * torch.randn(num * per_cluster, 2))
+    centers = 10 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    return centers, (centers.repeat(per_cluster, 1) + spread * torch.randn(num * per_cluster, 2))
 
 
 def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
@@ -40,70 +47,69 @@ def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [(512, 512), (8, 16), (1, 16)])
-def test_nearest_codes_are_those_of_brute_force(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", chunk)
+def test_nearest_codes_equal_the_plain_definition(monkeypatch, chunk):
+    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
     vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
-    assert torch.equal(nearest_codes(vectors, codebook), torch.cdist(vectors, codebook).argmin(dim=1))
+    assert torch.equal(nearest_codes(vectors, codebook), plain_nearest_codes(vectors, codebook))
 
 
 @pytest.mark.parametrize("chunk", [(512, 512), (4, 16)])
-def test_of_equal_codes_the_first_is_nearest(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", chunk)
+def test_nearest_codes_of_equal_entries_is_the_first(monkeypatch, chunk):
+    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
     codebook = torch.randn(3, 5).repeat(12, 1)
     assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(12))
 
 
-def test_without_onednn_the_same_are_nearest(monkeypatch):
+def test_nearest_codes_without_onednn_are_the_same(monkeypatch):
     vectors, codebook = torch.randn(101, 5), torch.randn(70, 5)
     expected = nearest_codes(vectors, codebook)
-    monkeypatch.setattr(clustering, "HAS_ONEDNN", False)
+    monkeypatch.setattr(nearest_neighbors, "HAS_ONEDNN", False)
     assert torch.equal(nearest_codes(vectors, codebook), expected)
 
 
-@pytest.mark.skipif(not clustering.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
+@pytest.mark.skipif(not nearest_neighbors.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
 @pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
-def test_products_have_the_same_bits_for_few_vectors_as_for_many(num):
-    images, rows = as_images(torch.randn(512, 65)), torch.randn(768, 65)
-    many = products(images, rows)
-    torch.testing.assert_close(many, images.permute(0, 2, 3, 1).reshape(512, 65) @ rows.T)
-    assert torch.equal(products(images, rows[:num]), many[:, :num])
+def test_inner_products_have_the_same_bits_for_any_number_of_queries(num):
+    images, queries = as_images(torch.randn(512, 65)), torch.randn(768, 65)
+    many = inner_products(images, queries)
+    torch.testing.assert_close(many, images.permute(0, 2, 3, 1).reshape(512, 65) @ queries.T)
+    assert torch.equal(inner_products(images, queries[:num]), many[:, :num])
 
 
-def test_far_from_zero_the_nearest_is_found_too():
+def test_nearest_codes_far_from_zero_are_exact():
     vectors, codebook = torch.randn(200, 8), torch.randn(64, 8)
-    assert torch.equal(nearest_codes(vectors + 2048, codebook + 2048), plainly_nearest(vectors + 2048, codebook + 2048))
+    vectors, codebook = vectors + 2048, codebook + 2048
+    expected = (vectors[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)
+    assert torch.equal(plain_nearest_codes(vectors, codebook), expected)
 
 
-def plainly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    return (vectors[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
-
-
-def test_no_vectors_have_no_codes():
+def test_nearest_codes_of_no_vectors_are_empty():
     assert nearest_codes(torch.empty(0, 5), torch.randn(17, 5)).shape == (0,)
 
 
 @pytest.mark.parametrize("chunk", [(512, 512), (8, 16)])
-def test_the_nearest_entries_and_what_they_leave_are_those_of_the_plain_form(monkeypatch, chunk):
-    monkeypatch.setattr(clustering, "CHUNK", chunk)
+def test_nearest_entries_equal_the_plain_lookup_and_difference(monkeypatch, chunk):
+    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
     vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
-    chosen, rest = torch.empty(101, 5), torch.empty(101, 5)
-    codes, errors = nearest(vectors, codebook, chosen, rest)
+    quantized, residual = torch.empty(101, 5), torch.empty(101, 5)
+    codes, errors = nearest_entries(vectors, codebook, quantized, residual)
     assert torch.equal(codes, nearest_codes(vectors, codebook))
-    assert torch.equal(chosen, codebook[codes]) and torch.equal(rest, vectors - codebook[codes])
+    assert torch.equal(quantized, codebook[codes]) and torch.equal(residual, vectors - codebook[codes])
     torch.testing.assert_close(errors, (vectors - codebook[codes]).square().sum(dim=1))
-    without_rest = nearest(vectors, codebook, torch.empty(101, 5))
-    assert torch.equal(without_rest[0], codes) and torch.equal(without_rest[1], errors)
-    in_place = nearest(vectors, codebook, chosen, vectors)
-    assert torch.equal(in_place[1], errors) and torch.equal(vectors, rest)
+    without_residual = nearest_entries(vectors, codebook, torch.empty(101, 5))
+    assert torch.equal(without_residual[0], codes) and torch.equal(without_residual[1], errors)
+    in_place = nearest_entries(vectors, codebook, quantized, vectors)
+    assert torch.equal(in_place[1], errors) and torch.equal(vectors, residual)
 
 
-def test_the_highest_score_is_where_argmax_finds_it():
+def test_column_argmax_equals_argmax():
     scores = torch.randint(5, (40, 30)).float()
-    values, rows = highest(scores)
+    values, rows = column_argmax(scores)
     assert torch.equal(rows, scores.argmax(dim=0)) and torch.equal(values, scores.amax(dim=0))
 
 
-def test_bfloat16_autocast_gives_the_same_codes_and_vectors():
+def test_vector_quantizer_under_bfloat16_autocast_gives_the_same_output():
     module = trained_from(torch.randn(64, 8)).eval()
     x = torch.randn(200, 8)
     expected = module(x)
@@ -139,7 +145,7 @@ def test_lookup_of_the_codes_is_the_quantized_input(channel_axis):
 # Gradients
 
 
-def test_the_gradient_of_a_later_loss_passes_straight_through():
+def test_vector_quantizer_passes_later_gradients_straight_through():
     module, x = trained_from(torch.randn(16, 4), commitment_weight=0.0), torch.randn(10, 4, requires_grad=True)
     output = module(x)
     weight = torch.randn(10, 4)
@@ -147,7 +153,7 @@ def test_the_gradient_of_a_later_loss_passes_straight_through():
     assert torch.equal(x.grad, weight)
 
 
-def test_commitment_draws_the_input_to_its_code_by_beta():
+def test_commitment_loss_pulls_the_input_to_its_entry_by_beta():
     module, x = trained_from(torch.randn(16, 4), commitment_weight=0.7), torch.randn(10, 4, requires_grad=True)
     output = module(x)
     output.loss.backward()
@@ -155,7 +161,7 @@ def test_commitment_draws_the_input_to_its_code_by_beta():
     torch.testing.assert_close(output.loss, 0.7 * (x - output.quantized).square().mean())
 
 
-def test_without_average_the_codebook_gets_the_gradient_of_its_own_term():
+def test_vector_quantizer_without_ema_codebook_gets_the_gradient_of_its_own_term():
     module = trained_from(torch.randn(16, 4), ema_update=False, commitment_weight=0.7)
     x = torch.randn(10, 4, requires_grad=True)
     output = module(x)
@@ -168,7 +174,7 @@ def test_without_average_the_codebook_gets_the_gradient_of_its_own_term():
 # The codebook
 
 
-def test_the_average_moves_by_the_papers_formula():
+def test_ema_update_equals_the_equations_of_the_paper():
     codebook, decay = torch.randn(4, 3), 0.9
     module = trained_from(codebook, decay=decay)
     x = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
@@ -177,22 +183,22 @@ def test_the_average_moves_by_the_papers_formula():
     sums = torch.stack([x[codes == code].sum(dim=0) for code in range(4)])
     new_counts = decay * torch.ones(4) + (1 - decay) * counts  # equation 6
     new_sums = decay * codebook + (1 - decay) * sums  # equation 7
-    torch.testing.assert_close(module.counts, new_counts)
-    torch.testing.assert_close(module.sums, new_sums)
+    torch.testing.assert_close(module.cluster_size, new_counts)
+    torch.testing.assert_close(module.embed_avg, new_sums)
     torch.testing.assert_close(module.codebook, new_sums / new_counts[:, None])  # equation 8
 
 
-def test_the_average_is_short_at_first_and_never_longer_than_decay():
+def test_ema_decay_warms_up_and_never_exceeds_decay():
     module = trained_from(torch.zeros(1, 1), decay=0.9, replace_dead_codes=False)
     module.num_batches.zero_()
     counts = torch.ones(())
     for batch in range(1, 400):
         module(torch.full((8, 1), float(batch)))
         counts = torch.lerp(counts, torch.tensor(8.0), max(1 - (1 + batch) / (30 + batch), 1 - 0.9))
-        torch.testing.assert_close(module.counts[0], counts)
+        torch.testing.assert_close(module.cluster_size[0], counts)
 
 
-def test_a_batch_of_few_vectors_does_not_throw_a_good_codebook_away():
+def test_ema_update_with_few_vectors_keeps_a_good_codebook():
     codebook = 10 * torch.randn(256, 4)
     module = trained_from(codebook)
     module.num_batches.zero_()
@@ -201,36 +207,36 @@ def test_a_batch_of_few_vectors_does_not_throw_a_good_codebook_away():
     assert torch.cdist(codebook, module.codebook).min(dim=1).values.median() < 0.1
 
 
-def test_in_training_the_vectors_given_are_those_the_codes_were_nearest_to():
+def test_vector_quantizer_in_training_returns_the_entries_from_before_the_update():
     codebook = torch.randn(32, 4)
     module = trained_from(codebook)
-    module.counts[16:] = 0  # these are revived at this very step
+    module.cluster_size[16:] = 0  # these are replaced in this step
     output = module(torch.randn(100, 4))
     assert (output.codes >= 16).any()
     assert torch.equal(output.quantized.detach(), codebook[output.codes])
 
 
-def test_the_first_batch_puts_codes_on_its_clusters():
-    centres, vectors = clusters(4)
+def test_first_batch_initializes_the_codebook_on_its_clusters():
+    centers, vectors = clusters(4)
     module = VectorQuantizer(16, 2).train()
     output = module(vectors)
-    assert module.started and (output.quantized - vectors).norm(dim=1).max() < 0.1
-    assert torch.cdist(centres, module.codebook).min(dim=1).values.max() < 0.1
+    assert module.initialized and (output.quantized - vectors).norm(dim=1).max() < 0.1
+    assert torch.cdist(centers, module.codebook).min(dim=1).values.max() < 0.1
 
 
-def test_kmeans_finds_the_means_of_as_many_clusters():
-    centres, vectors = clusters(4)
+def test_kmeans_finds_the_centers_of_separate_clusters():
+    centers, vectors = clusters(4)
     found = kmeans(vectors, 4)
-    torch.testing.assert_close(found[torch.cdist(centres, found).argmin(dim=1)], centres, atol=0.05, rtol=0)
+    torch.testing.assert_close(found[torch.cdist(centers, found).argmin(dim=1)], centers, atol=0.05, rtol=0)
 
 
-def test_kmeans_serves_more_clusters_than_vectors():
+def test_kmeans_with_more_clusters_than_vectors_covers_each_vector():
     vectors = torch.randn(3, 2)
     assert torch.cdist(vectors, kmeans(vectors, 8)).min(dim=1).values.max() < 1e-6
 
 
 @pytest.mark.parametrize("ema_update", [True, False])
-def test_dead_codes_come_back_from_a_collapsed_start(ema_update):
+def test_dead_codes_recover_from_a_collapsed_codebook(ema_update):
     codebook = torch.full((16, 2), 100.0)
     codebook[0] = 0
     module = trained_from(codebook, decay=0.9, ema_update=ema_update)
@@ -241,45 +247,45 @@ def test_dead_codes_come_back_from_a_collapsed_start(ema_update):
     assert module.metrics()["code_usage"] > 0.75
 
 
-def test_a_code_out_of_use_moves_onto_a_vector_of_the_batch():
+def test_dead_code_moves_to_a_vector_of_the_batch():
     codebook = torch.tensor([[0.0, 0.0], [100.0, 100.0]])
     module = trained_from(codebook)
-    module.counts[1] = DEAD_SHARE / 10
+    module.cluster_size[1] = DEAD_CODE_THRESHOLD / 10
     vectors = torch.randn(10, 2)
     module(vectors)
     assert (vectors == module.codebook[1]).all(dim=1).any()
 
 
 @pytest.mark.parametrize("ema_update", [True, False])
-def test_eval_moves_nothing(ema_update):
+def test_vector_quantizer_in_eval_mode_changes_no_state(ema_update):
     module = trained_from(torch.randn(16, 4), ema_update=ema_update).eval()
     before = state_of(module)
     module(torch.randn(50, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(module).items())
 
 
-def test_an_unstarted_quantizer_stays_so_in_eval():
+def test_vector_quantizer_in_eval_mode_is_not_initialized():
     module = VectorQuantizer(16, 4).eval()
     module(torch.randn(50, 4))
-    assert not module.started
+    assert not module.initialized
 
 
-# What is not finite
+# Non-finite vectors
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_vectors_that_are_not_finite_are_skipped_and_counted(value):
+def test_non_finite_vectors_are_skipped_and_counted(value):
     codebook = torch.randn(4, 3)
     clean = codebook.repeat(5, 1) + 0.01 * torch.randn(20, 3)
     spoiled = torch.cat([clean, torch.tensor([[0.0, value, 0.0], [value, 1.0, 1.0]])])
     module, twin = trained_from(codebook), trained_from(codebook)
     output, expected = module(spoiled), twin(clean)
-    assert module.skipped == 2
+    assert module.num_non_finite == 2
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(module.codebook, twin.codebook)
 
 
-def test_vectors_that_are_not_finite_get_no_gradient_and_spoil_no_other():
+def test_non_finite_vectors_get_no_gradient_and_leave_others_finite():
     x = torch.randn(10, 3)
     x[4, 1] = NAN
     x.requires_grad_()
@@ -288,65 +294,65 @@ def test_vectors_that_are_not_finite_get_no_gradient_and_spoil_no_other():
     assert x.grad.isfinite().all() and not x.grad[4].any() and x.grad[:4].any()
 
 
-def test_a_code_out_of_use_never_moves_to_what_is_not_finite():
+def test_dead_code_never_moves_to_a_non_finite_vector():
     module = trained_from(torch.full((4, 2), 50.0) + torch.randn(4, 2))
-    module.counts[2:] = 0
+    module.cluster_size[2:] = 0
     x = 50 + torch.randn(8, 2)
     x[::2] = NAN
     module(x)
     assert module.codebook.min() > 40
 
 
-def test_a_batch_without_a_finite_vector_leaves_the_start_to_the_next():
+def test_batch_without_finite_vectors_does_not_initialize_the_codebook():
     module = VectorQuantizer(8, 2).train()
     before = module.codebook.clone()
     assert module(torch.full((5, 2), NAN)).loss == 0
-    assert not module.started
+    assert not module.initialized
     torch.testing.assert_close(module.codebook, before)
 
 
-# Numbers
+# Statistics
 
 
-def test_assigned_sums_count_and_add():
+def test_cluster_statistics_count_and_add():
     vectors, codes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
-    counts, sums = assigned_sums(vectors, codes, 3)
+    counts, sums = cluster_statistics(vectors, codes, 3)
     assert counts.tolist() == [1, 0, 2] and sums.tolist() == [[3, 4], [0, 0], [6, 8]]
 
 
-def test_perplexity_is_the_number_of_codes_used_alike():
+def test_perplexity_is_the_number_of_equally_frequent_codes():
     torch.testing.assert_close(
         perplexity(torch.tensor([[3.0, 3.0, 0.0, 3.0], [9.0, 0.0, 0.0, 0.0]])), torch.tensor([3.0, 1.0])
     )
 
 
-def test_a_fresh_quantizer_has_counted_nothing_after_loading(tiny_vqvae, tmp_path):
-    tiny_vqvae.quantizer.view.skipped += 7
+def test_loaded_quantizer_has_empty_counters(tiny_vqvae, tmp_path):
+    tiny_vqvae.quantizer.view.num_non_finite += 7
     tiny_vqvae.quantizer.usage.histogram += 7
     tiny_vqvae.save_pretrained(tmp_path)
     loaded = type(tiny_vqvae).from_pretrained(tmp_path).quantizer
-    assert loaded.skipped == 0 and not loaded.usage.histogram.any()
+    assert loaded.num_non_finite == 0 and not loaded.usage.histogram.any()
 
 
-# Start and use
+# Initialization and usage
 
 
-def test_kmeans_waits_until_the_first_batches_hold_enough_vectors():
-    centres, vectors = clusters(16, per_cluster=4)
+def test_kmeans_init_waits_for_enough_vectors():
+    centers, vectors = clusters(16, per_cluster=4)
     module = VectorQuantizer(16, 2).train()
     order = torch.randperm(64)
     for batch in vectors[order].split(16)[:3]:
         module(batch)
-        assert not module.started
+        assert not module.initialized
         assert torch.cdist(module.codebook, vectors).min(dim=1).values.max() < 2, (
-            "until then codes stand on vectors shown"
+            "until then codes are vectors seen so far"
         )
     module(vectors[order[48:]])
-    assert module.started and not len(module.first_vectors)
-    assert (torch.cdist(centres, module.codebook).min(dim=1).values < 0.5).float().mean() > 0.7
+    assert module.initialized and not len(module.init_vectors)
+    assert (torch.cdist(centers, module.codebook).min(dim=1).values < 0.5).float().mean() > 0.7
 
 
-def test_usage_is_that_of_all_batches_since_it_was_reset():
+def test_code_usage_covers_all_batches_since_the_last_reset():
     module = trained_from(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), replace_dead_codes=False)
     for value in (0.0, 1.0, 1.0):
         module(torch.full((5, 1), value))
@@ -358,10 +364,10 @@ def test_usage_is_that_of_all_batches_since_it_was_reset():
 
 
 @pytest.mark.parametrize("ema_update", [True, False])
-def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema_update):
+def test_codebook_of_identical_vectors_is_used_after_100_steps(ema_update):
     module = VectorQuantizer(512, 8, ema_update=ema_update).train()
     module.codebook.data.fill_(0.5)
-    module.started.fill_(True)
+    module.initialized.fill_(True)
     for _ in range(100):
         module(torch.randn(2048, 8))
     module.usage.reset()
@@ -369,18 +375,18 @@ def test_a_codebook_of_identical_vectors_is_in_use_after_100_steps(ema_update):
     assert module.metrics()["code_usage"] >= 0.95
 
 
-def test_without_revival_a_collapsed_codebook_stays_collapsed():
+def test_collapsed_codebook_without_replacement_stays_collapsed():
     module = trained_from(torch.zeros(64, 8), replace_dead_codes=False)
     for _ in range(20):
         codes = module(torch.randn(256, 8)).codes
     assert len(codes.unique()) < 24
 
 
-# Directions and projections
+# Cosine similarity and projections
 
 
 @pytest.mark.parametrize("ema_update", [True, False])
-def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema_update):
+def test_cosine_similarity_entries_have_length_one_and_codes_ignore_the_length_of_vectors(ema_update):
     module, x = VectorQuantizer(16, 4, use_cosine_sim=True, ema_update=ema_update).train(), torch.randn(300, 4)
     for _ in range(3):
         module(x)
@@ -392,7 +398,7 @@ def test_cosine_codes_have_length_one_and_ignore_the_length_of_a_vector(ema_upda
     assert torch.equal(output.codes, similarity.argmax(dim=1))
 
 
-def test_a_projection_searches_among_shorter_vectors():
+def test_codebook_dim_projects_to_shorter_vectors_and_back():
     module, x = VectorQuantizer(16, 8, codebook_dim=2).train(), torch.randn(300, 8, requires_grad=True)
     output = module(x)
     assert module.codebook.shape == (16, 2) and output.quantized.shape == (300, 8)
@@ -403,16 +409,16 @@ def test_a_projection_searches_among_shorter_vectors():
     assert x.grad.any() and all(p.grad.any() for p in module.parameters())
 
 
-@pytest.mark.parametrize("num_columns", [1, 7, 64, 100, 512, 1000])
-def test_search_in_blocks_finds_what_search_in_rows_finds(num_columns):
-    vectors, codebook = torch.randn(300, 6), torch.randn(num_columns, 6)
+@pytest.mark.parametrize("codebook_size", [1, 7, 64, 100, 512, 1000])
+def test_nearest_codes_for_any_codebook_size_equal_the_largest_scores(codebook_size):
+    vectors, codebook = torch.randn(300, 6), torch.randn(codebook_size, 6)
     expected = (vectors @ codebook.T - codebook.square().sum(dim=1) / 2).argmax(dim=1)
     assert torch.equal(nearest_codes(vectors, codebook), expected)
 
 
-def test_an_empty_batch_changes_nothing_but_the_count_of_batches():
+def test_empty_batch_leaves_the_codebook_unchanged():
     module = trained_from(torch.randn(64, 8))
-    module.counts[3] = 0
+    module.cluster_size[3] = 0
     codebook = module.codebook.clone()
     module.train()(torch.empty(0, 8))
     torch.testing.assert_close(module.codebook, codebook)

@@ -81,7 +81,7 @@ def test_codebooks_start_on_latents_of_texts_alone():
     model = tiny()
     symbols = model.texts_to_symbols(["x"] * 40 + ["two green cats sat"] * 40)
     model.init_from_data(symbols)
-    first = model.quantizer.levels[0].codebook
+    first = model.quantizer.layers[0].codebook
     latents = model.eval()._latents(symbols)[model.valid_spans(symbols)]
     assert torch.cdist(first, latents).amin(dim=1).max() < 1e-2
     assert (model.encode(symbols)[:, : model.num_spans] == 0).float().mean() < 1
@@ -117,5 +117,5 @@ def test_the_codebook_may_learn_by_its_loss():
 
 
 def test_cosine_of_a_sum_is_refused():
-    with pytest.raises(ValueError, match="cannot compare directions"):
+    with pytest.raises(ValueError, match="Expected use_cosine_sim=False for a ResidualQuantizer"):
         tiny(use_cosine_sim=True)
