@@ -40,7 +40,7 @@ class TextSpanConfig(DiscreteTokenizerConfig):
     def __post_init__(self, **other: object) -> None:
         super().__post_init__(**other)
         if self.max_length % self.span_length:
-            raise ValueError(f"max_length {self.max_length} is no multiple of span_length {self.span_length}")
+            raise ValueError(f"max_length {self.max_length} is not a multiple of span_length {self.span_length}")
         check_choice("span_unit", self.span_unit, SPAN_UNITS)
         if self.alphabet is not None:
             check_alphabet(self.alphabet)

@@ -195,7 +195,7 @@ def test_a_setting_of_the_wrong_kind_is_refused(config_class, name, value):
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_an_image_size_that_the_stride_does_not_divide_names_the_nearest(config_class):
-    with pytest.raises(ValueError, match="image_size 30 is no multiple of 4; the nearest are 28 and 32"):
+    with pytest.raises(ValueError, match="image_size 30 is not a multiple of 4; the nearest are 28 and 32"):
         config_class(image_size=30)
 
 

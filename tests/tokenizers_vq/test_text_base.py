@@ -183,7 +183,7 @@ def test_one_text_in_no_list_is_refused_rather_than_coded_by_its_letters(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"span_length": 5}, "max_length 18 is no multiple of span_length 5"),
+        ({"span_length": 5}, "max_length 18 is not a multiple of span_length 5"),
         ({"alphabet": [1, 2]}, "alphabet must hold 63"),
         ({"span_unit": "line"}, "span_unit must be one of bytes, words, word, got 'line'"),
         ({"dilations": [0]}, "dilations must be"),

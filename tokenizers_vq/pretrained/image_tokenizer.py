@@ -87,7 +87,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
 
         Raises:
             ValueError: for a model of a class that is none of `FAMILIES`, for weights that are not finite, and for an `image_size` that
-                is no multiple of the pixels that a code stands for.
+                is not a multiple of the pixels that a code stands for.
         """
         config = PretrainedImageTokenizerConfig(
             family=adapter_name(model),

@@ -198,7 +198,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_janus):
 
 
 def test_an_image_size_that_the_stride_does_not_divide_is_refused(tiny_janus):
-    with pytest.raises(ValueError, match="image_size 10 is no multiple of 4; the nearest are 8 and 12"):
+    with pytest.raises(ValueError, match="image_size 10 is not a multiple of 4; the nearest are 8 and 12"):
         PretrainedImageTokenizer.wrap(tiny_janus.model, image_size=10)
 
 

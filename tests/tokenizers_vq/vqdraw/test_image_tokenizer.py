@@ -110,7 +110,7 @@ def test_a_later_segment_changes_no_earlier_stage(images):
 
 
 def test_a_segment_length_that_does_not_divide_the_stages_is_refused():
-    with pytest.raises(ValueError, match="num_stages 4 is no multiple of segment_length 3"):
+    with pytest.raises(ValueError, match="num_stages 4 is not a multiple of segment_length 3"):
         build(segment_length=3)
 
 

@@ -293,14 +293,14 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"span_length": 5}, "max_length 18 is no multiple of span_length 5"),
+            ({"span_length": 5}, "max_length 18 is not a multiple of span_length 5"),
             ({"alphabet": [1, 63, 2]}, "alphabet must be different byte values in order"),
             ({"alphabet": [1, 2]}, "alphabet must hold 63"),
             ({"alphabet": [63, 256]}, "alphabet must be different byte values"),
             ({"span_unit": "line"}, "span_unit must be one of bytes, words, word, got 'line'"),
             ({"dilations": []}, "dilations must be"),
             ({"active_stages": 4}, "active_stages 4 is more than num_stages 3"),
-            ({"segment_length": 2}, "num_stages 3 is no multiple of segment_length 2"),
+            ({"segment_length": 2}, "num_stages 3 is not a multiple of segment_length 2"),
             ({"num_stage": 2}, "did you mean 'num_stages'"),
         ],
     )

@@ -147,7 +147,7 @@ def test_codes_of_another_size_say_how_many_they_must_be(tiny_vqvae):
     codes = torch.zeros(1, 15, dtype=torch.long)
     with pytest.raises(ValueError, match=r"codes must be `b 15`, got shape `1 4`"):
         tiny_vqvae.decode(codes[:, :4], image_size=(12, 20))
-    with pytest.raises(ValueError, match="image_size 10 is no multiple of 4; the nearest are 8 and 12"):
+    with pytest.raises(ValueError, match="image_size 10 is not a multiple of 4; the nearest are 8 and 12"):
         tiny_vqvae.decode(codes, image_size=(10, 20))
 
 
@@ -181,7 +181,7 @@ def test_three_grids_of_another_size(images):
 
 
 def test_a_size_that_the_coarsest_grid_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="image_size 12 is no multiple of 8; the nearest are 8 and 16"):
+    with pytest.raises(ValueError, match="image_size 12 is not a multiple of 8; the nearest are 8 and 16"):
         VQVAEConfig(image_size=12, num_grids=2)
 
 
