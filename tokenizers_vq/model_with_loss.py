@@ -1,4 +1,4 @@
-"""Models as a trainer sees them: with what they learn from, of which nothing is left in the model that is saved."""
+"""Wrap a model with its training loss. Only the inner model is saved as a model."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,42 +10,66 @@ LOSS_FILE = "loss.safetensors"
 
 
 class ModelWithLoss(nn.Module):
-    """A model, and beside it what it needs only while it learns.
+    """Base class of wrappers that hold a model and what it needs only for training, such as a discriminator.
+
+    Subclasses set `inner_name`, assign the model to that attribute, and return the loss from `forward`. To a trainer
+    the wrapper is one module, so DDP, FSDP and the optimizer see the parameters of the loss as well.
 
     Attributes:
-        kept: name of the attribute that holds the model, which alone is saved as a model.
+        inner_name: Name of the attribute that holds the model.
+
+    Example:
+        >>> from torch import nn
+        >>> from tokenizers_vq import ModelWithLoss
+        >>> class WithPenalty(ModelWithLoss):
+        ...     inner_name = "model"
+        ...     def __init__(self, model):
+        ...         super().__init__()
+        ...         self.model = model
+        ...     def forward(self, x):
+        ...         return self.model(x).square().mean()
+        >>> WithPenalty(nn.Linear(2, 1)).inner
+        Linear(in_features=2, out_features=1, bias=True)
     """
 
-    kept: ClassVar[str]
+    inner_name: ClassVar[str]
 
     @property
     def inner(self) -> Any:
         """The model that is trained and saved."""
-        return getattr(self, self.kept)
+        return getattr(self, self.inner_name)
 
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, **arguments: Any
     ) -> None:
-        """Save the model; and where a loss learns too, what it has learned, in a file of its own, for a run to be taken up again."""
+        """Save the inner model, and a trainable loss to a file of its own for resuming.
+
+        Args:
+            folder: Folder to write to.
+            state_dict: State of the whole wrapper, if it is not `self.state_dict()`, e.g. gathered from FSDP shards.
+            arguments: Further arguments of the model's `save_pretrained`.
+        """
         state = self.state_dict() if state_dict is None else state_dict
-        prefix = f"{self.kept}."
+        prefix = f"{self.inner_name}."
         inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         self.inner.save_pretrained(str(folder), state_dict=inner, **arguments)
-        beside = {name: state[name].contiguous() for name in self._learned_beside()}
-        if beside:
-            Path(folder, LOSS_FILE).write_bytes(safetensors.torch.save(beside))
+        loss_state = {name: state[name].contiguous() for name in self._loss_state_names()}
+        if loss_state:
+            Path(folder, LOSS_FILE).write_bytes(safetensors.torch.save(loss_state))
 
     def load_loss(self, folder: str | Path) -> None:
-        """Put back what a loss had learned."""
-        if self._learned_beside():
+        """Load the state of a trainable loss that `save_pretrained` wrote; does nothing for other losses."""
+        if self._loss_state_names():
+            # Not strict: the inner model and frozen parts are missing from this file.
             self.load_state_dict(safetensors.torch.load_file(Path(folder, LOSS_FILE)), strict=False)
 
-    def _learned_beside(self) -> list[str]:
-        """Names of the tensors that change in training and are not the model's; what is frozen can be had again."""
-        fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return [name for name in self.state_dict() if not name.startswith(f"{self.kept}.") and name not in fixed]
+    def _loss_state_names(self) -> list[str]:
+        """Return names of the loss's tensors that training changes. Frozen ones come from their own source."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        prefix = f"{self.inner_name}."
+        return [name for name in self.state_dict() if not name.startswith(prefix) and name not in frozen]
 
 
 def get_inner_model(model: nn.Module) -> Any:
-    """The model in a `ModelWithLoss`, or the model itself."""
+    """Return the model inside a `ModelWithLoss`, or the model itself if it is not wrapped."""
     return model.inner if isinstance(model, ModelWithLoss) else model

@@ -42,7 +42,7 @@ class PriorWithLoss(ModelWithLoss):
         compile: run the layers through `torch.compile` in training, see `CompiledLayers`.
     """
 
-    kept = "prior"
+    inner_name = "prior"
 
     @property
     def _no_split_modules(self) -> Any:

@@ -33,7 +33,7 @@ class RankerWithLoss(ModelWithLoss):
     Equal captions of a batch are no opposites: all their images are right for each of them (as in UniCL, Yang et al. 2022).
     """
 
-    kept = "clip"
+    inner_name = "clip"
 
     def __init__(self, clip: CLIPModel):
         super().__init__()

@@ -212,7 +212,7 @@ class FaultTolerantTrainer(transformers.Trainer):
             return None
         copy = type(model)(model.config)
         copy.generation_config = model.generation_config
-        prefix = f"{trained.kept}." if isinstance(trained, ModelWithLoss) else ""
+        prefix = f"{trained.inner_name}." if isinstance(trained, ModelWithLoss) else ""
         copy.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         return copy
 

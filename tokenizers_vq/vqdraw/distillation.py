@@ -180,7 +180,7 @@ class Distillation(ModelWithLoss):
     teacher's codes (cross entropy), and to draw what the teacher draws (squared error).
     """
 
-    kept = "student"
+    inner_name = "student"
 
     def __init__(self, student: VQDrawStudent, teacher: VQDrawForImages):
         super().__init__()

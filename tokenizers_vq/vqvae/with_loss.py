@@ -18,7 +18,7 @@ class TokenizerWithLoss(ModelWithLoss):
         reconstruction_loss: of normalised images; one that learns itself, such as `AdversarialLoss`, does so with the same optimizer.
     """
 
-    kept = "tokenizer"
+    inner_name = "tokenizer"
 
     def __init__(self, tokenizer: VQVAE, reconstruction_loss: ReconstructionLoss):
         super().__init__()
