@@ -1,6 +1,8 @@
-"""Processes that train together: which of them this one is, and what they have to agree on.
+"""Collectives of `torch.distributed` that do nothing in a single process.
 
-Sums are summed over all, and what is drawn at random is drawn by the first. Of one process alone all of it is the thing itself.
+Codebooks are buffers that learn from the data itself, not from gradients, so DDP does not keep them equal. The
+functions here do: statistics are summed over all ranks, and random numbers are drawn by rank 0 or sliced from one draw
+that all ranks make alike.
 """
 
 from collections.abc import Sequence
@@ -11,62 +13,93 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether other processes train with this one."""
+    """Return True if this process trains together with others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def get_rank() -> int:
-    """Which of them this one is."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of what all processes have, in all of them; written into the tensor itself."""
+    """Sum a tensor over all ranks, in place."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def all_reduce_coalesced(*parts: Tensor) -> tuple[Tensor, ...]:
-    """The sums of several tensors of one type over all processes, in one call; of one process alone the tensors as they are."""
+def all_reduce_coalesced(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the sums of several tensors of one dtype over all ranks, in a single collective.
+
+    In a single process the tensors themselves are returned, not copies.
+    """
     if not is_distributed():
-        return parts
-    flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
-    pieces = flat.split([part.numel() for part in parts])
-    return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+        return tensors
+    flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    sums = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(each.view_as(tensor) for each, tensor in zip(sums, tensors, strict=True))
 
 
-def broadcast_from_rank0(drawn: Tensor) -> Tensor:
-    """What the first process has, in all of them; written into the tensor itself."""
+def broadcast_from_rank0(values: Tensor) -> Tensor:
+    """Overwrite a tensor with that of rank 0, in place."""
     if is_distributed():
-        dist.broadcast(drawn, src=0)
-    return drawn
+        dist.broadcast(values, src=0)
+    return values
 
 
 def local_exponential_noise(like: Tensor) -> Tensor:
-    """Exponential noise for values `n`: this process's part of one draw for all of them, as long as they draw alike."""
+    """Return this rank's slice of one draw of exponential noise for all ranks.
+
+    Every rank draws the noise for all of them, so random states stay equal as long as they started equal.
+
+    Args:
+        like: A tensor `n ...` with the dtype and device of the noise; all ranks have the same `n`.
+
+    Returns:
+        Noise `n`.
+    """
     return like.new_empty(get_world_size(), len(like)).exponential_()[get_rank()]
 
 
-def local_slices(of_all: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Of one draw `n ...` for all rows of a step, what falls on each batch of this process; all processes have batches of these sizes."""
-    return list(of_all.split([size for size in sizes for _ in range(get_world_size())])[get_rank() :: get_world_size()])
+def local_slices(draw: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Slice one draw for all rows of a training step into the parts for this rank's batches.
+
+    The draw is ordered by batch, then by rank, so that two ranks see the numbers that one rank would have drawn for the
+    same rows.
+
+    Args:
+        draw: Random numbers `n ...` for all rows of all ranks.
+        sizes: Number of rows of each of this rank's batches; the same on all ranks.
+
+    Returns:
+        One slice per batch.
+    """
+    world_size = get_world_size()
+    return list(draw.split([size for size in sizes for _ in range(world_size)])[get_rank() :: world_size])
 
 
 def all_reduce_top_k(keys: Tensor, rows: Tensor) -> Tensor:
-    """Of the rows `k d` of all processes the `k` with the highest keys `k`, best first; those with a key of minus infinity do not count.
+    """Return the rows with the highest keys among all ranks, best first.
 
-    Where there are fewer than `k`, they come again from the start.
+    Args:
+        keys: Keys `k` of this rank's rows. A row with key minus infinity is not eligible.
+        rows: Rows `k d`.
+
+    Returns:
+        Rows `k d`, the same on all ranks. If fewer than `k` rows are eligible, they repeat in order.
     """
     all_keys = keys.new_zeros(get_world_size(), len(keys))
     all_keys[get_rank()] = keys
     all_keys = all_reduce_sum(all_keys).flatten()
-    num_there = (all_keys > -torch.inf).sum().clamp(1, len(keys))
-    best = all_keys.argsort(descending=True)[torch.arange(len(keys), device=keys.device) % num_there]
-    is_own = best // len(keys) == get_rank()
-    return all_reduce_sum(torch.where(is_own[:, None], rows[best % len(keys)], 0))
+    # At least 1, or the modulo would divide by zero where no row is eligible.
+    num_eligible = (all_keys > -torch.inf).sum().clamp(1, len(keys))
+    best = all_keys.argsort(descending=True)[torch.arange(len(keys), device=keys.device) % num_eligible]
+    is_local = best // len(keys) == get_rank()
+    # Each rank fills in its own rows and zeros elsewhere, so the sum collects them.
+    return all_reduce_sum(torch.where(is_local[:, None], rows[best % len(keys)], 0))
