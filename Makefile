@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python -m
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test docs torture lint clean
 
 demo: .venv/.installed
 	$(RUN) tok2img demo
@@ -10,6 +10,10 @@ demo: .venv/.installed
 # Two processes of one thread each.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -n 2
+
+# The manual, as a site in site/ that opens from the disk: start with site/index.html.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
 
 # Some minutes: training and tokenizing killed again and again, and what must hold for all input tried on much of it.
 torture: .venv/.installed
@@ -35,4 +39,4 @@ lint: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
