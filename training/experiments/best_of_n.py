@@ -1,10 +1,11 @@
-"""How often an image shows its caption when it is the best of n, by the prior's own likelihood and by a CLIP ranker.
+"""Compare ways to choose the best of n images: the prior's own likelihood, and a CLIP ranker.
 
-    python training/experiments/best_of_n.py MODEL RANKER JUDGE DATA [NUM]
+    python training/experiments/best_of_n.py MODEL RANKER VERIFIER DATA [NUM]
 
-RANKER and JUDGE are two models of `tok2img train-ranker`, of different seeds: one chooses, and the other, which took no part in the
-choice, says whether of all NUM captions it finds an image's own first. DATA is a Parquet file of captioned images, whose first NUM
-distinct captions are drawn; the real images come first, as what can be reached. Prints shares of images found, at n = 1, 4 and 16.
+RANKER and VERIFIER are two models of `tok2img train-ranker`, trained with different seeds. The ranker chooses; the
+verifier, which takes no part in the choice, retrieves each image's caption among all NUM. DATA is a Parquet file of
+captioned images, whose first NUM distinct captions (default 200) are the prompts. Prints the fraction of images whose
+own caption is retrieved first: for real images (the upper limit), then at n = 1, 4 and 16.
 """
 
 import sys
@@ -16,38 +17,40 @@ from tok2img import TextToImagePipeline
 from tok2img.data.loading import load_captioned_images
 from tok2img.pipelines.clip_ranker import ClipRanker, Ranker
 
-CANDIDATES = (4, 16)  # beside one alone
+CANDIDATES = (4, 16)  # values of n after 1
 
 
 @torch.inference_mode()
-def share_found(judge: ClipRanker, captions: list[str], images: list[Any]) -> float:
-    """Share of the images to whose view the view of their own caption is nearest, of those of all captions."""
-    output = judge.model(**judge.encode_text(captions), pixel_values=judge.pixel_values(images))
-    found = (output.image_embeds @ output.text_embeds.T).argmax(dim=1)
-    return (found == torch.arange(len(captions))).float().mean().item()
+def retrieval_accuracy(verifier: ClipRanker, captions: list[str], images: list[Any]) -> float:
+    """Return the fraction of images whose nearest caption embedding, among all captions, is their own."""
+    output = verifier.model(**verifier.encode_text(captions), pixel_values=verifier.pixel_values(images))
+    nearest = (output.image_embeds @ output.text_embeds.T).argmax(dim=1)
+    return (nearest == torch.arange(len(captions))).float().mean().item()
 
 
-def distinct(rows: Any, num: int) -> tuple[list[str], list[Any]]:
-    """The first `num` captions that are no repeats, and their images."""
+def first_distinct(rows: Any, num: int) -> tuple[list[str], list[Any]]:
+    """Return the first `num` distinct captions and the first image of each."""
+    # In reverse, so that of rows with equal captions the first is kept.
     first_row = {caption: row for row, caption in reversed(list(enumerate(rows["caption"][:])))}
     captions = sorted(first_row, key=first_row.__getitem__)[:num]
     return captions, [rows[first_row[caption]]["image"] for caption in captions]
 
 
-def main(model: str, ranker: str, judge: str, data: str, *, num: int) -> dict[str, list[float]]:
-    """Draw, choose, judge; print a line for each way to choose."""
+def main(model: str, ranker: str, verifier: str, data: str, *, num: int) -> dict[str, list[float]]:
+    """Generate, choose and verify; print a line for each way to choose."""
     pipeline = TextToImagePipeline.from_pretrained(model)
-    chooser, discriminator_loss = ClipRanker.from_pretrained(ranker), ClipRanker.from_pretrained(judge)
-    captions, images = distinct(load_captioned_images(data, split="train"), num)
-    shares = {"real images": [share_found(discriminator_loss, captions, images)]}
-    rankers: dict[str, Ranker | None] = {"CLIP": chooser, "likelihood": None}
-    alone = share_found(discriminator_loss, captions, list(pipeline(captions, seed=0).images))
+    clip_ranker, clip_verifier = ClipRanker.from_pretrained(ranker), ClipRanker.from_pretrained(verifier)
+    captions, images = first_distinct(load_captioned_images(data, split="train"), num)
+    accuracies = {"real images": [retrieval_accuracy(clip_verifier, captions, images)]}
+    single = retrieval_accuracy(clip_verifier, captions, list(pipeline(captions, seed=0).images))
+    rankers: dict[str, Ranker | None] = {"CLIP": clip_ranker, "likelihood": None}
     for name, used in rankers.items():
-        drawn = (pipeline(captions, seed=0, best_of=n, ranker=used) for n in CANDIDATES)
-        shares[name] = [alone, *(share_found(discriminator_loss, captions, list(each.images)) for each in drawn)]
-    for name, each in shares.items():
-        print(f"{name:14}  {'  '.join(f'{share:6.1%}' for share in each)}", flush=True)
-    return shares
+        outputs = (pipeline(captions, seed=0, best_of=n, ranker=used) for n in CANDIDATES)
+        best = [retrieval_accuracy(clip_verifier, captions, list(output.images)) for output in outputs]
+        accuracies[name] = [single, *best]
+    for name, row in accuracies.items():
+        print(f"{name:14}  {'  '.join(f'{accuracy:6.1%}' for accuracy in row)}", flush=True)
+    return accuracies
 
 
 if __name__ == "__main__":
