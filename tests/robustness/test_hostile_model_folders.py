@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from tok2img import TextToImagePipeline, Tok2ImgProcessor
 from tok2img.cli.app import main
-from tok2img.evaluation.caption_classifier import CaptionClassifier
+from tok2img.evaluation.caption_classifier import CaptionClassifier, CaptionClassifierConfig
 from tok2img.pipelines.clip_ranker import ClipRanker
 from tok2img.prior.model import build_prior
 from tok2img.tokenization.span_text_tokenizer import load_text_tokenizer
@@ -53,7 +53,7 @@ LOADERS = {
     "qwen3": TextToImagePipeline.from_pretrained,
     "gpt2": TextToImagePipeline.from_pretrained,
     "clip": ClipRanker.from_pretrained,
-    "classifier": CaptionClassifier.load,
+    "classifier": CaptionClassifier.from_pretrained,
 }
 # A size whose tensors get another shape, and settings that must not become memory or time.
 SIZES: dict[str, tuple[str, ...]] = {
@@ -288,7 +288,8 @@ def build(kind: str, request: pytest.FixtureRequest, folder: Path) -> None:
         sizes = {"image_size": 8, "num_stages": 4, "codebook_size": 8, "hidden_channels": 16, "vector_dim": 16}
         VQDrawStudent(VQDrawStudentConfig(**sizes)).save_pretrained(folder)
     elif kind == "classifier":
-        CaptionClassifier(num_channels=3, image_size=8, captions=["a", "b"]).save(folder)
+        config = CaptionClassifierConfig(num_channels=3, image_size=8, captions=["a", "b"])
+        CaptionClassifier(config).save_pretrained(folder)
     elif kind == "clip":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         text, vision = small | {"vocab_size": 300}, small | {"image_size": 8, "patch_size": 4}

@@ -166,8 +166,8 @@ def draw_captions(model: str, out: str, prompts: list[str], *, stages: bool, ran
     from ..visualization.tokenizer_sheets import stages_sheet
 
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
-    judge = ClipRanker.from_pretrained(ranker) if ranker else None
-    output = pipeline(prompts, ranker=judge, progress=True, **choices)
+    clip_ranker = ClipRanker.from_pretrained(ranker) if ranker else None
+    output = pipeline(prompts, ranker=clip_ranker, progress=True, **choices)
     images: Any = output.images
     if stages:
         sheet = stages_sheet(pipeline.processor.image_tokenizer, output.codes)

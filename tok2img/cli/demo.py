@@ -19,8 +19,8 @@ from ..data.images import load_pixels
 from ..data.shapes import shapes_dataset
 from ..device import to_device
 from ..evaluation.metrics import caption_accuracy, evaluate_tokenizer, memorization_rate
-from ..evaluation.reports import codes_of, report_on_losses
-from ..evaluation.shapes_verifier import judge
+from ..evaluation.reports import load_image_codes, report_on_losses
+from ..evaluation.shapes_verifier import verify_scene
 from ..pipelines.text_to_image import TextToImagePipeline
 from ..recipes.config import PriorRecipe, RunSettings, TokenizerRecipe
 from ..recipes.train_prior import train_prior
@@ -82,14 +82,14 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     """
     silence_transformers()
     started = time.time()
-    num_judged = 8 if quick else 500
+    num_images = 8 if quick else 500
     for recipe in (VQVAE_RECIPE, VQDRAW_RECIPE):
         small = QUICK | {"model": QUICK_MODELS[recipe.tokenizer]} if quick else {}
         train_unless_there(train_tokenizer, replace(recipe, out=str(out / recipe.tokenizer), **small))
-    reports = {name: report_on(out / name, num_judged) for name in ("vqvae", "vqdraw")}
+    reports = {name: report_on(out / name, num_images) for name in ("vqvae", "vqdraw")}
     best = max(reports, key=lambda name: reports[name]["accepted"])
     shares = ", ".join(f"{name} {report['accepted']:.1%}" for name, report in reports.items())
-    print(f"reconstructions that the judge accepts: {shares}; the images come from {best}")
+    print(f"reconstructions that the verifier accepts: {shares}; the images come from {best}")
     small = QUICK | {"depth": 1, "eval_steps": 0} if quick else {}
     train_unless_there(
         train_prior, replace(PRIOR_RECIPE, out=str(out / "model"), image_tokenizer=str(out / best), **small)
@@ -97,7 +97,7 @@ def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
     if not (out / "metrics.json").is_file():
         pipeline = to_device(TextToImagePipeline.from_pretrained(out / "model"))
         draw_sheets(out, pipeline, load_image_tokenizer(out / "vqdraw"))
-        metrics = {"tokenizers": reports, "tokenizer_of_the_model": best, **report_on_model(pipeline, out, num_judged)}
+        metrics = {"tokenizers": reports, "tokenizer_of_the_model": best, **report_on_model(pipeline, out, num_images)}
         write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     metrics = json.loads((out / "metrics.json").read_text())
     print_summary(out, metrics, time.time() - started)
@@ -113,28 +113,28 @@ def train_unless_there(train: Callable[[Any], Any], recipe: RunSettings) -> None
         train(recipe)
 
 
-def report_on(folder: Path, num_judged: int) -> dict[str, Any]:
-    """A tokenizer's errors and code usage on images it has not seen, and the share of reconstructions that the judge accepts."""
+def report_on(folder: Path, num_images: int) -> dict[str, Any]:
+    """A tokenizer's errors and code usage on images it has not seen, and the share of reconstructions that the verifier accepts."""
     image_tokenizer = load_image_tokenizer(folder)
-    rows = shapes_dataset("validation", num_judged)
+    rows = shapes_dataset("validation", num_images)
     pixel_values = load_pixels(rows["image"], image_tokenizer)
     reconstructions = images_from_pixels(image_tokenizer.decode(image_tokenizer.encode(pixel_values)))
     report = evaluate_tokenizer(image_tokenizer, list(pixel_values.split(250)))
-    return report | {"accepted": caption_accuracy(reconstructions, rows["caption"], judge)}
+    return report | {"accepted": caption_accuracy(reconstructions, rows["caption"], verify_scene)}
 
 
-def report_on_model(pipeline: TextToImagePipeline, out: Path, num_judged: int) -> dict[str, Any]:
+def report_on_model(pipeline: TextToImagePipeline, out: Path, num_images: int) -> dict[str, Any]:
     """Caption accuracy with the default sampling settings on seen captions, held-out ones and unseen pairs; losses and repeats."""
     accuracy, repeats = {}, {}
-    training_codes = codes_of(out / "model" / "tokens")
+    training_codes = load_image_codes(out / "model" / "tokens")
     for name, split in SPLITS.items():
-        captions = shapes_dataset(split, num_judged)["caption"][:]
+        captions = shapes_dataset(split, num_images)["caption"][:]
         print(f"drawing {len(captions)} images of captions: {name}")
         output = pipeline(captions, seed=0, progress=True)
         images: Any = output.images
-        accuracy[name] = caption_accuracy(images, captions, judge)
+        accuracy[name] = caption_accuracy(images, captions, verify_scene)
         repeats[name] = memorization_rate(output.codes, training_codes)
-    losses = report_on_losses(pipeline, shapes_dataset("validation", num_judged))
+    losses = report_on_losses(pipeline, shapes_dataset("validation", num_images))
     return {"caption_accuracy": accuracy, "memorization_rate": repeats, "losses": losses}
 
 

@@ -119,12 +119,12 @@ def memorization_rate(codes: Tensor, training_codes: Tensor) -> float:
 
 
 def caption_accuracy(
-    images: Sequence[Image.Image], captions: Sequence[str], judge: Callable[[Image.Image, str], bool]
+    images: Sequence[Image.Image], captions: Sequence[str], verify: Callable[[Image.Image, str], bool]
 ) -> float:
-    """Share of the images that `judge` finds to show what their caption says."""
+    """Share of the images that `verify` finds to show what their caption says."""
     if len(images) != len(captions) or not images:
         raise ValueError(f"got {len(images)} images and {len(captions)} captions, expected equally many, at least 1")
-    return sum(judge(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
+    return sum(verify(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
 
 
 def caption_agreement(text_ids: Tensor, written: Tensor, *, pad_id: int) -> dict[str, float]:

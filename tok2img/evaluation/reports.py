@@ -27,7 +27,6 @@ from ..tokenization.span_text_tokenizer import is_text_model, load_text_model
 from ..tokenization.token_dataset import load_tokens
 from ..trainer.training_log import finite, load_log
 from ..visualization.report_figures import save_model_figures, save_text_tokenizer_figures, save_tokenizer_figures
-from .judges import Judge, batches, find_verifier
 from .metrics import (
     caption_accuracy,
     caption_agreement,
@@ -37,6 +36,7 @@ from .metrics import (
     unigram_entropy,
 )
 from .text_metrics import measure_text_tokenizer
+from .verifiers import CaptionVerifier, batches, find_verifier
 
 Report = dict[str, Any]
 Draw = Callable[[Path], list[str]]  # draws into a folder and names the files
@@ -85,18 +85,18 @@ def report_on_model(
 ) -> tuple[Report, Draw]:
     """Losses of a saved model on rows it has not seen, what its images of their captions are worth, and its captions where it writes any.
 
-    Beside these what draws them, see `save_model_figures`. `columns` name those of the data that a judge learns from.
+    Beside these what draws them, see `save_model_figures`. `columns` name those of the data that a verifier learns from.
     """
-    log, training_codes = load_log(folder), codes_of(tokens) if tokens else None
+    log, training_codes = load_log(folder), load_image_codes(tokens) if tokens else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
     report = report_on_losses(pipeline, rows)
     if can_caption(pipeline.prior):
         report |= report_on_captions(pipeline, rows)
-    judge = find_verifier(rows, pipeline.processor.image_tokenizer, data=data, folder=verifier_folder, **columns)
-    captions = spread(rows["caption"], num_images, seed=seed)
+    verifier = find_verifier(rows, pipeline.processor.image_tokenizer, data=data, folder=verifier_folder, **columns)
+    captions = balanced_prompts(rows["caption"], num_images, seed=seed)
     output = pipeline(captions, seed=seed, progress=True)
     images: Any = output.images
-    report |= report_on_images(images, captions, judge=judge, real_images=rows["image"][:])
+    report |= report_on_images(images, captions, verifier=verifier, real_images=rows["image"][:])
     if training_codes is not None:
         report["memorization_rate"] = memorization_rate(output.codes, training_codes)
     return report, lambda into: save_model_figures(images, captions, log=log, folder=into)
@@ -112,7 +112,7 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     sums = {"text_loss": 0.0, "image_loss": 0.0, "image_loss_without_caption": 0.0}
     codes = []
     for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
-        text_ids, image_codes = encode(processor, captions, images)
+        text_ids, image_codes = tokenize_batch(processor, captions, images)
         with torch.no_grad():
             informed = model(text_ids.to(pipeline.prior.device), image_codes.to(pipeline.prior.device)).metrics
             blind_text = layout.null_text_ids(len(text_ids), pipeline.prior.device)
@@ -136,26 +136,26 @@ def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     processor, layout = pipeline.processor, pipeline.processor.layout
     texts, written = [], []
     for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
-        text_ids, codes = encode(processor, captions, images)
+        text_ids, codes = tokenize_batch(processor, captions, images)
         texts.append(text_ids)
         written.append(caption(pipeline.prior, layout, codes).cpu())
     return dict(caption_agreement(torch.cat(texts), torch.cat(written), pad_id=layout.pad_id))
 
 
 def report_on_images(
-    images: Sequence[Image.Image], captions: list[str], *, judge: Judge | None, real_images: Sequence[Any]
+    images: Sequence[Image.Image], captions: list[str], *, verifier: CaptionVerifier | None, real_images: Sequence[Any]
 ) -> Report:
     """How many images of captions are right, and how far all are from real ones."""
     report: Report = {"num_images": len(captions)}
-    if judge is not None:
-        report["caption_accuracy"] = caption_accuracy(images, captions, judge.shows)
-        report["verifier_accuracy_on_real"] = judge.accuracy_on_real
-    if judge is not None and judge.features is not None:
-        report["frechet_distance"] = frechet_distance(judge.features(images), judge.features(real_images))
+    if verifier is not None:
+        report["caption_accuracy"] = caption_accuracy(images, captions, verifier.verify)
+        report["verifier_accuracy_on_real"] = verifier.accuracy_on_real
+    if verifier is not None and verifier.features is not None:
+        report["frechet_distance"] = frechet_distance(verifier.features(images), verifier.features(real_images))
     return report
 
 
-def codes_of(folder: str | Path) -> Tensor:
+def load_image_codes(folder: str | Path) -> Tensor:
     """The image codes of a folder of tokens, `n s`."""
     tokens, _ = load_tokens(folder)
     return torch.from_numpy(np.stack(tokens.with_format("numpy")["image_codes"][:]).astype(np.int64))
@@ -168,7 +168,7 @@ def save_report(report: Report, path: str | Path) -> str:
     return text
 
 
-def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
+def balanced_prompts(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
     """`num` captions: each different one equally often where they are few, else those of randomly chosen rows."""
     different = sorted(set(captions))
     if len(different) <= num:
@@ -177,6 +177,6 @@ def spread(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
     return [captions[int(row)] for row in order[:num]]
 
 
-def encode(processor: Tok2ImgProcessor, captions: list[str], images: list[Any]) -> tuple[Tensor, Tensor]:
+def tokenize_batch(processor: Tok2ImgProcessor, captions: list[str], images: list[Any]) -> tuple[Tensor, Tensor]:
     """Captions and images -> text ids `b t` and codes `b n`."""
     return processor.encode_text(captions), processor.encode_images(images)

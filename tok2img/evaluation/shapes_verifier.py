@@ -1,4 +1,4 @@
-"""An exact judge of images of shapes: reads the scene from the pixels and compares it with a caption.
+"""An exact verifier for images of shapes: reads the scene from the pixels and compares it with a caption.
 
 Blobs of ink are matched with the masks that `tok2img/data/shapes.py` draws with. An image that is not plainly one scene
 (a blob like no mask or like two, two colours in a blob, ink that belongs to no object) reads as None. Blur and noise
@@ -152,6 +152,6 @@ def read_scene(image: Image.Image) -> Scene | None:
     return None if place is None else Scene(objects, place).canonical()
 
 
-def judge(image: Image.Image, caption: str) -> bool:
+def verify_scene(image: Image.Image, caption: str) -> bool:
     """Whether an image shows exactly what its caption says; a caption not of the grammar is a ValueError."""
     return read_scene(image) == parse_caption(caption).canonical()

@@ -28,9 +28,9 @@ def perceptual_loss(folder: str, tokenizer: VQVAE, *, pixel_loss: Reconstruction
         raise ValueError(
             f"key 'perceptual_model': {folder} holds no classifier of captions; `tok2img evaluate --verifier FOLDER` leaves one"
         )
-    classifier, config = CaptionClassifier.load(folder), tokenizer.config
-    if classifier.num_channels != config.num_channels:
-        came, wanted = classifier.num_channels, config.num_channels
+    classifier, config = CaptionClassifier.from_pretrained(folder), tokenizer.config
+    if classifier.config.num_channels != config.num_channels:
+        came, wanted = classifier.config.num_channels, config.num_channels
         raise ValueError(f"key 'perceptual_model': {folder} sees images of {came} channels, the tokenizer has {wanted}")
     return PerceptualLoss(
         FeatureMaps(classifier), pixel_loss=pixel_loss, pixel_mean=config.pixel_mean, pixel_std=config.pixel_std

@@ -437,9 +437,9 @@ def test_a_model_is_judged_by_the_captions_it_is_evaluated_on(tok2img, model, pi
     for split in ("train", "test"):
         Dataset.from_dict(columns).to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
     words = ["--model", model, "--data", tmp_path / "data", "--num-images", 2, "--out", tmp_path / "report.json"]
-    _, complaint, code = tok2img("evaluate", *words, "--caption-column", "title", "--verifier", tmp_path / "judge")
+    _, complaint, code = tok2img("evaluate", *words, "--caption-column", "title", "--verifier", tmp_path / "verifier")
     assert code == 0, complaint
-    assert CaptionClassifier.load(tmp_path / "judge").captions == ["cat", "dog"]
+    assert CaptionClassifier.from_pretrained(tmp_path / "verifier").config.captions == ["cat", "dog"]
 
 
 def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):

@@ -27,14 +27,14 @@ from tok2img.data.shapes import (
     scene_caption,
     shapes_dataset,
 )
-from tok2img.evaluation.shapes_verifier import judge, read_scene
+from tok2img.evaluation.shapes_verifier import read_scene, verify_scene
 
 OBJECTS = [ShapeObject(*parts) for parts in product(SIZES, COLOURS, SHAPES)]
 KINDS = ("colour", "shape", "size", "place", "order", "count")
 RED = ShapeObject("large", "red", "square")
 BLUE = ShapeObject("small", "blue", "ring")
 
-Reading = tuple[Scene, Scene | None]  # what was drawn, what the judge saw
+Reading = tuple[Scene, Scene | None]  # what was drawn, what the verifier saw
 
 
 def wrong_scene(scene: Scene, kind: str, rng: Random) -> Scene | None:
@@ -86,7 +86,7 @@ def held_out_scenes() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def readings() -> list[Reading]:
-    """Scenes of every kind, each with what the judge reads from its image."""
+    """Scenes of every kind, each with what the verifier reads from its image."""
     rng = Random(0)
     scenes = [random_scene(split, rng) for split in ("train", "unseen_pairs") for _ in range(550)]
     return [(scene, read_scene(draw(scene, rng))) for scene in scenes]
@@ -208,12 +208,12 @@ def test_two_objects_keep_two_pixels_apart() -> None:
             assert (~filled[first:last]).sum() >= 2
 
 
-def test_the_judge_reads_every_drawn_scene(readings: list[Reading]) -> None:
+def test_the_verifier_reads_every_drawn_scene(readings: list[Reading]) -> None:
     assert all(reading == scene.canonical() for scene, reading in readings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_judge_refuses_captions_with_one_thing_wrong(readings: list[Reading], kind: str) -> None:
+def test_the_verifier_refuses_captions_with_one_thing_wrong(readings: list[Reading], kind: str) -> None:
     rng = Random(1)
     wrong = [(wrong_scene(scene, kind, rng), reading) for scene, reading in readings * 2]
     verdicts = [reading == scene.canonical() for scene, reading in wrong if scene is not None]
@@ -225,18 +225,18 @@ def test_the_verdict_follows_the_reading_of_stored_images() -> None:
     for row in shapes_dataset("validation", 40):
         scene = parse_caption(row["caption"])
         wrong = [wrong_scene(scene, kind, rng) for kind in KINDS]
-        assert judge(row["image"], row["caption"])
-        assert not any(judge(row["image"], scene_caption(other)) for other in wrong if other is not None)
+        assert verify_scene(row["image"], row["caption"])
+        assert not any(verify_scene(row["image"], scene_caption(other)) for other in wrong if other is not None)
 
 
-def test_the_judge_accepts_both_phrasings_of_a_relation() -> None:
+def test_the_verifier_accepts_both_phrasings_of_a_relation() -> None:
     image = draw(Scene((RED, BLUE), "above"), Random(0))
-    assert judge(image, "a large red square above a small blue ring")
-    assert judge(image, "a small blue ring below a large red square")
-    assert not judge(image, "a small blue ring above a large red square")
+    assert verify_scene(image, "a large red square above a small blue ring")
+    assert verify_scene(image, "a small blue ring below a large red square")
+    assert not verify_scene(image, "a small blue ring above a large red square")
 
 
-def test_the_judge_forgives_slight_blur_and_noise() -> None:
+def test_the_verifier_forgives_slight_blur_and_noise() -> None:
     rng, noise = Random(0), np.random.default_rng(0)
     scenes = [random_scene("train", rng) for _ in range(300)]
     readings = [read_scene(spoil(draw(scene, rng), radius=0.6, sigma=8, rng=noise)) for scene in scenes]
@@ -300,7 +300,7 @@ def test_an_object_between_the_places_is_refused() -> None:
 
 def test_an_image_of_another_size_is_an_error() -> None:
     with pytest.raises(ValueError, match=re.escape("(64, 64)")):
-        judge(Image.new("RGB", (64, 64)), "a small red circle in the centre")
+        verify_scene(Image.new("RGB", (64, 64)), "a small red circle in the centre")
 
 
 def test_stored_images_are_lossless() -> None:

@@ -189,7 +189,7 @@ def test_codes_out_of_range_are_refused(code: int) -> None:
         code_histogram(torch.tensor([[0, code]]), codebook_size=3, groups=(1, 1))
 
 
-def test_caption_accuracy_is_the_share_the_judge_agrees_with() -> None:
+def test_caption_accuracy_is_the_share_that_the_verifier_accepts() -> None:
     images, captions = ["red", "blue", "red", "red"], ["red", "red", "red", "blue"]
     assert caption_accuracy(images, captions, lambda image, caption: image == caption) == 0.5
 

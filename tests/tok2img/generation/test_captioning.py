@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tok2img.evaluation.judges import Judge
 from tok2img.evaluation.reports import report_on_captions, report_on_model
+from tok2img.evaluation.verifiers import CaptionVerifier
 from tok2img.generation.captioning import CAPTION_KEY, can_caption, caption
 from tok2img.generation.generate import generate
 from tok2img.generation.sampling import Sampling
@@ -226,9 +226,9 @@ class TestCommand:
         assert re.search(r"--image-to-text-fraction", complaint[0])
 
     def test_captions_are_measured_with_the_rest_where_a_model_writes_any(self, model, processor, rows, tmp_path):
-        judge = Judge(lambda image, caption: True)
+        verifier = CaptionVerifier(lambda image, caption: True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tok2img.evaluation.reports.find_verifier", lambda *_, **__: judge)
+            patch.setattr("tok2img.evaluation.reports.find_verifier", lambda *_, **__: verifier)
             report, _ = report_on_model(model, rows, data="", num_images=2)
             TextToImagePipeline(build_prior(processor.layout, depth=1), processor).save_pretrained(tmp_path / "drawer")
             silent, _ = report_on_model(tmp_path / "drawer", rows, data="", num_images=2)

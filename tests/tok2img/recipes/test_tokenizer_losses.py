@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tok2img.evaluation.caption_classifier import CaptionClassifier, FeatureMaps
+from tok2img.evaluation.caption_classifier import CaptionClassifier, CaptionClassifierConfig, FeatureMaps
 from tok2img.recipes.build_tokenizer import build_model
 from tok2img.recipes.config import RunSettings, TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
@@ -37,8 +37,9 @@ def recipe(rows, tmp_path):
 
 @pytest.fixture
 def classifier_folder(tmp_path) -> str:
-    CaptionClassifier(num_channels=3, image_size=8, captions=["a", "b"]).save(tmp_path / "judge")
-    return str(tmp_path / "judge")
+    config = CaptionClassifierConfig(num_channels=3, image_size=8, captions=["a", "b"])
+    CaptionClassifier(config).save_pretrained(tmp_path / "verifier")
+    return str(tmp_path / "verifier")
 
 
 def adversarial_trainer(tokenizer, rows, out, *, max_steps: int) -> Trainer:
@@ -88,7 +89,7 @@ def test_a_recipe_trains_with_the_features_of_a_classifier(recipe, classifier_fo
 
 
 def test_features_of_a_classifier_are_its_activations_at_each_halving(classifier_folder, images):
-    classifier = CaptionClassifier.load(classifier_folder)
+    classifier = CaptionClassifier.from_pretrained(classifier_folder)
     maps = FeatureMaps(classifier)(images)
     assert [tuple(each.shape[1:]) for each in maps] == [(32, 4, 4), (64, 2, 2), (128, 1, 1)]
     torch.testing.assert_close(classifier.body[9:](maps[-1]), classifier.features(images))
@@ -101,12 +102,13 @@ def test_a_folder_without_a_classifier_is_refused_by_name(recipe, rows, tmp_path
 
 def test_a_folder_of_another_model_is_refused_by_name(recipe, rows, tiny_vqvae, tmp_path):
     tiny_vqvae.save_pretrained(tmp_path / "vqvae")
-    with pytest.raises(ValueError, match="vqvae holds no classifier of captions"):
+    with pytest.raises(ValueError, match="vqvae does not contain a caption classifier"):
         build_model(recipe(perceptual_model=str(tmp_path / "vqvae")), rows)
 
 
 def test_a_classifier_of_other_channels_is_refused(recipe, rows, tmp_path):
-    CaptionClassifier(num_channels=1, image_size=8, captions=["a", "b"]).save(tmp_path / "grey")
+    config = CaptionClassifierConfig(num_channels=1, image_size=8, captions=["a", "b"])
+    CaptionClassifier(config).save_pretrained(tmp_path / "grey")
     with pytest.raises(ValueError, match="sees images of 1 channels, the tokenizer has 3"):
         build_model(recipe(perceptual_model=str(tmp_path / "grey")), rows)
 
