@@ -248,7 +248,7 @@ def test_a_folder_without_config_is_refused(tokenizer, saved):
     with pytest.raises(ValueError, match="not a model folder: it has no config.json"):
         type(tokenizer).from_pretrained(saved)
     (saved / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no config\.json; it holds a tokenizer of subwords, which has no model"):
+    with pytest.raises(ValueError, match=r"no config\.json; it holds a subword tokenizer, which has no model"):
         type(tokenizer).from_pretrained(saved)
 
 
@@ -300,7 +300,7 @@ def test_weights_cut_short_are_refused(tokenizer, saved):
 
 def test_a_config_that_is_not_json_is_refused(tokenizer, saved):
     (saved / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         type(tokenizer).from_pretrained(saved)
 
 
