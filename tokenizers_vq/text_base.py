@@ -1,4 +1,10 @@
-"""Text as spans of symbols, and back: what every text tokenizer whose codes cover a span each does before and after it codes."""
+"""Base class of text tokenizers whose codes each cover a span of a text's bytes.
+
+    text --UTF-8--> bytes --chunks--> one chunk per span, padded --alphabet--> symbols `b t` --model--> codes `b (n s)`
+
+`s` is the number of spans, `n` the number of codes per span, and `t` the number of symbols of a text: `s` times
+`span_length`.
+"""
 
 import logging
 import re
@@ -15,21 +21,31 @@ from .base import DiscreteTokenizer, DiscreteTokenizerConfig
 from .validation import check_choice, check_counts
 
 logger = logging.getLogger(__name__)
-IGNORE_INDEX = -100  # the symbol at a position that does not matter, as in torch's cross entropy
+IGNORE_INDEX = -100  # label of a position without loss, the default of torch's cross entropy
 SPAN_UNITS = ("bytes", "words", "word")
-WORD_PATTERN = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
-UNKNOWN_BYTE = ord("?")  # stands for every byte outside the alphabet
+WORD_PATTERN = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")  # like GPT-2's: the space before a word belongs to it
+UNKNOWN_BYTE = ord("?")  # replaces every byte outside the alphabet
 
 
 class TextSpanConfig(DiscreteTokenizerConfig):
     """Settings of a `TextSpanTokenizer`.
 
     Attributes:
-        max_length: bytes that all spans together have room for; longer texts are cut.
-        span_length: bytes that one code covers, a divisor of `max_length`; `max_length` itself is the whole text.
-        span_unit: what a span is filled with: "bytes", whatever they are; "words", as many whole ones as fit, which is the shortest for
-            running text; "word", a single one, which then stands alone in its span.
-        alphabet: the byte values that the model tells apart, in order; none given: all 256. Others are read as "?".
+        max_length: Bytes of all spans together. Longer texts are truncated.
+        span_length: Bytes of one span, a divisor of `max_length`. `max_length` itself means one span for the whole text.
+        span_unit: Content of a span: "bytes" cuts texts anywhere; "words" packs as many whole words as fit, which makes
+            the shortest sequences for running text; "word" puts each word into a span of its own.
+        alphabet: Byte values that the model distinguishes, in ascending order; None means all 256. Other bytes are read
+            as "?", which must be among them.
+
+    Raises:
+        ValueError: For a `span_length` that does not divide `max_length`, and an invalid unit or alphabet.
+
+    Example:
+        >>> from tokenizers_vq import TextSpanConfig
+        >>> config = TextSpanConfig(max_length=24, span_length=6, span_unit="words")
+        >>> config.max_length // config.span_length
+        4
     """
 
     max_length: int = 96
@@ -47,13 +63,26 @@ class TextSpanConfig(DiscreteTokenizerConfig):
 
 
 class TextSpanTokenizer(DiscreteTokenizer):
-    """Codes that each cover a span of a text's bytes, one or more of them a span.
+    """Base class of tokenizers whose codes each cover a span of a text's bytes, with one or several codes per span.
 
-    Codes are `b (n s)`: the first of all spans, then the second of all. A span past the end of its text has code 0 throughout. Models
-    define `encode_symbols` and `decode_with_mask`; the rest follows.
+    Codes `b (n s)` are ordered coarse to fine: the first code of every span, then the second of every span, and so on.
+    All codes of a span past the end of its text are 0.
+
+    Subclasses define `encode_symbols` and `decode_with_mask`.
+
+    Example:
+        >>> from tokenizers_vq import VQVAEForText, VQVAETextConfig
+        >>> config = VQVAETextConfig(max_length=12, span_length=4, hidden_channels=16, codebook_size=8)
+        >>> model = VQVAEForText(config).eval()
+        >>> model.texts_to_symbols(["a cat"]).tolist()
+        [[97, 32, 99, 97, 116, 256, 256, 256, 256, 256, 256, 256]]
+        >>> model.symbols_to_texts(model.texts_to_symbols(["a cat"]))
+        ['a cat']
+        >>> model.encode(["a cat", "a dog"]).shape  # 3 spans of 4 codes
+        torch.Size([2, 12])
     """
 
-    config: Any  # a `TextSpanConfig`; what kind of one, each model says
+    config: Any  # a `TextSpanConfig`; each subclass has its own
     main_input_name = "symbols"
 
     def __init__(self, config: TextSpanConfig):
@@ -65,37 +94,48 @@ class TextSpanTokenizer(DiscreteTokenizer):
         self.span_length, self.num_spans = config.span_length, config.max_length // config.span_length
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> codes `b (n s)`; ValueError for symbols of another shape, type or range."""
+        """Encode symbols `b t` into codes `b (n s)`; raise a ValueError for another shape, dtype or range."""
         raise NotImplementedError
 
     def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """What texts say, symbols `b t`, if no more is known of their codes `b (n s)` than the first few of each span.
+        """Decode the known codes of each span into the most likely symbols.
 
         Args:
-            codes: of all levels, or of the first of them. mask: which of them are known, booleans `b (n s)`.
+            codes: Codes `b (n s)`, all of them or the first stages.
+            mask: True where a code is known, bool `b (n s)`; within a span the known codes come first.
+
+        Returns:
+            Symbols `b t`.
         """
         raise NotImplementedError
 
     @property
     def codebook_size(self) -> int:
-        """Values that a code can take."""
+        """Number of values that a code can take."""
         return self.config.codebook_size
 
     @property
     def num_symbols(self) -> int:
-        """Bytes of the alphabet, and the end of a text."""
+        """Size of the alphabet plus one, for the pad symbol."""
         return len(self.alphabet) + 1
 
     @property
     def pad_symbol(self) -> int:
-        """The symbol that fills a text up."""
+        """Symbol that follows the end of a text, and of a word in its span."""
         return len(self.alphabet)
 
     def texts_to_symbols(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> symbols `b t`, cut or filled up with `end`.
+        """Convert texts to symbols, truncated or padded to `max_length`. Logs a warning for truncated texts.
+
+        Args:
+            texts: A list of strings.
+
+        Returns:
+            Symbols `b t`, int64.
 
         Raises:
-            ValueError: for one text that is in no list, and for a text that has no bytes: what is no string, or holds half a character.
+            ValueError: For a single string instead of a list, an element that is not a string, and a string with an
+                unpaired surrogate, which has no UTF-8.
         """
         if isinstance(texts, str):
             raise ValueError(f"texts must be a list of texts, got one: {texts!r:.60}")
@@ -104,26 +144,34 @@ class TextSpanTokenizer(DiscreteTokenizer):
             try:
                 content = text.encode()
             except (AttributeError, UnicodeEncodeError) as error:
-                raise ValueError(f"text {number} is no whole Unicode text: {text!r:.60}") from error
-            pieces = self.first_chunks(content)
-            if len(pieces) > self.num_spans:
+                raise ValueError(f"text {number} must be a string of valid Unicode, got {text!r:.60}") from error
+            chunks = self.first_chunks(content)
+            if len(chunks) > self.num_spans:
                 count_truncated += 1
-                pieces = self.first_chunks(whole_characters(b"".join(pieces[: self.num_spans])))
-            spans = ([self.symbol_of_byte[byte] for byte in piece] for piece in pieces)
+                # Drop the incomplete character that truncation may leave at the end, and split again: in units of words
+                # the rest can be packed differently.
+                chunks = self.first_chunks(drop_partial_character(b"".join(chunks[: self.num_spans])))
+            spans = ([self.symbol_of_byte[byte] for byte in chunk] for chunk in chunks)
             row = [symbol for span in spans for symbol in span + [self.pad_symbol] * (self.span_length - len(span))]
             rows.append(row + [self.pad_symbol] * (self.config.max_length - len(row)))
         if count_truncated:
             logger.warning(
-                "%d of %d texts are longer than %d spans and were cut", count_truncated, len(texts), self.num_spans
+                "%d of %d texts are longer than %d spans and were truncated",
+                count_truncated,
+                len(texts),
+                self.num_spans,
             )
         return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(texts), self.config.max_length)
 
     def first_chunks(self, content: bytes) -> list[bytes]:
-        """Those of the pieces that there are spans for, and of a text that is cut one more: no work on the rest of a megabyte."""
+        """Return at most `num_spans + 1` chunks: one more than fit, to detect truncation.
+
+        The rest of a long text is not split, so a caption of a megabyte costs no more than a truncated one.
+        """
         return list(islice(self.iter_chunks(content), self.num_spans + 1))
 
     def iter_chunks(self, content: bytes) -> Iterator[bytes]:
-        """Bytes as what the spans of a text hold."""
+        """Yield the bytes that each span holds, at most `span_length` of them."""
         unit = self.config.span_unit
         words = [content] if unit == "bytes" else (match[0] for match in WORD_PATTERN.finditer(content))
         if unit == "words":
@@ -132,31 +180,36 @@ class TextSpanTokenizer(DiscreteTokenizer):
         return (word[first : first + self.span_length] for word, first in starts)
 
     def count_spans(self, text: str) -> int:
-        """Spans that hold a text and its end; more than `num_spans` where it will be cut."""
-        pieces = self.first_chunks(text.encode())
-        fits_exactly = len(pieces) == self.num_spans
-        holds_end = self.config.span_unit == "bytes" and bool(pieces) and len(pieces[-1]) < self.span_length
-        return len(pieces) + (not fits_exactly and not holds_end)
+        """Return the number of spans that a text and its end take; more than `num_spans` if it would be truncated."""
+        chunks = self.first_chunks(text.encode())
+        # The end of a text needs a pad symbol: a free place in the last span, or else a span of its own. A text that
+        # fills all spans needs none.
+        fits_exactly = len(chunks) == self.num_spans
+        holds_end = self.config.span_unit == "bytes" and bool(chunks) and len(chunks[-1]) < self.span_length
+        return len(chunks) + (not fits_exactly and not holds_end)
 
     def symbols_to_texts(self, symbols: Tensor) -> list[str]:
-        """Symbols `b t` -> texts, each up to its end; bytes that are no UTF-8 show as replacement characters."""
-        rows = zip(symbols, self.valid_mask(symbols) & (symbols != self.pad_symbol), strict=True)
-        kept = (row[is_text].tolist() for row, is_text in rows)
-        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in kept]
+        """Convert symbols `b t` to texts, each up to its end; bytes that are not valid UTF-8 become U+FFFD."""
+        is_text = self.valid_mask(symbols) & (symbols != self.pad_symbol)
+        rows = (row[mask].tolist() for row, mask in zip(symbols, is_text, strict=True))
+        return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in rows]
 
     def valid_mask(self, symbols: Tensor) -> Tensor:
-        """Where symbols `b t` are a text or its end, and not merely what fills up; `b t` booleans."""
+        """Return True where symbols `b t` belong to the text or are the first pad symbol after it, bool `b t`.
+
+        In units of words every span has a first pad symbol, unless it is full.
+        """
         if self.config.span_unit == "bytes":
             return before_first(symbols == self.pad_symbol)
-        ends = rearrange(symbols == self.pad_symbol, "b (s t) -> b s t", t=self.span_length)
-        return (before_first(ends) & before_first(ends[:, :, 0])[..., None]).flatten(1)
+        is_pad = rearrange(symbols == self.pad_symbol, "b (s t) -> b s t", t=self.span_length)
+        return (before_first(is_pad) & before_first(is_pad[:, :, 0])[..., None]).flatten(1)
 
     def valid_spans(self, symbols: Tensor) -> Tensor:
-        """Which spans of symbols `b t` hold any of the text or its end, `b s`."""
+        """Return True for the spans of symbols `b t` that hold a part of the text or its end, bool `b s`."""
         return rearrange(self.valid_mask(symbols), "b (s t) -> b s t", t=self.span_length).any(dim=2)
 
     def check_symbols(self, symbols: Tensor) -> None:
-        """ValueError for what is not `b t` integers of the alphabet or `end`."""
+        """Raise a ValueError unless symbols are integers `b t` in 0..pad_symbol."""
         if symbols.ndim != 2 or symbols.shape[1] != self.config.max_length or symbols.is_floating_point():
             raise ValueError(
                 f"symbols must be `b {self.config.max_length}` integers, got {tuple(symbols.shape)} {symbols.dtype}"
@@ -167,54 +220,75 @@ class TextSpanTokenizer(DiscreteTokenizer):
             )
 
     def make_labels(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> what the spans shall hold, `(b s) t`: what merely fills up is free."""
+        """Return the labels of each span, `(b s) t`: the symbols `b t`, with `IGNORE_INDEX` for padding after the first.
+
+        Raises:
+            ValueError: For symbols of another shape, dtype or range.
+        """
         self.check_symbols(symbols)
-        return rearrange(symbols.where(self.valid_mask(symbols), IGNORE_INDEX), "b (s t) -> (b s) t", s=self.num_spans)
+        labels = symbols.where(self.valid_mask(symbols), IGNORE_INDEX)
+        return rearrange(labels, "b (s t) -> (b s) t", s=self.num_spans)
 
     @torch.no_grad()
     def encode(self, texts: Any) -> Tensor:
-        """Texts, or symbols `b t`, -> codes `b (n s)`."""
+        """Encode texts.
+
+        Args:
+            texts: A list of strings, or symbols `b t`.
+
+        Returns:
+            Codes `b (n s)`, int64.
+
+        Raises:
+            ValueError: For texts that are not strings, and symbols of another shape, dtype or range.
+        """
         symbols = texts if isinstance(texts, Tensor) else self.texts_to_symbols(texts)
         with torch.autocast(symbols.device.type, enabled=False):
             return self.encode_symbols(symbols)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Any:
-        """Codes `b (n s)`, or the first few of each text's where prefixes decode, -> texts."""
+        """Decode codes `b (n s)`, or a prefix of them if the model supports it, into a list of texts."""
         return self.symbols_to_texts(self.decode_symbols(codes))
 
     @torch.no_grad()
     def decode_symbols(self, codes: Tensor) -> Tensor:
-        """Codes `b (n s)`, or the first few of each text's, -> symbols `b t`."""
+        """Decode codes `b (n s)`, or a prefix of them if the model supports it, into symbols `b t`."""
         return self.decode_with_mask(*self.pad_to_stages(codes))
 
     @torch.no_grad()
     def decode_progressively(self, codes: Tensor) -> Iterator[Any]:
-        """The texts after the first codes `b (n s)` of all spans, after the second and so on."""
+        """Yield the list of texts after the first code of every span, after the second, and so on."""
         for symbols in self.decode_symbols_progressively(codes):
             yield self.symbols_to_texts(symbols)
 
     @torch.no_grad()
     def decode_symbols_progressively(self, codes: Tensor) -> Iterator[Tensor]:
-        """Symbols `b t` after each stage of the codes `b (n s)`, or of the first few of each text's."""
-        whole, mask = self.pad_to_stages(codes)
-        for last in range(self.num_spans, whole.shape[1] + 1, self.num_spans):
-            yield self.decode_with_mask(whole[:, :last], mask[:, :last])
+        """Yield the symbols `b t` after each stage of the codes `b (n s)`, or of a prefix of them."""
+        padded, mask = self.pad_to_stages(codes)
+        for end in range(self.num_spans, padded.shape[1] + 1, self.num_spans):
+            yield self.decode_with_mask(padded[:, :end], mask[:, :end])
 
     def pad_to_stages(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `b (n s)`, or the first few, filled up to a code for each span; and which of them were mask, alike.
+        """Pad a prefix of codes with zeros to whole stages, a code for each span.
+
+        Args:
+            codes: Codes `b (n s)`, or a prefix of them if the model supports it.
+
+        Returns:
+            The padded codes `b (n s)`, and a mask of the same shape that is False for the padding.
 
         Raises:
-            ValueError: for codes of another number, type or range.
+            ValueError: For codes of another number, dtype or range.
         """
         self.check_codes(codes, prefix=self.supports_prefix_decoding)
-        whole = F.pad(codes.long(), (0, -codes.shape[1] % self.num_spans))
-        mask = torch.arange(whole.shape[1], device=codes.device) < codes.shape[1]
-        return whole, mask.expand(whole.shape)
+        padded = F.pad(codes.long(), (0, -codes.shape[1] % self.num_spans))
+        mask = torch.arange(padded.shape[1], device=codes.device) < codes.shape[1]
+        return padded, mask.expand(padded.shape)
 
 
 def check_alphabet(alphabet: Sequence[int]) -> None:
-    """Refuse what are no byte values, each once and in order, with `UNKNOWN_BYTE` among them."""
+    """Raise a ValueError unless an alphabet is distinct byte values in ascending order, `UNKNOWN_BYTE` among them."""
     check_counts("alphabet", alphabet, least=0)
     if sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256)):
         raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
@@ -222,23 +296,23 @@ def check_alphabet(alphabet: Sequence[int]) -> None:
         raise ValueError(f"alphabet must hold {UNKNOWN_BYTE}, the question mark that stands for all other bytes")
 
 
-def whole_characters(content: bytes) -> bytes:
-    """UTF-8 without the half of a character at its end."""
+def drop_partial_character(content: bytes) -> bytes:
+    """Drop an incomplete UTF-8 character at the end."""
     return content.decode(errors="ignore").encode()
 
 
-def merge_words(words: Iterable[bytes], length: int) -> Iterator[bytes]:
-    """Neighbouring words as one where they have at most `length` bytes together."""
-    together = b""
+def merge_words(words: Iterable[bytes], max_length: int) -> Iterator[bytes]:
+    """Merge neighboring words greedily, as long as they have at most `max_length` bytes together."""
+    merged = b""
     for word in words:
-        if together and len(together) + len(word) > length:
-            yield together
-            together = b""
-        together += word
-    if together:
-        yield together
+        if merged and len(merged) + len(word) > max_length:
+            yield merged
+            merged = b""
+        merged += word
+    if merged:
+        yield merged
 
 
 def before_first(is_end: Tensor) -> Tensor:
-    """Booleans `... t` -> where none before is true."""
+    """Return True up to and including the first True of each row, bool `... t`."""
     return is_end.cumsum(dim=-1) - is_end.long() == 0
