@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from ..modules.fft_conv import convolve_in_tiles, in_tiles, split_for_tiles, use_fft
+from ..modules.fft_conv import fft_conv2d, use_fft
 
 
 class Options(Protocol):
@@ -186,7 +186,7 @@ class LinearOptions:
 
 
 @dataclass
-class ConvolvedOptions:
+class ConvOptions:
     """Steps made by one convolution of the features, as the heads of the published models are.
 
     Attributes:
@@ -202,7 +202,10 @@ class ConvolvedOptions:
         """Every step, `b k c h w`."""
         dtype, padding = self.features.dtype, self.weight.shape[-1] // 2
         weight, bias = self.weight.flatten(0, 1).to(dtype), self.bias.flatten().to(dtype)
-        steps = F.conv2d(self.features, weight, bias, padding=padding)
+        if use_fft(self.features, weight):
+            steps = fft_conv2d(self.features, weight).add_(bias[:, None, None])
+        else:
+            steps = F.conv2d(self.features, weight, bias, padding=padding)
         return steps.unflatten(1, self.bias.shape).to(self.weight.dtype)
 
     def chosen(self, codes: Tensor) -> Tensor:
@@ -217,38 +220,20 @@ class ConvolvedOptions:
         steps = F.fold(taps, self.features.shape[2:], kernel_size=width, padding=width // 2)
         return steps.unflatten(1, (codes.shape[1], -1)) + self.bias[codes][..., None, None]
 
-    def select(self, examples: Tensor) -> "ConvolvedOptions":
+    def select(self, examples: Tensor) -> "ConvOptions":
         """The options of the examples `n`."""
-        return ConvolvedOptions(self.features[examples], self.weight, self.bias)
+        return ConvOptions(self.features[examples], self.weight, self.bias)
 
     def squared_errors(self, residual: Tensor) -> Tensor:
         """`b c h w` -> `b k`, as |r|^2 - 2 r.d + |d|^2: no proposal is ever made."""
-        r = residual.flatten(1)
-        products, norms = (self._by_tiles if use_fft(self.features, self.weight) else self._by_steps)(residual)
+        r, steps = residual.flatten(1), self.all().flatten(2)
+        if use_fft(self.features, self.weight):
+            # Keeps the bits of a batch of one equal to those of a larger batch, as the convolution does.
+            products = torch.bmm(r[:, None], steps.mT).squeeze(1)
+        else:
+            products = torch.bmm(steps, r[..., None]).squeeze(2)  # 2 to 3 times faster backward
+        norms = torch.linalg.vector_norm(steps, dim=2).square()
         return (r.square().sum(1, keepdim=True) - 2 * products + norms) / r.shape[1]
-
-    def _by_steps(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """r.d and |d|^2 of every step, `b k` each."""
-        steps = self.all().flatten(2)
-        products = torch.bmm(steps, residual.flatten(1)[..., None]).squeeze(2)
-        return products, torch.linalg.vector_norm(steps, dim=2).square()
-
-    def _by_tiles(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, of convolutions that are never put together to images, some examples at a time."""
-        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
-        compared = [
-            self._compared(convolve_in_tiles(features, weight).add_(bias), in_tiles(some))
-            for features, some in zip(split_for_tiles(self.features), split_for_tiles(residual), strict=True)
-        ]
-        products, norms = map(torch.cat, zip(*compared, strict=True))
-        return products, norms
-
-    def _compared(self, steps: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """r.d and |d|^2 of the tiles of some examples, steps `(p q) b t (k c)` and residuals `(p q) b t c`, `b k` each."""
-        channels = self.bias.shape
-        each_with_each = einsum(r, steps, "p b t c, p b t o -> b t c o").unflatten(3, channels)
-        products = each_with_each.diagonal(dim1=2, dim2=4).sum((1, 3))
-        return products, steps.square().sum(0).unflatten(2, channels).sum((1, 3))
 
     def products(self, biases: Tensor) -> Tensor:
         """`k c h w` -> `b k`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..modules.conv import channels_last
 from ..modules.stage_conditioning import StageGain
-from .options import ConvolvedOptions, Options
+from .options import ConvOptions, Options
 
 
 class Stack(nn.ModuleList):
@@ -158,4 +158,4 @@ class PublishedRefiner(nn.Module):
         if self.gaussian:
             mean, log_std = state.chunk(2, dim=1)
             state = torch.cat([mean, log_std.exp()], dim=1)
-        return ConvolvedOptions(self.layers(channels_last(state), stage), weight, bias)
+        return ConvOptions(self.layers(channels_last(state), stage), weight, bias)

@@ -9,7 +9,7 @@ from tokenizers_vq.vqdraw.core import REVIVE_EVERY, REVIVED_SHARE, VQDraw, VQDra
 from tokenizers_vq.vqdraw.losses import MSELoss
 from tokenizers_vq.vqdraw.options import (
     BiasedOptions,
-    ConvolvedOptions,
+    ConvOptions,
     DenseOptions,
     LinearOptions,
     Options,
@@ -28,18 +28,18 @@ def linear_options() -> LinearOptions:
     return LinearOptions(random(5, 4, 4, 7), random(6, 12, 7), patch=2)
 
 
-def convolved_options() -> ConvolvedOptions:
-    return ConvolvedOptions(random(5, 7, 8, 8), random(6, 3, 7, 5, 5), random(6, 3))
+def conv_options() -> ConvOptions:
+    return ConvOptions(random(5, 7, 8, 8), random(6, 3, 7, 5, 5), random(6, 3))
 
 
 OPTIONS = {
     "dense": lambda: DenseOptions(random(5, 6, *SHAPE)),
     "linear": linear_options,
-    "convolved": convolved_options,
-    "biased convolved": lambda: BiasedOptions(convolved_options(), random(6, *SHAPE)),
+    "convolved": conv_options,
+    "biased convolved": lambda: BiasedOptions(conv_options(), random(6, *SHAPE)),
     "shared": lambda: SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5),
     "shared convolved": lambda: SharedOptions(
-        BiasedOptions(convolved_options().select(torch.tensor([2])), random(6, *SHAPE)), 5
+        BiasedOptions(conv_options().select(torch.tensor([2])), random(6, *SHAPE)), 5
     ),
     "biased linear": lambda: BiasedOptions(linear_options(), random(6, *SHAPE)),
     "biased shared": lambda: BiasedOptions(SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5), random(6, *SHAPE)),
