@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_vq.images.normalization import check_values
+from tokenizers_vq.images.normalization import check_pixel_range
 from tokenizers_vq.validation import skip_validation
 
 from ..tokenization.layout import range_starts
@@ -58,7 +58,7 @@ def measure_tokenizer(
     starts = range_starts(groups, image_tokenizer.codebook_size, device)
     fidelities, sizes = [], []
     for pixel_values in batches:
-        check_values(pixel_values)  # here, where those that wait on the CPU can be looked at for nothing
+        check_pixel_range(pixel_values)  # here, where those that wait on the CPU can be looked at for nothing
         with skip_validation():
             fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
         sizes.append(len(pixel_values))

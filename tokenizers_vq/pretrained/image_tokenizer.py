@@ -142,7 +142,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, row by row."""
-        target = self.normalize(pixel_values, finite=True)
+        target = self.normalize(pixel_values, check_range=True)
         if not len(target):
             return torch.empty(0, self.num_codes, dtype=torch.long, device=target.device)
         with torch.autocast(target.device.type, enabled=False), eval_mode(self.model):

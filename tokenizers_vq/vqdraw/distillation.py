@@ -108,7 +108,7 @@ class VQDrawStudent(DiscreteTokenizer):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`: at each stage the likeliest after those before it."""
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.predict.likeliest(self.look(self.normalize(pixel_values, finite=True)))
+            return self.predict.likeliest(self.look(self.normalize(pixel_values, check_range=True)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

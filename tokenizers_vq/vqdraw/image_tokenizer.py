@@ -164,7 +164,7 @@ class VQDrawForImages(DiscreteTokenizer):
 
     def init_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.init_from_data`."""
-        self.draw.init_from_data(self.normalize(pixel_values, finite=True))
+        self.draw.init_from_data(self.normalize(pixel_values, check_range=True))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, *, beam_size: int = 1) -> Tensor:
@@ -174,7 +174,7 @@ class VQDrawForImages(DiscreteTokenizer):
             beam_size: 1 takes the best step at every stage, as `forward` does; more costs so many times as much and finds codes that
                 decode to nearer images.
         """
-        target = self.normalize(pixel_values, finite=True)
+        target = self.normalize(pixel_values, check_range=True)
         in_bfloat16 = self.config.encode_dtype == "bfloat16"
         with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=in_bfloat16):
             return beam_search(self.draw, target, beam_size)

@@ -146,7 +146,7 @@ class VQVAE(DiscreteTokenizer):
             ValueError: for images of another number of channels or of a size that the stride does not divide, for NaN, and for a number
                 of steps below 0.
         """
-        target = self.normalize(pixel_values, finite=True)
+        target = self.normalize(pixel_values, check_range=True)
         if search_steps < 0:
             raise ValueError(f"search_steps must be at least 0, got {search_steps}")
         with torch.autocast(pixel_values.device.type, enabled=False), eval_mode(self):
