@@ -51,4 +51,4 @@ def test_a_second_demo_reuses_what_is_done(demo_folder: Path, capsys: pytest.Cap
     before = weights.stat().st_mtime_ns
     run_demo(demo_folder / "runs" / "demo", quick=True)
     assert weights.stat().st_mtime_ns == before
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out

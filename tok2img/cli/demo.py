@@ -1,6 +1,6 @@
-"""The whole job on the built-in captioned shapes: both tokenizers, a prior, images, and figures that say how good they are.
+"""Demo: the whole pipeline on the built-in captioned shapes, from tokenizers to generated images and metrics.
 
-Each step leaves a folder that appears when the step is done, so a second run does only what is missing.
+The folder of a step appears when the step is complete, so a second run does only the missing steps.
 """
 
 import json
@@ -31,7 +31,7 @@ from .output import silence_transformers
 
 SPLITS = {"seen": "train", "held_out": "held_out", "unseen_pairs": "unseen_pairs"}
 SHAPES: dict[str, Any] = {"data": "shapes", "max_train_samples": 20_000, "sample_steps": 0}
-# Sizes that two CPU cores train in minutes.
+# Sizes that train in minutes on two CPU cores.
 VQVAE_RECIPE = TokenizerRecipe(
     tokenizer="vqvae",
     max_steps=900,
@@ -42,7 +42,7 @@ VQVAE_RECIPE = TokenizerRecipe(
     model={"codebook_size": 256, "hidden_channels": 64, "decay": 0.95},
     **SHAPES,
 )
-# With AdamW: in so few steps Muon comes no nearer here.
+# AdamW, because in so few steps Muon does not reach a lower error here.
 VQDRAW_RECIPE = TokenizerRecipe(
     tokenizer="vqdraw",
     max_steps=60,
@@ -52,8 +52,8 @@ VQDRAW_RECIPE = TokenizerRecipe(
     model={"num_stages": 20, "hidden_channels": 32, "feature_channels": 32, "num_residual_blocks": 1},
     **SHAPES,
 )
-# Guidance does harm here: a model that knows an image's first codes knows the rest, with a caption or without. What is left open
-# is where in its cell an object lies, so a low temperature costs little variety.
+# Guidance hurts here: given an image's first codes the model predicts the rest with or without a caption.
+# A low temperature costs little variety, because only an object's position within its cell is left open.
 PRIOR_RECIPE = PriorRecipe(
     max_steps=1200,
     batch_size=32,
@@ -66,8 +66,8 @@ PRIOR_RECIPE = PriorRecipe(
     temperature=0.3,
     **SHAPES,
 )
-# So little that it only shows that everything runs.
-QUICK: dict[str, Any] = {"max_train_samples": 64, "max_steps": 2, "batch_size": 8, "logging_steps": 1}
+# A smoke test: just enough steps to run every stage.
+QUICK_SETTINGS: dict[str, Any] = {"max_train_samples": 64, "max_steps": 2, "batch_size": 8, "logging_steps": 1}
 QUICK_MODELS = {
     "vqvae": {"codebook_size": 16, "hidden_channels": 32},
     "vqdraw": VQDRAW_RECIPE.model | {"codebook_size": 8},
@@ -75,46 +75,58 @@ QUICK_MODELS = {
 
 
 def run_demo(out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Do what is not yet done of the demo, and say where everything is.
+    """Run the missing steps of the demo and print where the results are.
+
+    Args:
+        out: Folder for all results.
+        quick: Run every stage for a few steps only, as a smoke test.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
     """
     silence_transformers()
     started = time.time()
     num_images = 8 if quick else 500
     for recipe in (VQVAE_RECIPE, VQDRAW_RECIPE):
-        small = QUICK | {"model": QUICK_MODELS[recipe.tokenizer]} if quick else {}
-        train_unless_there(train_tokenizer, replace(recipe, out=str(out / recipe.tokenizer), **small))
-    reports = {name: report_on(out / name, num_images) for name in ("vqvae", "vqdraw")}
+        quick_settings = QUICK_SETTINGS | {"model": QUICK_MODELS[recipe.tokenizer]} if quick else {}
+        train_if_missing(train_tokenizer, replace(recipe, out=str(out / recipe.tokenizer), **quick_settings))
+    reports = {name: evaluate_on_shapes(out / name, num_images) for name in ("vqvae", "vqdraw")}
     best = max(reports, key=lambda name: reports[name]["accepted"])
-    shares = ", ".join(f"{name} {report['accepted']:.1%}" for name, report in reports.items())
-    print(f"reconstructions that the verifier accepts: {shares}; the images come from {best}")
-    small = QUICK | {"depth": 1, "eval_steps": 0} if quick else {}
-    train_unless_there(
-        train_prior, replace(PRIOR_RECIPE, out=str(out / "model"), image_tokenizer=str(out / best), **small)
+    accepted = ", ".join(f"{name} {report['accepted']:.1%}" for name, report in reports.items())
+    print(f"reconstructions that the verifier accepts: {accepted}; the prior uses {best}")
+    quick_settings = QUICK_SETTINGS | {"depth": 1, "eval_steps": 0} if quick else {}
+    train_if_missing(
+        train_prior, replace(PRIOR_RECIPE, out=str(out / "model"), image_tokenizer=str(out / best), **quick_settings)
     )
     if not (out / "metrics.json").is_file():
         pipeline = to_device(TextToImagePipeline.from_pretrained(out / "model"))
-        draw_sheets(out, pipeline, load_image_tokenizer(out / "vqdraw"))
-        metrics = {"tokenizers": reports, "tokenizer_of_the_model": best, **report_on_model(pipeline, out, num_images)}
+        save_sheets(out, pipeline, load_image_tokenizer(out / "vqdraw"))
+        metrics = {"tokenizers": reports, "tokenizer_of_the_model": best, **evaluate_prior(pipeline, out, num_images)}
         write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     metrics = json.loads((out / "metrics.json").read_text())
     print_summary(out, metrics, time.time() - started)
     return metrics
 
 
-def train_unless_there(train: Callable[[Any], Any], recipe: RunSettings) -> None:
-    """One training run of the demo; what an earlier demo finished stays."""
+def train_if_missing(train: Callable[[Any], Any], recipe: RunSettings) -> None:
+    """Run one training recipe, unless an earlier demo has completed it."""
     if Path(recipe.out, "config.json").is_file():
-        print(f"{recipe.out} is there already")
+        print(f"{recipe.out} exists already")
     else:
         print(f"training {recipe.out}")
         train(recipe)
 
 
-def report_on(folder: Path, num_images: int) -> dict[str, Any]:
-    """A tokenizer's errors and code usage on images it has not seen, and the share of reconstructions that the verifier accepts."""
+def evaluate_on_shapes(folder: Path, num_images: int) -> dict[str, Any]:
+    """Evaluate a tokenizer on held-out images.
+
+    Args:
+        folder: Folder of the tokenizer.
+        num_images: Number of images.
+
+    Returns:
+        The report of `evaluate_tokenizer`, and as `accepted` the fraction of reconstructions that the verifier accepts.
+    """
     image_tokenizer = load_image_tokenizer(folder)
     rows = shapes_dataset("validation", num_images)
     pixel_values = load_pixels(rows["image"], image_tokenizer)
@@ -123,23 +135,32 @@ def report_on(folder: Path, num_images: int) -> dict[str, Any]:
     return report | {"accepted": caption_accuracy(reconstructions, rows["caption"], verify_scene)}
 
 
-def report_on_model(pipeline: TextToImagePipeline, out: Path, num_images: int) -> dict[str, Any]:
-    """Caption accuracy with the default sampling settings on seen captions, held-out ones and unseen pairs; losses and repeats."""
-    accuracy, repeats = {}, {}
+def evaluate_prior(pipeline: TextToImagePipeline, out: Path, num_images: int) -> dict[str, Any]:
+    """Evaluate the prior with its default sampling settings.
+
+    Args:
+        pipeline: The trained model.
+        out: Folder of the demo, with the training tokens.
+        num_images: Images per split: captions seen in training, held-out ones, and unseen pairs of shape and color.
+
+    Returns:
+        Caption accuracy and memorization rate by split, and the losses on held-out images.
+    """
+    accuracy, memorized = {}, {}
     training_codes = load_image_codes(out / "model" / "tokens")
     for name, split in SPLITS.items():
         captions = shapes_dataset(split, num_images)["caption"][:]
-        print(f"drawing {len(captions)} images of captions: {name}")
+        print(f"generating {len(captions)} images from captions: {name}")
         output = pipeline(captions, seed=0, progress=True)
         images: Any = output.images
         accuracy[name] = caption_accuracy(images, captions, verify_scene)
-        repeats[name] = memorization_rate(output.codes, training_codes)
+        memorized[name] = memorization_rate(output.codes, training_codes)
     losses = report_on_losses(pipeline, shapes_dataset("validation", num_images))
-    return {"caption_accuracy": accuracy, "memorization_rate": repeats, "losses": losses}
+    return {"caption_accuracy": accuracy, "memorization_rate": memorized, "losses": losses}
 
 
-def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokenizer) -> None:
-    """samples.png, reconstructions.png and stages.png."""
+def save_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokenizer) -> None:
+    """Save samples.png, reconstructions.png and stages.png."""
     captions = [caption for split in SPLITS.values() for caption in shapes_dataset(split, 16, seed=1)["caption"]]
     images: Any = pipeline(captions, seed=1).images
     save_image(captioned_sheet(images, captions), out / "samples.png")
@@ -149,7 +170,7 @@ def draw_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokeni
 
 
 def print_summary(out: Path, metrics: dict[str, Any], seconds: float) -> None:
-    """What came out, and where it lies."""
+    """Print the caption accuracy and the paths of the results."""
     accuracy = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in metrics["caption_accuracy"].items())
     print(f"\ncaption accuracy: {accuracy}")
     for name in ("samples.png", "reconstructions.png", "stages.png", "metrics.json", "model"):

@@ -1,16 +1,16 @@
-"""What commands print."""
+"""Output of the commands."""
 
 import os
 
 
-def say(text: str) -> None:
-    """Print, in the first of the processes that torchrun starts."""
+def print_on_rank0(text: str) -> None:
+    """Print once, on rank 0, when torchrun starts several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 
 
 def silence_transformers() -> None:
-    """Our own progress bars say what goes on; those of transformers for loading a small file do not."""
+    """Turn off the progress bars and warnings of transformers, next to which our own would be lost."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

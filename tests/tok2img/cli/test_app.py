@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from datasets import Dataset
 from PIL import Image
 
-from tok2img.cli.app import main
+from tok2img.cli.app import app, main
 from tok2img.data.images import load_pixels
 from tok2img.data.loading import load_captioned_images
 from tok2img.data.shapes import shapes_dataset
@@ -170,7 +171,7 @@ def test_a_recipe_file_and_the_command_line_make_one_run(tok2img, data, tmp_path
 def test_cut_captions_are_said(tok2img, data, tokenizer, tmp_path):
     words = ["--tokenizer", tokenizer, "--out", tmp_path / "tokens", "--text-length", 2, "--vocab-size", 256]
     said, _, code = tok2img("tokenize", data, *words)
-    assert code == 0 and "24 captions were longer than 2 text tokens and were cut" in said
+    assert code == 0 and "24 captions were longer than 2 text tokens and were truncated" in said
 
 
 def test_the_same_seed_writes_the_same_file(tok2img, model, tmp_path):
@@ -457,6 +458,18 @@ def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):
 )
 def test_a_command_that_is_not_whole_is_refused_in_one_line(refused, words, message):
     refused(*words, names=message)
+
+
+def test_every_option_has_help():
+    commands = typer.main.get_command(app).commands
+    assert {"demo", "tokenize", "evaluate", "train-prior"} <= commands.keys()
+    missing = [
+        f"{name} {parameter.name}"
+        for name, command in commands.items()
+        for parameter in command.params
+        if parameter.name not in ("help", "context") and not parameter.help
+    ]
+    assert not missing
 
 
 def test_no_command_shows_the_help(tok2img):
