@@ -1,1 +1,1 @@
-"""VQ-VAE for images and text."""
+"""VQ-VAE tokenizers for images and for text."""

@@ -1,4 +1,4 @@
-"""Settings of a VQ-VAE, and the quantizer that they describe."""
+"""Settings of a VQ-VAE for images."""
 
 from ..losses.reconstruction import PIXEL_LOSSES
 from ..quantization.configuration import QuantizerConfig
@@ -6,18 +6,35 @@ from ..validation import check_choice, check_image_size
 
 
 class VQVAEConfig(QuantizerConfig):
-    """Settings of a `VQVAE`; those of its quantizer: see `QuantizerConfig`.
+    """Settings of a `VQVAE`. `QuantizerConfig` has those of its quantizer.
 
     Attributes:
-        image_size: height and width of the images, pixels; a multiple of `stride`. Others that are can be coded too.
-        num_encoder_blocks, num_decoder_blocks: residual blocks on the latent grid. A code of an encoder without blocks depends on the
-            pixels near it alone, which makes a simpler language for a prior: it need not guess how far away things change a code.
-        num_downsamples: how often the grid is halved: 2 gives one code for 4x4 pixels.
-        num_grids: 2 or more for a VQ-VAE-2, whose further grids are each half as fine as the one before.
-        hidden_channels: width of the networks at the latent grids; half of it at every finer grid.
-        reconstruction_loss: "mse" or "l1": error of normalised pixels that training lowers, where `forward` is given no other.
-        search_steps: of the search for codes when a data set is tokenized, see `VQVAE.encode`.
-        pixel_mean, pixel_std: what pixels in [0, 1] are normalised with, inside.
+        image_size: Height and width of the images in pixels, a multiple of `stride` (default 32).
+            The model also codes images of other sizes that are multiples of it.
+        num_channels: Channels of the images: 3 (default) for RGB, 1 for gray.
+        num_downsamples: Times that the encoder halves the grid. The default 2 makes one code for
+            4x4 pixels.
+        num_grids: Grids of codes. 1 (default) is a VQ-VAE; 2 or more is a VQ-VAE-2, where each
+            further grid has half the height and width.
+        hidden_channels: Channels of the networks at the latent grid (default 128), halved at each
+            finer resolution.
+        num_encoder_blocks: Residual blocks of the encoder at each latent grid. With 0 (default) a
+            code depends on the pixels near it alone. That makes a simpler language for a prior,
+            which need not guess how distant pixels change a code.
+        num_decoder_blocks: Residual blocks of the decoder at each latent grid (default 2).
+        reconstruction_loss: Loss of the normalized pixels: "mse" (default) or "l1".
+        search_steps: Gradient steps on the latents of each image when a data set is tokenized, see
+            `VQVAE.encode`. 0 (default) = none.
+        pixel_mean: Mean that is subtracted from pixels in [0, 1] (default 0.5).
+        pixel_std: Standard deviation that they are divided by (default 0.25).
+
+    Raises:
+        ValueError: If a setting is unknown, has another type or is out of range.
+
+    Example:
+        >>> config = VQVAEConfig(image_size=64, num_downsamples=3)
+        >>> config.stride, config.grid_shapes((64, 32))
+        (8, [(8, 4)])
     """
 
     model_type = "tok2img_vqvae"
@@ -42,18 +59,25 @@ class VQVAEConfig(QuantizerConfig):
 
     @property
     def stride(self) -> int:
-        """What height and width of an image must be multiples of."""
+        """Pixels per cell of the coarsest grid; image sizes are multiples of it."""
         return 2 ** (self.num_downsamples + self.num_grids - 1)
 
-    def cells(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Rows and columns of each grid, coarse to fine, for images of a height and width; ValueError where the stride does not fit."""
+    def grid_shapes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the height and width of each grid, coarse to fine.
+
+        Args:
+            image_size: Height and width of the images in pixels.
+
+        Raises:
+            ValueError: If they are not multiples of `stride`.
+        """
         for side in image_size:
             check_image_size(side, self.stride)
-        steps = [2 ** (self.num_downsamples + grid) for grid in reversed(range(self.num_grids))]
-        return [(image_size[0] // step, image_size[1] // step) for step in steps]
+        strides = [2 ** (self.num_downsamples + grid) for grid in reversed(range(self.num_grids))]
+        return [(image_size[0] // stride, image_size[1] // stride) for stride in strides]
 
-    def widths(self) -> list[int]:
-        """Channels at each grid from the finest to the latent one."""
+    def block_out_channels(self) -> list[int]:
+        """Return the channels at each resolution, from the finest to the latent grid."""
         return [
             max(min(16, self.hidden_channels), self.hidden_channels >> level)
             for level in reversed(range(self.num_downsamples))

@@ -1,6 +1,9 @@
-"""VQ-VAE: an autoencoder whose latent grid is made of codebook entries (van den Oord et al. 2017), or of another quantizer's values.
+"""VQ-VAE for images: an autoencoder whose latents are codebook entries (van den Oord et al. 2017).
 
-With several grids it is a VQ-VAE-2 (Razavi et al. 2019): each coarser grid is half as fine, is coded first, and conditions those after.
+With several grids it is a VQ-VAE-2 (Razavi et al. 2019): each coarser grid has half the height and
+width, is quantized first, and conditions those after it.
+
+    pixels -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> pixels
 """
 
 import math
@@ -26,13 +29,20 @@ from ..quantization.kmeans import MAX_INIT_VECTORS
 from ..quantization.residual_quantizer import ResidualQuantizer
 from ..validation import skip_validation
 from .configuration import VQVAEConfig
-from .latent_optimization import QuantizedImages, search
+from .latent_optimization import QuantizedImages, optimize_latents
 
-SEARCHED_PIXELS, SEARCHED_PIXELS_ON_GPU = 2**15, 2**20  # those of images whose decoding is kept for the way back
+# Pixels of the images that are searched together: their activations wait for the backward pass.
+SEARCH_PIXELS, SEARCH_PIXELS_ON_GPU = 2**15, 2**20
 
 
 class TopGrid(nn.Module):
-    """A grid half as fine, coded before the finer ones (Razavi et al. 2019, section 3.1)."""
+    """Modules of a coarser grid, with half the height and width of the next finer one.
+
+    It is the top level of Razavi et al. 2019, section 3.1.
+
+    Args:
+        config: Settings of the model.
+    """
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -42,18 +52,33 @@ class TopGrid(nn.Module):
             *residual_stack(width, config.num_encoder_blocks),
             nn.ReLU(),
         )
-        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.quant_conv = nn.Conv2d(width, config.code_dim, 1)
         self.quantizer = build_quantizer(config)
-        self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
             *residual_stack(width, config.num_decoder_blocks), group_norm(width), upsampling([width], width)
         )
 
 
 class VQVAE(DiscreteTokenizer):
-    """Codes on grids: one a cell, or several that add up. `forward` gives an error of normalised pixels plus the codebooks' loss.
+    """Image tokenizer with one code, or several that add up, for each cell of a grid.
 
-    It codes images of every size that its stride divides; `num_codes` and `code_shape` are those of `config.image_size`.
+    It codes images of any size that is a multiple of `config.stride`. `num_codes` and `code_shape`
+    are those of `config.image_size`.
+
+    Args:
+        config: Settings of the model.
+
+    Example:
+        >>> import torch
+        >>> from tokenizers_vq import VQVAEConfig
+        >>> config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=0)
+        >>> model = VQVAE(config).eval()
+        >>> images = torch.rand(5, 3, 8, 8)
+        >>> codes = model.encode(images)
+        >>> model.code_shape, codes.shape, model.decode(codes).shape
+        ((2, 2), torch.Size([5, 4]), torch.Size([5, 3, 8, 8]))
+        >>> model.train()(images).loss.backward()
     """
 
     config_class = VQVAEConfig
@@ -62,226 +87,281 @@ class VQVAE(DiscreteTokenizer):
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
         self.normalize = PixelNormalization(config, stride=config.stride)
-        widths, width = config.widths(), config.hidden_channels
+        widths, width = config.block_out_channels(), config.hidden_channels
         self.encoder = nn.Sequential(
             downsampling(config.num_channels, widths), *residual_stack(width, config.num_encoder_blocks), nn.ReLU()
         )
-        self.to_code = nn.Conv2d(width, config.code_dim, 1)
+        self.quant_conv = nn.Conv2d(width, config.code_dim, 1)
         self.quantizer = build_quantizer(config)
-        self.from_code = nn.Conv2d(config.code_dim, width, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.decoder = nn.Sequential(
             *residual_stack(width, config.num_decoder_blocks),
             group_norm(width),
             upsampling(widths[::-1], config.num_channels),
         )
-        self.coarser = nn.ModuleList(TopGrid(config) for _ in range(config.num_grids - 1))
+        self.top_grids = nn.ModuleList(TopGrid(config) for _ in range(config.num_grids - 1))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation of convolutions stands; loading leaves what is not saved for us to set."""
+        """Reset the counters, which are not saved. Weights keep the initialization of torch."""
         reset_code_usage(module)
 
     @property
     def num_quantizers(self) -> int:
-        """Codes of a cell."""
+        """Number of codes of a cell."""
         return self.config.codes_per_vector
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Rows and columns of the grid, after the levels where a cell has several codes; codes of several grids are one row."""
-        groups = self.positions_per_codebook
+        """Shape of the codes of an image of `config.image_size`.
+
+        `(h, w)` with one code a cell, `(n, h, w)` with n codes a cell. Several grids are one
+        sequence, `(num_codes,)`.
+        """
+        lengths = self.positions_per_codebook
         if self.config.num_grids > 1:
-            return (sum(groups),)
-        (grid,) = self.cells()
-        return grid if len(groups) == 1 else (len(groups), *grid)
+            return (sum(lengths),)
+        (shape,) = self.grid_shapes()
+        return shape if len(lengths) == 1 else (len(lengths), *shape)
 
     @property
     def codebook_size(self) -> int:
-        """Entries of the codebook."""
+        """Number of entries of each codebook."""
         return self.config.codebook_size
 
     @property
     def positions_per_codebook(self) -> tuple[int, ...]:
-        """All cells of a grid, and of a level of it, read from one codebook."""
-        return tuple(rows * columns for rows, columns in self.cells() for _ in range(self.num_quantizers))
+        """Number of codes from each codebook: all cells of a grid, for each of its codebooks."""
+        return tuple(height * width for height, width in self.grid_shapes() for _ in range(self.num_quantizers))
 
     @property
     def supports_prefix_decoding(self) -> bool:
-        """They do where all codes of a cell add up."""
+        """True for a residual quantizer on one grid, where the codes of a cell add up."""
         return self.num_quantizers > 1 and self.config.num_grids == 1
 
-    def cells(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
-        """Rows and columns of each grid, coarse to fine; ValueError for a size that the stride does not divide."""
-        return self.config.cells(image_size or (self.config.image_size, self.config.image_size))
+    def grid_shapes(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+        """Return the height and width of each grid, coarse to fine.
+
+        Args:
+            image_size: Height and width of the images in pixels. None = `config.image_size`.
+
+        Raises:
+            ValueError: If they are not multiples of the stride.
+        """
+        return self.config.grid_shapes(image_size or (self.config.image_size, self.config.image_size))
 
     def grids(self) -> list[Any]:
-        """The modules that hold a grid's `to_code`, `quantizer`, `from_code` and `decoder`, coarse to fine; this one is the finest."""
-        return [*reversed(self.coarser), self]
+        """Return the modules of each grid, coarse to fine; the finest is the model itself.
+
+        Each has a `quant_conv`, `quantizer`, `post_quant_conv` and `decoder`.
+        """
+        return [*reversed(self.top_grids), self]
 
     def codebook_vectors(self) -> list[Tensor]:
-        """The codebook of each group of codes, `k d`."""
-        return [vectors for grid in self.grids() for vectors in grid.quantizer.codebooks()]
+        """Return the codebooks, `k d` each, in the order of `positions_per_codebook`."""
+        return [codebook for grid in self.grids() for codebook in grid.quantizer.codebooks()]
 
     @property
     def num_init_examples(self) -> int:
-        """As many as have enough cells for k-means."""
-        return max(1, MAX_INIT_VECTORS // math.prod(self.cells()[-1]))
+        """Number of images with enough cells for k-means."""
+        return max(1, MAX_INIT_VECTORS // math.prod(self.grid_shapes()[-1]))
 
     @torch.no_grad()
     def init_from_data(self, pixel_values: Tensor) -> None:
-        """Put the codebooks on latents of the images `b c h w`; those of finer grids on what is left when coarser ones are coded."""
-        shown = pixel_values[: self.num_init_examples]
+        """Initialize all codebooks by k-means on the latents of images, coarse to fine.
+
+        Args:
+            pixel_values: Images in [0, 1], `b c h w`; the first `num_init_examples` are used.
+        """
+        images = pixel_values[: self.num_init_examples]
         with eval_mode(self):
-            self._code(self._features(self.normalize(shown)), starting=True, reconstruct=False)
+            features = self._encode_features(self.normalize(images))
+            self._quantize_grids(features, init_codebooks=True, reconstruct=False)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, *, search_steps: int = 0) -> Tensor:
-        """`b c h w` in [0, 1] -> codes `b n`, row by row; the coarsest grid first, and of a grid the coarsest level.
+        """Encode images `b c h w` in [0, 1] to codes `b n`.
+
+        Codes are ordered by grid, coarse to fine, then by codebook, then row by row.
 
         Args:
-            search_steps: 0 takes the entries nearest to the encoder's latents, as `forward` does; each step more looks for better ones
-                (`latent_search`), for the time of decoding forth and back.
+            pixel_values: Images in [0, 1], `b c h w`.
+            search_steps: Gradient steps on the latents that look for codes with a lower
+                reconstruction error (`latent_optimization`). Each costs a forward and a backward
+                pass of the decoder. 0 = the entries nearest to the encoder's latents.
+
+        Returns:
+            The codes, `b n` int64.
 
         Raises:
-            ValueError: for images of another number of channels or of a size that the stride does not divide, for NaN, and for a number
-                of steps below 0.
+            ValueError: If the images have another number of channels, a size that is not a multiple
+                of the stride, or NaN, or if `search_steps` is below 0.
         """
         target = self.normalize(pixel_values, check_range=True)
         if search_steps < 0:
-            raise ValueError(f"search_steps must be at least 0, got {search_steps}")
+            raise ValueError(f"Expected search_steps of at least 0, got {search_steps}.")
+        # Codes are part of a data set: they must depend neither on autocast nor on the batch.
         with torch.autocast(pixel_values.device.type, enabled=False), eval_mode(self):
             if search_steps and len(target):
-                encode = partial(self._search, num_steps=search_steps)
-                num_pixels = SEARCHED_PIXELS if target.device.type == "cpu" else SEARCHED_PIXELS_ON_GPU
-                at_once = max(1, num_pixels // (target.shape[2] * target.shape[3]))
-                return torch.cat([batch_invariant_encode(encode, some) for some in target.split(at_once)])
+                encode = partial(self._encode_with_optimization, num_steps=search_steps)
+                num_pixels = SEARCH_PIXELS if target.device.type == "cpu" else SEARCH_PIXELS_ON_GPU
+                batch_size = max(1, num_pixels // (target.shape[2] * target.shape[3]))
+                return torch.cat([batch_invariant_encode(encode, batch) for batch in target.split(batch_size)])
             return batch_invariant_encode(
-                lambda some: flatten_codes(self._code(self._features(some), reconstruct=False).codes), target
+                lambda batch: flatten_codes(
+                    self._quantize_grids(self._encode_features(batch), reconstruct=False).codes
+                ),
+                target,
             )
 
     def encode_with_search(self, pixel_values: Tensor) -> Tensor:
-        """`b c h w` in [0, 1] -> codes `b n`, searched for by as many steps as the config's `search_steps`."""
+        """Encode images `b c h w` in [0, 1] with `config.search_steps` steps, see `encode`."""
         return self.encode(pixel_values, search_steps=self.config.search_steps)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, image_size: tuple[int, int] | None = None) -> Tensor:
-        """Codes `b n`, or the first of them where codes of a cell add up, -> `b c h w` in [0, 1].
+        """Decode codes `b n` to images `b c h w` in [0, 1].
 
         Args:
-            image_size: height and width of the images, where they are not those of the config.
+            codes: All codes of each image, or the first of them if `supports_prefix_decoding`.
+            image_size: Height and width of the images in pixels. None = `config.image_size`.
 
         Raises:
-            ValueError: for codes of another number, type or range.
+            ValueError: If the codes have another number, type or range.
         """
-        cells = self.cells(image_size)
-        lengths = [self.num_quantizers * rows * columns for rows, columns in cells]
+        shapes = self.grid_shapes(image_size)
+        lengths = [self.num_quantizers * height * width for height, width in shapes]
         self.check_codes(codes, prefix=self.supports_prefix_decoding, num_codes=sum(lengths))
         context: Tensor | None = None
         with torch.autocast(codes.device.type, enabled=False), skip_validation():
-            parts = codes.long().tensor_split(list(accumulate(lengths))[:-1], dim=1)
-            for grid, some, (rows, columns) in zip(self.grids(), parts, cells, strict=True):
-                context = grid.decoder(
-                    plus(grid.from_code(self._look_up(grid.quantizer, some, rows, columns)), context)
-                )
+            codes_of_grids = codes.long().tensor_split(list(accumulate(lengths))[:-1], dim=1)
+            for grid, grid_codes, (height, width) in zip(self.grids(), codes_of_grids, shapes, strict=True):
+                latents = self._lookup(grid.quantizer, grid_codes, height, width)
+                context = grid.decoder(add_context(grid.post_quant_conv(latents), context))
             assert context is not None
             return self.normalize.inverse(context)
 
     def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
-        """The image `b c h w` after each level of the codes `b n` that it can be shown after."""
+        """Yield the images `b c h w` decoded from the first codebook, the first two, and so on.
+
+        Without prefix decoding the only image is that of all codes.
+
+        Args:
+            codes: `b n`.
+        """
         step = self.positions_per_codebook[0] if self.supports_prefix_decoding else self.num_codes
-        for last in range(step, codes.shape[1] + 1, step):
-            yield self.decode(codes[:, :last])
+        for length in range(step, codes.shape[1] + 1, step):
+            yield self.decode(codes[:, :length])
 
     def forward(self, pixel_values: Tensor, reconstruction_loss: ReconstructionLoss | None = None) -> TokenizerOutput:
-        """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics; of another reconstruction loss than the config's, if given."""
+        """Reconstruct images `b c h w` in [0, 1] and return the training loss.
+
+        The loss is the reconstruction loss of normalized pixels plus that of the quantizers.
+
+        Args:
+            pixel_values: Images in [0, 1], `b c h w`.
+            reconstruction_loss: Loss of the normalized images. None = the config's.
+
+        Returns:
+            The loss, the reconstruction, codes `b n` and metrics (`mse` in pixels; in training
+            `perplexity` and `code_usage`, averaged over the grids).
+        """
         target = self.normalize(pixel_values)
-        coded = self._code(self._features(target))
+        quantized = self._quantize_grids(self._encode_features(target))
+        assert quantized.reconstruction is not None
         measure = PIXEL_LOSSES[self.config.reconstruction_loss] if reconstruction_loss is None else reconstruction_loss
+        metrics = {"mse": self.normalize.squared_error(quantized.reconstruction, target)}
+        if self.training:  # in eval mode nothing is counted
+            usages = [grid.quantizer.metrics() for grid in self.grids()]
+            metrics |= {name: torch.stack([usage[name] for usage in usages]).mean() for name in usages[0]}
         return TokenizerOutput(
-            loss=measure(coded.normalized, target) + coded.loss,
-            reconstruction=self.normalize.inverse(coded.normalized),
-            codes=flatten_codes(coded.codes),
-            metrics={"mse": self.normalize.squared_error(coded.normalized, target), **self._usage()},
+            loss=measure(quantized.reconstruction, target) + quantized.loss,
+            reconstruction=self.normalize.inverse(quantized.reconstruction),
+            codes=flatten_codes(quantized.codes),
+            metrics=metrics,
         )
 
-    def _usage(self) -> dict[str, Tensor]:
-        """What the quantizers of all grids say of their codes in training, on average; they count nothing else."""
-        if not self.training:
-            return {}
-        metrics = [grid.quantizer.metrics() for grid in self.grids()]
-        return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
-
-    def _features(self, target: Tensor) -> list[Tensor]:
-        """Normalised images `b c h w` -> what the encoder sees in them at each grid, `b c h w`, coarse to fine."""
+    def _encode_features(self, target: Tensor) -> list[Tensor]:
+        """Encode normalized images to features of each grid, `b c h w`, coarse to fine."""
         features = [self.encoder(channels_last(target))]
-        for coarser in self.coarser:
-            assert isinstance(coarser, TopGrid)
-            features.append(coarser.down(features[-1]))
+        for top_grid in self.top_grids:
+            assert isinstance(top_grid, TopGrid)
+            features.append(top_grid.down(features[-1]))
         return features[::-1]
 
-    def _code(
+    def _quantize_grids(
         self,
         features: list[Tensor],
         offsets: Sequence[Tensor | None] = (),
         *,
-        starting: bool = False,
+        init_codebooks: bool = False,
         reconstruct: bool = True,
     ) -> QuantizedImages:
-        """What becomes of images with such features, if that is asked for; `offsets` `b d h w` are added to the latents of each grid, and
-        what codes leave of these is told then.
+        """Quantize the latents of all grids, coarse to fine.
 
-        What a finer grid codes, and what its decoder sees, has the decoded coarser grids added to it.
+        A coarse grid is decoded to the resolution of the next. There it is added to the features
+        that are quantized and to what the decoder reads (Razavi et al. 2019, section 3.1).
+
+        Args:
+            features: The encoder's features of each grid, `b c h w`, coarse to fine.
+            offsets: Offset to the latents of each grid, `b d h w`. Empty = none.
+            init_codebooks: Initialize each codebook from its latents before it is used.
+            reconstruct: Decode the finest grid too.
         """
         context: Tensor | None = None
-        codes, losses, rests = [], [], []
-        for grid, seen, offset in zip(self.grids(), features, offsets or [None] * len(features), strict=True):
-            latents = plus(batch_invariant_conv1x1(grid.to_code, plus(seen, context)), offset)
-            if starting:
-                grid.quantizer.init_from_data(latents)
-            quantized = grid.quantizer(latents)
-            if reconstruct or grid is not self:
-                context = grid.decoder(plus(grid.from_code(quantized.quantized), context))
-            codes.append(quantized.codes)
-            losses.append(quantized.loss)
+        codes, losses, residuals = [], [], []
+        for grid, grid_features, offset in zip(self.grids(), features, offsets or [None] * len(features), strict=True):
+            latents = batch_invariant_conv1x1(grid.quant_conv, add_context(grid_features, context))
             if offset is not None:
-                rests.append((latents - quantized.quantized).detach())
-        return QuantizedImages(features[-1] if context is None else context, codes, torch.stack(losses).sum(), rests)
+                latents = latents + offset
+            if init_codebooks:
+                grid.quantizer.init_from_data(latents)
+            output = grid.quantizer(latents)
+            if reconstruct or grid is not self:
+                context = grid.decoder(add_context(grid.post_quant_conv(output.quantized), context))
+            codes.append(output.codes)
+            losses.append(output.loss)
+            if offset is not None:
+                residuals.append((latents - output.quantized).detach())
+        return QuantizedImages(context if reconstruct else None, codes, torch.stack(losses).sum(), residuals)
 
-    def _search(self, target: Tensor, *, num_steps: int) -> Tensor:
-        """Codes `b n` of normalised images `b c h w`, the best of some steps."""
-        cells = self.cells((target.shape[2], target.shape[3]))
+    def _encode_with_optimization(self, target: Tensor, *, num_steps: int) -> Tensor:
+        """Encode normalized images `b c h w` to codes `b n` by gradient steps on their latents."""
+        shapes = self.grid_shapes((target.shape[2], target.shape[3]))
         measure = PIXEL_LOSSES[self.config.reconstruction_loss]
-        with torch.inference_mode(False):  # where what is copied may have gradients
+        with torch.inference_mode(False):  # a tensor made in inference mode has no gradient, but its copy may
             target = target.clone()
-            offsets = [target.new_zeros(len(target), self.config.code_dim, *sides) for sides in cells]
-            code = partial(self._code, self._features(target))
-            return flatten_codes(search(code, target, offsets, measure=measure, num_steps=num_steps)[0])
+            offsets = [target.new_zeros(len(target), self.config.code_dim, *shape) for shape in shapes]
+            quantize = partial(self._quantize_grids, self._encode_features(target))
+            codes, _ = optimize_latents(quantize, target, offsets, measure=measure, num_steps=num_steps)
+            return flatten_codes(codes)
 
-    def _look_up(self, quantizer: Quantizer, codes: Tensor, rows: int, columns: int) -> Tensor:
-        """Codes `b n` of a grid -> latents `b d h w`."""
+    def _lookup(self, quantizer: Quantizer, codes: Tensor, height: int, width: int) -> Tensor:
+        """Look up the latents of a grid: codes `b n`, or the first of them, -> `b d h w`."""
         if not isinstance(quantizer, ResidualQuantizer):
-            return quantizer.lookup(rearrange(codes, "b (h w) -> b h w", h=rows))
-        num_codes = self.num_quantizers * rows * columns
-        known = torch.arange(num_codes, device=codes.device) < codes.shape[1]
+            return quantizer.lookup(rearrange(codes, "b (h w) -> b h w", h=height))
+        num_codes = self.num_quantizers * height * width
+        # A prefix is padded by codes that add nothing, so that it may end within a codebook.
+        code_mask = torch.arange(num_codes, device=codes.device) < codes.shape[1]
         padded = F.pad(codes, (0, num_codes - codes.shape[1]))
         return quantizer.lookup(
-            rearrange(padded, "b (n h w) -> b h w n", h=rows, w=columns),
-            None if codes.shape[1] == num_codes else rearrange(known, "(n h w) -> h w n", h=rows, w=columns),
+            rearrange(padded, "b (n h w) -> b h w n", h=height, w=width),
+            None if codes.shape[1] == num_codes else rearrange(code_mask, "(n h w) -> h w n", h=height, w=width),
         )
 
 
-def plus(x: Tensor, context: Tensor | None) -> Tensor:
-    """`b c h w` with the context of coarser grids, where there are any, added."""
+def add_context(x: Tensor, context: Tensor | None) -> Tensor:
+    """Add the decoded coarser grids, `b c h w`, to `b c h w`; the coarsest grid has no context."""
     return x if context is None else x + context
 
 
 def flatten_codes(codes: list[Tensor]) -> Tensor:
-    """Codes of each grid, `b h w` or `b h w n`, -> `b n`, grid by grid and level by level."""
+    """Flatten codes of each grid, `b h w` or `b h w n`, to `b n`, row by row."""
     return torch.cat(
         [each.flatten(1) if each.ndim == 3 else rearrange(each, "b h w n -> b (n h w)") for each in codes], dim=1
     )
 
 
 def residual_stack(width: int, num_blocks: int) -> list[nn.Module]:
-    """Residual blocks on the latent grid."""
+    """Build residual blocks for a latent grid of `width` channels."""
     return [ResidualBlock(width, max(1, width // 2)) for _ in range(num_blocks)]

@@ -1,8 +1,9 @@
-"""Better codes from a trained VQ-VAE: for each image its training goes on a little, of the latents alone.
+"""Finds better codes for an image by a few gradient steps on its latents, with the network frozen.
 
-An encoder answers all images by the same weights, and for each of them there are better codes near those it gives (the amortization gap,
-Cremer et al. 2018). A few steps down the gradient of the training loss find some of them, as in semi-amortized inference (Kim et al. 2018):
-its first term moves latents to where the decoder wants them, its second holds them near codebook entries.
+An encoder maps all images by the same weights, and near its codes there are better ones for each
+single image: the amortization gap (Cremer et al. 2018). Some are found by descending the training
+loss, as in semi-amortized inference (Kim et al. 2018). Its reconstruction term moves the latents to
+where the decoder wants them; its commitment term keeps them near codebook entries.
 """
 
 from collections.abc import Callable
@@ -13,92 +14,121 @@ from torch import Tensor
 
 from ..losses.reconstruction import ReconstructionLoss
 
-STEP_SIZE = 0.2  # root mean square of a step, as a share of that of what codes leave of the latents
-BACKTRACK_FACTOR = 0.3  # by which a step is cut as long as none has made the image better
+STEP_SIZE = 0.2  # length of a step in units of the quantization error (root mean squares)
+BACKTRACK_FACTOR = 0.3  # shortens an image's step until one has lowered its error
 
 
 @dataclass
 class QuantizedImages:
-    """What becomes of images.
+    """Codes of a batch of images, and what training and search need of them.
 
     Attributes:
-        normalized: the images, `b c h w`. loss: of the quantizers, a scalar.
-        codes: of each grid. rests: what they leave of the latents of each grid that had something added to them, `b d h w`.
+        reconstruction: Normalized reconstructions, `b c h w`; None if they were not asked for.
+        codes: Codes of each grid, `b h w` or `b h w n`.
+        loss: Sum of the quantizers' losses, a scalar.
+        residuals: Latents minus quantized latents of each grid that got an offset, `b d h w`.
     """
 
-    normalized: Tensor
+    reconstruction: Tensor | None
     codes: list[Tensor]
     loss: Tensor
-    rests: list[Tensor]
+    residuals: list[Tensor]
 
 
 @dataclass
-class Attempt:
-    """Images whose latents have something added to them.
+class Candidate:
+    """Codes of images whose latents were moved by offsets.
 
     Attributes:
-        offsets: what was added, `b d h w` for each grid. coded: what becomes of the images. errors: of each of them, `b`.
+        offsets: Offset to the latents of each grid, `b d h w`.
+        quantized: The images quantized with these offsets.
+        errors: Reconstruction error of each image, `b`.
     """
 
     offsets: list[Tensor]
-    coded: QuantizedImages
+    quantized: QuantizedImages
     errors: Tensor
 
-    def ways(self) -> list[Tensor]:
-        """Down the gradient of the loss from the offsets of each grid, `b d h w`: a step's length is 1. Can be asked once."""
-        gradients = torch.autograd.grad(self.errors.mean() + self.coded.loss, self.offsets)
+    def descent_directions(self) -> list[Tensor]:
+        """Return the negative gradient of the training loss to each offset, `b d h w`.
+
+        The gradient of each image is scaled to the root mean square of its residual, so that one
+        step size fits all images. It can be computed once, because the graph is freed.
+        """
+        gradients = torch.autograd.grad(self.errors.mean() + self.quantized.loss, self.offsets)
         return [
-            -rms(rest) / rms(gradient).clamp_min(1e-30) * gradient
-            for rest, gradient in zip(self.coded.rests, gradients, strict=True)
+            -rms(residual) / rms(gradient).clamp_min(1e-30) * gradient
+            for residual, gradient in zip(self.quantized.residuals, gradients, strict=True)
         ]
 
 
 @torch.enable_grad()
-def search(
-    code: Callable[[list[Tensor]], QuantizedImages],
+def optimize_latents(
+    quantize: Callable[[list[Tensor]], QuantizedImages],
     target: Tensor,
     offsets: list[Tensor],
     *,
     measure: ReconstructionLoss,
     num_steps: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Codes of each grid with which images `b c h w` come out best, of those met on the way, and their errors, `b`.
+    """Descend the training loss from the encoder's latents and return the best codes on the way.
+
+    An image follows its gradient as soon as a step has lowered its error. Until then it tries the
+    first direction again, with a shorter step each time (backtracking line search).
 
     Args:
-        code: from what is to be added to the latents of each grid to what becomes of the images.
-        offsets: zeros like the latents of each grid, `b d h w`.
-        measure: the error that training lowers, and that tells which codes are best.
+        quantize: Quantizes and decodes the images with an offset to the latents of each grid.
+        target: Normalized images, `b c h w`.
+        offsets: Zeros in the shape of the latents of each grid, `b d h w`.
+        measure: Reconstruction loss that training lowers. It also decides which codes are best.
+        num_steps: Gradient steps. Each costs a forward and a backward pass of the decoder.
+
+    Returns:
+        The best codes of each grid, `b h w` or `b h w n`, and their errors, `b`.
     """
-    now = attempt(code, target, offsets, measure)
-    codes, start = now.coded.codes, now.errors.detach()
-    least, length, first = start, target.new_full((len(target), 1, 1, 1), STEP_SIZE), None
+    candidate = evaluate_offsets(quantize, target, offsets, measure)
+    best_codes, initial_errors = candidate.quantized.codes, candidate.errors.detach()
+    best_errors = initial_errors
+    step_sizes = target.new_full((len(target), 1, 1, 1), STEP_SIZE)
+    first_directions: list[Tensor] = []
     for _ in range(num_steps):
-        ways = now.ways()
-        first, stuck = first or ways, least >= start  # from where none helped yet an image begins anew
-        steps = zip(now.offsets, ways, first, strict=True)
-        offsets = [where(stuck, length * anew, offset + length * way) for offset, way, anew in steps]
-        now = attempt(code, target, offsets, measure)
-        errors = now.errors.detach()
-        codes = [where(errors < least, new, old) for new, old in zip(now.coded.codes, codes, strict=True)]
-        least = least.minimum(errors)
-        length = where(least >= start, BACKTRACK_FACTOR * length, length)
-    return codes, least
+        directions = candidate.descent_directions()
+        first_directions = first_directions or directions
+        unimproved = best_errors >= initial_errors
+        offsets = [
+            select_examples(unimproved, step_sizes * first, offset + step_sizes * direction)
+            for offset, direction, first in zip(candidate.offsets, directions, first_directions, strict=True)
+        ]
+        candidate = evaluate_offsets(quantize, target, offsets, measure)
+        errors = candidate.errors.detach()
+        best_codes = [
+            select_examples(errors < best_errors, codes, best)
+            for codes, best in zip(candidate.quantized.codes, best_codes, strict=True)
+        ]
+        best_errors = best_errors.minimum(errors)
+        step_sizes = select_examples(best_errors >= initial_errors, BACKTRACK_FACTOR * step_sizes, step_sizes)
+    return best_codes, best_errors
 
 
-def attempt(
-    code: Callable[[list[Tensor]], QuantizedImages], target: Tensor, offsets: list[Tensor], measure: ReconstructionLoss
-) -> Attempt:
-    """What becomes of images `b c h w` with these offsets."""
+def evaluate_offsets(
+    quantize: Callable[[list[Tensor]], QuantizedImages],
+    target: Tensor,
+    offsets: list[Tensor],
+    measure: ReconstructionLoss,
+) -> Candidate:
+    """Quantize and decode images `b c h w` with these offsets, and measure their errors."""
     offsets = [offset.detach().requires_grad_() for offset in offsets]
-    coded = code(offsets)
-    return Attempt(offsets, coded, torch.vmap(measure)(coded.normalized, target))
+    quantized = quantize(offsets)
+    assert quantized.reconstruction is not None
+    # A loss is a mean over a batch; vmap gives that of each image.
+    return Candidate(offsets, quantized, torch.vmap(measure)(quantized.reconstruction, target))
 
 
-def where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """`b ...`, those of `one` where a mask `b` is true."""
-    return torch.where(mask.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+def select_examples(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """Select examples `b ...` of `chosen` where the mask, `b` bool, is True, else of `other`."""
+    return torch.where(mask.reshape(-1, *[1] * (chosen.ndim - 1)), chosen, other)
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square of each example of `b d h w`, `b 1 1 1`."""
+    """Return the root mean square of each example, `b d h w` -> `b 1 1 1`."""
     return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()

@@ -1,6 +1,9 @@
-"""A 1-D VQ-VAE for text: the bytes of each span as a vector of a codebook, or as a sum of a few, seen from both sides.
+"""VQ-VAE for text: the bytes of each span become a codebook entry, or a sum of a few.
 
-Encoder and decoder are dilated convolutions over the whole text, so what a code says depends on its neighbours too.
+Encoder and decoder are dilated convolutions over the whole text, in both directions. A code
+therefore depends on the neighbors of its span.
+
+    bytes -> encoder -> quant_proj -> quantizer -> post_quant_proj -> decoder -> head -> bytes
 """
 
 import torch
@@ -20,12 +23,24 @@ from ..validation import check_counts, skip_validation
 
 
 class VQVAETextConfig(TextSpanConfig, QuantizerConfig):
-    """Settings of a `VQVAEForText`; those of its quantizer: see `QuantizerConfig`.
+    """Settings of a `VQVAEForText`.
+
+    `TextSpanConfig` has those of the spans, `QuantizerConfig` those of the quantizer.
 
     Attributes:
-        max_length, span_length, span_unit, alphabet: see `TextSpanConfig`.
-        hidden_channels, dilations: of the blocks of the encoder, and of those of the decoder.
-        num_quantizers: codes of a span, where the quantizer is residual.
+        hidden_channels: Channels of the encoder and of the decoder (default 192).
+        dilations: Dilation of each block of the encoder, and of each block of the decoder. The
+            default (1, 2, 4, 8, 16) sees 31 bytes to either side.
+        quantizer: "residual" (default; `num_quantizers` codes a span), "vector" or "fsq".
+        codebook_size: Entries of each codebook (default 64).
+
+    Raises:
+        ValueError: If a setting is unknown, has another type or is out of range.
+
+    Example:
+        >>> config = VQVAETextConfig(max_length=24, span_length=6, num_quantizers=3)
+        >>> config.codes_per_vector, config.codebook_size
+        (3, 64)
     """
 
     model_type = "tok2img_vqvae_text"
@@ -41,7 +56,13 @@ class VQVAETextConfig(TextSpanConfig, QuantizerConfig):
 
 
 class DilatedStack(nn.Module):
-    """Learned positions, and residual blocks that look further and further to both sides: `b t c` -> `b t c`."""
+    """Learned position embeddings, then residual blocks with growing dilations: `b t c` -> `b t c`.
+
+    Args:
+        length: Number of positions `t`.
+        num_channels: Channels `c`.
+        dilations: Dilation of each block.
+    """
 
     def __init__(self, length: int, num_channels: int, dilations: tuple[int, ...]):
         super().__init__()
@@ -49,7 +70,7 @@ class DilatedStack(nn.Module):
         self.blocks = nn.ModuleList(DilatedBlock(1, num_channels, dilation) for dilation in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`b t c` -> `b t c`."""
+        """Apply all blocks to `b t c`."""
         x = x + self.positions
         for block in self.blocks:
             x = block(x, 0)
@@ -57,10 +78,21 @@ class DilatedStack(nn.Module):
 
 
 class VQVAEForText(TextSpanTokenizer):
-    """Codes of spans from a codebook, or from several that add up; `forward` gives the cross entropy of bytes plus the codebooks' loss.
+    """Text tokenizer with one code, or several that add up, for each span of bytes.
 
-    With a residual quantizer any prefix of the codes decodes: in training texts stop after some of their levels (as in SoundStream,
-    Zeghidour et al. 2021, section III.C).
+    With a residual quantizer any prefix of the codes decodes. In training each text is decoded from
+    a random number of its codebooks (quantizer dropout, Zeghidour et al. 2021, section III.C).
+
+    Args:
+        config: Settings of the model.
+
+    Example:
+        >>> from tokenizers_vq import VQVAETextConfig
+        >>> config = VQVAETextConfig(max_length=12, num_quantizers=3, hidden_channels=16)
+        >>> model = VQVAEForText(config).eval()
+        >>> codes = model.encode(["a red disc", "a cat"])
+        >>> model.code_shape, codes.shape, len(model.decode(codes))
+        ((3, 2), torch.Size([2, 6]), 2)
     """
 
     config_class = VQVAETextConfig
@@ -69,58 +101,79 @@ class VQVAEForText(TextSpanTokenizer):
     def __init__(self, config: VQVAETextConfig):
         super().__init__(config)
         width = config.hidden_channels
-        self.embedding = nn.Embedding(self.num_symbols + 1, width)  # the last is for what fills up
+        # The last embedding is for padding, which is not the end of the text.
+        self.embedding = nn.Embedding(self.num_symbols + 1, width)
         self.encoder, self.decoder = (DilatedStack(config.max_length, width, config.dilations) for _ in range(2))
-        self.to_code = nn.Linear(self.span_length * width, config.code_dim)
+        self.quant_proj = nn.Linear(self.span_length * width, config.code_dim)
         self.quantizer = build_quantizer(config, channel_axis=-1)
-        self.from_code = nn.Linear(config.code_dim, self.span_length * width)
+        self.post_quant_proj = nn.Linear(config.code_dim, self.span_length * width)
         self.head = nn.Linear(width, self.num_symbols)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts initialise themselves; loading leaves what is not saved for us to set."""
+        """Reset the counters, which are not saved. Weights keep the initialization of torch."""
         reset_code_usage(module)
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Levels and spans."""
+        """Shape of a text's codes: `(codes_per_vector, num_spans)`."""
         return (self.config.codes_per_vector, self.num_spans)
 
     @property
     def positions_per_codebook(self) -> tuple[int, ...]:
-        """All spans read from one codebook at each level."""
+        """Number of spans that read from each codebook: all of them."""
         return (self.num_spans,) * self.config.codes_per_vector
 
     @property
     def supports_prefix_decoding(self) -> bool:
-        """They do where all codes of a span add up."""
+        """True if a span has several codes, which add up."""
         return self.config.codes_per_vector > 1
 
     def codebook_vectors(self) -> list[Tensor]:
-        """The codebook of each level, `k d`."""
+        """Return the codebooks, `k d` each, coarse to fine."""
         return self.quantizer.codebooks()
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> codes `b (n s)`."""
+        """Encode symbols `b t` to codes `b (n s)`."""
         with eval_mode(self):
             codes = self.quantizer(self._latents(symbols)).codes
-        return self._in_sequence(codes, self.valid_spans(symbols))
+        return self._flatten_codes(codes, self.valid_spans(symbols))
 
     def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """Codes `b (n s)`, of which some are `mask`, -> symbols `b t`."""
-        by_span, known = (rearrange(each, "b (n s) -> b s n", s=self.num_spans) for each in (codes, mask))
+        """Decode codes to the most likely symbols.
+
+        Args:
+            codes: `b (n s)`.
+            mask: False for codes that are not known and add nothing, `b (n s)` bool.
+
+        Returns:
+            Symbols, `b t`.
+        """
+        by_span, code_mask = (rearrange(each, "b (n s) -> b s n", s=self.num_spans) for each in (codes, mask))
         with torch.autocast(codes.device.type, enabled=False):
-            return self._logits(self._look_up(by_span, known)).argmax(dim=2)
+            return self._logits(self._lookup(by_span, code_mask)).argmax(dim=2)
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:
-        """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
+        """Reconstruct symbols `b t` and return the training loss.
+
+        The loss is the cross entropy of the bytes in nats, plus that of the quantizer.
+
+        Args:
+            symbols: Bytes of the alphabet and padding, `b t`.
+
+        Returns:
+            The loss, the most likely symbols `b t`, codes `b (n s)` and metrics (`byte_accuracy`,
+            `nats_per_byte`; in training `perplexity` and `code_usage`).
+        """
         latents = self._latents(symbols)
-        live = self.valid_spans(symbols)
+        valid_spans = self.valid_spans(symbols)
         if isinstance(self.quantizer, ResidualQuantizer):
-            coded = self.quantizer(latents, live, self._known(len(live)))
+            coded = self.quantizer(latents, valid_spans, self._sample_code_mask(len(symbols)))
         else:
-            coded = self.quantizer(latents, live)
-        logits = self._logits(torch.where(live[..., None], coded.quantized, self._after_the_end()))
+            coded = self.quantizer(latents, valid_spans)
+        # Spans past the end have code 0 when they are decoded, so the decoder must see it in
+        # training.
+        logits = self._logits(torch.where(valid_spans[..., None], coded.quantized, self._padding_vector()))
         target = symbols.where(self.valid_mask(symbols), IGNORE_INDEX)
         error = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE_INDEX)
         reconstruction = logits.detach().argmax(dim=2)
@@ -129,51 +182,72 @@ class VQVAEForText(TextSpanTokenizer):
             "nats_per_byte": error.detach(),
             **(self.quantizer.metrics() if self.training else {}),
         }
-        return TokenizerOutput(error + coded.loss, reconstruction, self._in_sequence(coded.codes, live), metrics)
+        return TokenizerOutput(
+            error + coded.loss, reconstruction, self._flatten_codes(coded.codes, valid_spans), metrics
+        )
 
     @property
     def num_init_examples(self) -> int:
-        """As many as have enough spans for k-means."""
+        """Number of texts with enough spans for k-means."""
         return max(1, MAX_INIT_VECTORS // self.num_spans)
 
     @torch.no_grad()
     def init_from_data(self, symbols: Tensor) -> None:
-        """Put the codebooks on the latents of `b t`."""
+        """Initialize all codebooks by k-means on the latents of texts, coarse to fine.
+
+        Args:
+            symbols: Symbols of texts, `b t`; the first `num_init_examples` are used.
+        """
         with eval_mode(self):
-            shown = symbols[: self.num_init_examples]
-            self.quantizer.init_from_data(self._latents(shown)[self.valid_spans(shown)])
+            symbols = symbols[: self.num_init_examples]
+            self.quantizer.init_from_data(self._latents(symbols)[self.valid_spans(symbols)])
 
     def _latents(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> a vector for each span, `b s d`."""
+        """Encode symbols `b t` to one latent for each span, `b s d`."""
         self.check_symbols(symbols)
-        hidden = self.encoder(self.embedding(symbols.where(self.valid_mask(symbols), self.num_symbols)))
-        return self.to_code(rearrange(hidden, "b (s t) c -> b s (t c)", s=self.num_spans))
+        padded = symbols.where(self.valid_mask(symbols), self.num_symbols)
+        return self.quant_proj(
+            rearrange(self.encoder(self.embedding(padded)), "b (s t) c -> b s (t c)", s=self.num_spans)
+        )
 
-    def _logits(self, vectors: Tensor) -> Tensor:
-        """Vectors of spans `b s d` -> logits `b t v`."""
-        return self.head(self.decoder(rearrange(self.from_code(vectors), "b s (t c) -> b (s t) c", t=self.span_length)))
+    def _logits(self, latents: Tensor) -> Tensor:
+        """Decode quantized latents `b s d` to logits `b t v`."""
+        hidden = rearrange(self.post_quant_proj(latents), "b s (t c) -> b (s t) c", t=self.span_length)
+        return self.head(self.decoder(hidden))
 
-    def _look_up(self, codes: Tensor, known: Tensor) -> Tensor:
-        """Codes `b s n` in range, of which some are `known`, -> vectors `b s d`."""
+    def _lookup(self, codes: Tensor, code_mask: Tensor) -> Tensor:
+        """Look up the latents `b s d` of codes `b s n`; those outside the mask add nothing."""
         with skip_validation():
             if isinstance(self.quantizer, ResidualQuantizer):
-                return self.quantizer.lookup(codes, known)
-            return self.quantizer.lookup(codes.squeeze(2)) * known
+                return self.quantizer.lookup(codes, code_mask)
+            return self.quantizer.lookup(codes.squeeze(2)) * code_mask
 
-    def _after_the_end(self) -> Tensor:
-        """The vector `d` of a span whose codes are 0, as those past the end of a text are."""
+    def _padding_vector(self) -> Tensor:
+        """Return the vector `d` of a span past the end of its text, all of whose codes are 0."""
         codes = torch.zeros(1, 1, self.config.codes_per_vector, dtype=torch.long, device=self.device)
-        return self._look_up(codes, codes == 0).detach().view(-1)
+        return self._lookup(codes, codes == 0).detach().view(-1)
 
-    def _known(self, num_texts: int) -> Tensor | None:
-        """Which codes the decoder is shown in training, `b s n`: the first levels of each text, as many as chance has it; None: all."""
+    def _sample_code_mask(self, num_texts: int) -> Tensor | None:
+        """Sample the mask of quantizer dropout: a random number of first codebooks for each text.
+
+        Args:
+            num_texts: Number of texts `b`.
+
+        Returns:
+            True for codes that the decoder sees, `b s n`. None outside of training: all of them.
+        """
         if not (self.training and torch.is_grad_enabled()):
             return None
         last = torch.randint(self.config.codes_per_vector, (num_texts, 1, 1), device=self.device)
-        levels = torch.arange(self.config.codes_per_vector, device=self.device)
-        return (levels <= last).expand(-1, self.num_spans, -1)
+        codebooks = torch.arange(self.config.codes_per_vector, device=self.device)
+        return (codebooks <= last).expand(-1, self.num_spans, -1)
 
-    def _in_sequence(self, codes: Tensor, live: Tensor) -> Tensor:
-        """Codes `b s n`, or `b s`, -> `b (n s)`, 0 where spans are not `live`, `b s`."""
+    def _flatten_codes(self, codes: Tensor, valid_spans: Tensor) -> Tensor:
+        """Flatten codes `b s n`, or `b s`, to `b (n s)`, with 0 past the end of the text.
+
+        Args:
+            codes: `b s n`, or `b s` of a quantizer with one code per vector.
+            valid_spans: True for spans that hold text or its end, `b s`.
+        """
         by_span = codes.unflatten(-1, (self.num_spans, 1)) if codes.ndim == 2 else codes
-        return rearrange(torch.where(live[..., None], by_span, 0), "b s n -> b (n s)")
+        return rearrange(torch.where(valid_spans[..., None], by_span, 0), "b s n -> b (n s)")

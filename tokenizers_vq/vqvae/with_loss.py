@@ -1,4 +1,4 @@
-"""Train a VQ-VAE with perceptual and adversarial losses."""
+"""Trains a VQ-VAE with perceptual and adversarial losses."""
 
 from dataclasses import replace
 
@@ -11,11 +11,22 @@ from .image_tokenizer import VQVAE
 
 
 class TokenizerWithLoss(ModelWithLoss):
-    """A VQ-VAE that learns from another reconstruction loss than its config's: images in, loss out.
+    """VQ-VAE with another reconstruction loss than its config's; saves the VQ-VAE alone.
 
     Args:
-        tokenizer: the model that learns.
-        reconstruction_loss: of normalised images; one that learns itself, such as `AdversarialLoss`, does so with the same optimizer.
+        tokenizer: The model to train.
+        reconstruction_loss: Loss of normalized images. The parameters of a loss that learns, such
+            as `AdversarialLoss`, belong to the same optimizer.
+
+    Example:
+        >>> import torch
+        >>> from tokenizers_vq import PerceptualLoss, VQVAEConfig
+        >>> tokenizer = VQVAE(VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=0))
+        >>> features = torch.nn.Conv2d(3, 4, 3)  # in practice, a pretrained network
+        >>> model = TokenizerWithLoss(tokenizer, PerceptualLoss(features))
+        >>> output = model(torch.rand(2, 3, 8, 8))
+        >>> sorted(output.metrics)
+        ['code_usage', 'mse', 'perceptual_loss', 'perplexity', 'pixel_loss']
     """
 
     inner_name = "tokenizer"
@@ -25,6 +36,6 @@ class TokenizerWithLoss(ModelWithLoss):
         self.tokenizer, self.reconstruction_loss = tokenizer, reconstruction_loss
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
-        """`b c h w` in [0, 1] -> the tokenizer's output with this loss, its parts among the metrics."""
+        """Reconstruct images `b c h w` in [0, 1]; the metrics include the terms of the loss."""
         output = self.tokenizer(pixel_values, self.reconstruction_loss)
         return replace(output, metrics={**output.metrics, **loss_terms(self.reconstruction_loss)})

@@ -31,7 +31,7 @@ from tok2img.data.loading import load_captioned_images
 from tokenizers_vq import VectorQuantizer
 from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.quantization.code_usage import perplexity
-from tokenizers_vq.vqvae.latent_optimization import QuantizedImages, search
+from tokenizers_vq.vqvae.latent_optimization import QuantizedImages, optimize_latents
 
 IMAGE_SIZE, CODEBOOK_SIZE, CODE_DIM = 32, 512, 64
 COMMITMENT, DECAY = 0.25, 0.99
@@ -226,7 +226,7 @@ def searched_error(
         with torch.no_grad():
             latents = encoder(batch)
         nothing = [torch.zeros_like(latents)]
-        least.append(search(partial(code, latents), batch, nothing, measure=measure, num_steps=num_steps)[1])
+        least.append(optimize_latents(partial(code, latents), batch, nothing, measure=measure, num_steps=num_steps)[1])
     return torch.cat(least).mean().item()
 
 

@@ -117,5 +117,5 @@ def test_a_plain_function_is_a_loss_too(tiny_vqvae, images):
 
 
 def reconstruct(model, images):
-    quantized = model.quantizer(model.to_code(model.encoder(model.normalize(images))))
-    return model.decoder(model.from_code(quantized.quantized)), quantized
+    quantized = model.quantizer(model.quant_conv(model.encoder(model.normalize(images))))
+    return model.decoder(model.post_quant_conv(quantized.quantized)), quantized

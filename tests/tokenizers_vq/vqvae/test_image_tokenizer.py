@@ -5,21 +5,21 @@ from tokenizers_vq import FSQ, VQVAE, ResidualQuantizer, VectorQuantizer, VQVAEC
 
 
 def quantized_latents(model, images):
-    return model.quantizer(model.to_code(model.encoder(model.normalize(images))))
+    return model.quantizer(model.quant_conv(model.encoder(model.normalize(images))))
 
 
-def test_codes_are_the_latent_grid_row_by_row(tiny_vqvae, images):
+def test_encode_flattens_the_latent_grid_row_by_row(tiny_vqvae, images):
     grid = quantized_latents(tiny_vqvae, images).codes
     assert grid.shape == (6, 2, 2)
     assert torch.equal(tiny_vqvae.encode(images), grid.flatten(1))
 
 
-def test_the_image_has_a_code_for_each_cell(tiny_vqvae):
+def test_code_shape_has_a_code_for_each_cell(tiny_vqvae):
     assert tiny_vqvae.code_shape == (2, 2) and tiny_vqvae.num_codes == 4 and tiny_vqvae.positions_per_codebook == (4,)
 
 
 @pytest.mark.parametrize("num_downsamples", [1, 2, 3])
-def test_each_downsample_halves_the_grid(num_downsamples, images):
+def test_num_downsamples_halves_the_grid_each_time(num_downsamples, images):
     config = VQVAEConfig(image_size=8, num_downsamples=num_downsamples, hidden_channels=16, num_decoder_blocks=1)
     model = VQVAE(config).eval()
     assert model.code_shape == (8 >> num_downsamples, 8 >> num_downsamples)
@@ -27,38 +27,40 @@ def test_each_downsample_halves_the_grid(num_downsamples, images):
 
 
 @pytest.mark.parametrize("hidden_channels", [1, 2, 8, 24])
-def test_any_width_runs(hidden_channels, images):
+def test_vqvae_any_hidden_channels_runs(hidden_channels, images):
     config = VQVAEConfig(image_size=8, hidden_channels=hidden_channels, num_decoder_blocks=1)
     assert VQVAE(config).eval()(images).reconstruction.shape == images.shape
 
 
-def test_the_loss_is_the_error_in_normalised_pixels_plus_the_codebooks(tiny_vqvae, images):
+def test_loss_is_the_error_of_normalized_pixels_plus_the_quantizer_loss(tiny_vqvae, images):
     quantized = quantized_latents(tiny_vqvae, images)
-    error = (tiny_vqvae.decoder(tiny_vqvae.from_code(quantized.quantized)) - (images - 0.5) / 0.25).square().mean()
+    error = (
+        (tiny_vqvae.decoder(tiny_vqvae.post_quant_conv(quantized.quantized)) - (images - 0.5) / 0.25).square().mean()
+    )
     torch.testing.assert_close(tiny_vqvae(images).loss, error + quantized.loss)
 
 
-def test_the_reported_error_is_in_pixels(tiny_vqvae, images):
+def test_mse_metric_is_in_pixels(tiny_vqvae, images):
     quantized = quantized_latents(tiny_vqvae, images).quantized
-    normalized = tiny_vqvae.decoder(tiny_vqvae.from_code(quantized))
+    normalized = tiny_vqvae.decoder(tiny_vqvae.post_quant_conv(quantized))
     torch.testing.assert_close(tiny_vqvae(images).metrics["mse"], (normalized * 0.25 + 0.5 - images).square().mean())
 
 
-def test_encoding_in_training_leaves_a_codebook_that_has_not_started(images):
+def test_encode_in_training_mode_does_not_initialize_the_codebook(images):
     config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, code_dim=4)
     model = VQVAE(config).train()
     model.encode(images)
     assert not model.quantizer.initialized and model.quantizer.training
 
 
-def test_without_average_the_codebook_is_a_parameter_with_a_gradient(images):
+def test_codebook_without_ema_is_a_parameter_with_a_gradient(images):
     config = VQVAEConfig(image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, ema_update=False)
     model = VQVAE(config).train()
     model(images).loss.backward()
     assert model.quantizer.codebook.grad.any()
 
 
-def test_bfloat16_training_stays_finite_and_near_float32(tiny_vqvae, images):
+def test_loss_under_bfloat16_autocast_is_near_float32(tiny_vqvae, images):
     expected = tiny_vqvae(images).loss
     with torch.autocast("cpu", torch.bfloat16):
         loss = tiny_vqvae(images).loss
@@ -69,17 +71,17 @@ def test_bfloat16_training_stays_finite_and_near_float32(tiny_vqvae, images):
 
 
 def build(**settings) -> VQVAE:
-    """A small model on images of 8 pixels."""
+    """Build a small model for images of 8x8 pixels."""
     sizes = {"image_size": 8, "hidden_channels": 16, "num_decoder_blocks": 1, "codebook_size": 16, "code_dim": 4}
     return VQVAE(VQVAEConfig(**(sizes | settings)))
 
 
-def test_an_fsq_has_the_product_of_its_levels_as_codebook_size():
+def test_fsq_codebook_size_is_the_product_of_its_levels():
     model = build(quantizer="fsq", fsq_levels=[4, 3, 2])
     assert isinstance(model.quantizer, FSQ) and model.codebook_size == model.config.codebook_size == 24
 
 
-def test_residual_codes_come_level_by_level(images):
+def test_residual_codes_are_ordered_by_codebook(images):
     model = build(quantizer="residual", num_quantizers=3).eval()
     assert isinstance(model.quantizer, ResidualQuantizer)
     assert (
@@ -89,20 +91,20 @@ def test_residual_codes_come_level_by_level(images):
     assert torch.equal(model.encode(images), by_cell.movedim(-1, 1).flatten(1))
 
 
-def test_every_prefix_of_residual_codes_decodes_and_whole_levels_equal_their_sum(tiny_residual, images):
+def test_decode_any_prefix_of_residual_codes_and_whole_codebooks_equal_their_sum(tiny_residual, images):
     codes = tiny_residual.encode(images)
     stages = list(tiny_residual.decode_progressively(codes))
     assert len(stages) == 2 and torch.equal(stages[-1], tiny_residual.decode(codes))
     first = tiny_residual.quantizer.lookup(codes[:, :4].unflatten(1, (2, 2, 1)))
-    expected = tiny_residual.normalize.inverse(tiny_residual.decoder(tiny_residual.from_code(first)))
+    expected = tiny_residual.normalize.inverse(tiny_residual.decoder(tiny_residual.post_quant_conv(first)))
     assert torch.equal(stages[0], expected)
     for last in range(1, 9):
         assert tiny_residual.decode(codes[:, :last]).shape == images.shape
 
 
-def test_a_code_still_to_come_adds_nothing(tiny_residual, images):
+def test_lookup_of_a_prefix_adds_nothing_for_missing_codes(tiny_residual, images):
     codes = tiny_residual.encode(images)
-    whole, cut = (tiny_residual._look_up(tiny_residual.quantizer, each, 2, 2) for each in (codes, codes[:, :6]))
+    whole, cut = (tiny_residual._lookup(tiny_residual.quantizer, each, 2, 2) for each in (codes, codes[:, :6]))
     assert torch.equal(cut[:, :, 0], whole[:, :, 0]) and not torch.equal(cut[:, :, 1], whole[:, :, 1])
 
 
@@ -118,7 +120,7 @@ def test_a_code_still_to_come_adds_nothing(tiny_residual, images):
         ({"decay": 1.5}, "Expected decay in \\[0, 1\\), got 1.5"),
     ],
 )
-def test_settings_that_make_no_quantizer_are_refused(settings, match):
+def test_config_rejects_invalid_quantizer_settings(settings, match):
     with pytest.raises(ValueError, match=match):
         build(**settings)
 
@@ -128,7 +130,7 @@ def test_settings_that_make_no_quantizer_are_refused(settings, match):
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 4), (16, 8)])
 @pytest.mark.parametrize("settings", [{}, {"quantizer": "residual", "num_quantizers": 2}, {"quantizer": "fsq"}])
-def test_any_size_that_the_stride_divides_codes_and_decodes(size, settings):
+def test_encode_and_decode_any_multiple_of_the_stride(size, settings):
     model, images = build(**settings).eval(), torch.rand(2, 3, *size)
     codes = model.encode(images)
     assert codes.shape == (2, model.num_quantizers * size[0] * size[1] // 16)
@@ -138,12 +140,12 @@ def test_any_size_that_the_stride_divides_codes_and_decodes(size, settings):
 @pytest.mark.parametrize(
     ("size", "nearest"), [((30, 33), "28 x 32, 32 x 36"), ((2, 8), "4 x 8"), ((8, 9), "8 x 8, 8 x 12")]
 )
-def test_another_size_is_refused_naming_the_nearest(tiny_vqvae, size, nearest):
+def test_encode_rejects_other_sizes_and_names_the_nearest(tiny_vqvae, size, nearest):
     with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]} x {size[1]}; the nearest: {nearest}"):
         tiny_vqvae.encode(torch.rand(1, 3, *size))
 
 
-def test_codes_of_another_size_say_how_many_they_must_be(tiny_vqvae):
+def test_decode_rejects_a_wrong_number_of_codes(tiny_vqvae):
     codes = torch.zeros(1, 15, dtype=torch.long)
     with pytest.raises(ValueError, match=r"codes must be `b 15`, got shape `1 4`"):
         tiny_vqvae.decode(codes[:, :4], image_size=(12, 20))
@@ -154,7 +156,7 @@ def test_codes_of_another_size_say_how_many_they_must_be(tiny_vqvae):
 # Several grids
 
 
-def test_coarser_grids_are_coded_first(tiny_vqvae2, images):
+def test_vqvae2_coarser_grids_come_first(tiny_vqvae2, images):
     assert (
         tiny_vqvae2.positions_per_codebook == (1, 4) and tiny_vqvae2.code_shape == (5,) and tiny_vqvae2.num_codes == 5
     )
@@ -162,17 +164,17 @@ def test_coarser_grids_are_coded_first(tiny_vqvae2, images):
     assert tiny_vqvae2.encode(images).shape == (6, 5)
 
 
-def test_the_coarse_code_conditions_the_fine_ones_and_the_image(tiny_vqvae2, images):
+def test_vqvae2_coarse_code_conditions_fine_codes_and_the_image(tiny_vqvae2, images):
     codes = tiny_vqvae2.encode(images)
     each = codes[:1].repeat(16, 1)
     each[:, 0] = torch.arange(16)
     assert len(tiny_vqvae2.decode(each).unique(dim=0)) > 1
     with torch.no_grad():
-        tiny_vqvae2.coarser[0].decoder[-1][-1].weight.mul_(30)
+        tiny_vqvae2.top_grids[0].decoder[-1][-1].weight.mul_(30)
     assert not torch.equal(tiny_vqvae2.encode(images)[:, 1:], codes[:, 1:])
 
 
-def test_three_grids_of_another_size(images):
+def test_vqvae2_three_grids_code_another_size(images):
     model, pixels = build(num_grids=3, image_size=16).eval(), torch.rand(2, 3, 32, 16)
     assert model.positions_per_codebook == (1, 4, 16)
     codes = model.encode(pixels)
@@ -180,36 +182,36 @@ def test_three_grids_of_another_size(images):
     assert torch.equal(model.decode(codes, image_size=(32, 16)), model(pixels).reconstruction)
 
 
-def test_a_size_that_the_coarsest_grid_does_not_divide_is_refused():
+def test_config_rejects_a_size_that_the_coarsest_grid_does_not_divide():
     with pytest.raises(ValueError, match="image_size 12 is not a multiple of 8; the nearest are 8 and 16"):
         VQVAEConfig(image_size=12, num_grids=2)
 
 
-# Start
+# Initialization
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"quantizer": "residual", "num_quantizers": 2}, {"num_grids": 2}, {"use_cosine_sim": True}]
 )
-def test_starting_from_data_puts_every_codebook_on_latents(settings):
+def test_init_from_data_initializes_every_codebook(settings):
     model = build(**settings).train()
     images = torch.rand(64, 3, 8, 8)
     before = [vectors.clone() for vectors in model.codebook_vectors()]
     model.init_from_data(images)
     assert all(not torch.equal(*pair) for pair in zip(before, model.codebook_vectors(), strict=True))
-    levels = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
-    assert all(level.initialized for level in levels) and model.training
-    assert not any(level.usage.histogram.any() for level in levels), "a start is no training"
+    quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
+    assert all(quantizer.initialized for quantizer in quantizers) and model.training
+    assert not any(quantizer.usage.histogram.any() for quantizer in quantizers), "initialization is not counted"
 
 
-def test_a_started_model_trains_in_one_compiled_graph(tiny_vqvae, images):
+def test_initialized_vqvae_trains_in_one_compiled_graph(tiny_vqvae, images):
     tiny_vqvae.train()
     tiny_vqvae.init_from_data(images.repeat(4, 1, 1, 1))
     loss = torch.compile(tiny_vqvae, fullgraph=True, backend="aot_eager")(images).loss
     assert loss.isfinite()
 
 
-def test_usage_is_told_in_training_alone(tiny_vqvae, images):
+def test_code_usage_is_reported_only_in_training(tiny_vqvae, images):
     usage = {"perplexity", "code_usage"}
     assert usage <= tiny_vqvae.train()(images).metrics.keys()
     assert not usage & tiny_vqvae.eval()(images).metrics.keys()

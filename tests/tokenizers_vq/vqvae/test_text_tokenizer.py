@@ -1,4 +1,4 @@
-"""What the VQ-VAE of text does in training, and what its quantizer is shown."""
+"""VQ-VAE for text: training, masks and quantizer dropout."""
 
 import pytest
 import torch
@@ -36,19 +36,18 @@ def trained() -> VQVAEForText:
     return model.eval()
 
 
-def test_training_brings_texts_back(trained):
+def test_trained_vqvae_reconstructs_its_texts(trained):
     assert trained.decode(trained.encode(TEXTS)) == TEXTS
 
 
-def test_each_level_tells_more_than_those_before_it(trained):
+def test_decoding_more_codebooks_never_lowers_the_accuracy(trained):
     symbols = trained.texts_to_symbols(TEXTS)
     stages = trained.decode_symbols_progressively(trained.encode(TEXTS))
-    right = [(seen == symbols)[trained.valid_mask(symbols)].float().mean().item() for seen in stages]
-    assert 0.2 < right[0] <= right[1] <= right[2] == 1
+    accuracies = [(decoded == symbols)[trained.valid_mask(symbols)].float().mean().item() for decoded in stages]
+    assert 0.2 < accuracies[0] <= accuracies[1] <= accuracies[2] == 1
 
 
-def test_what_fills_up_changes_no_code(trained):
-    """Else a text would code otherwise behind another one's remains."""
+def test_padding_does_not_change_codes(trained):
     symbols = trained.texts_to_symbols(["x", "a blue disc"])
     other = symbols.where(trained.valid_mask(symbols), 3)
     other[0, 1] = other[1, 11] = trained.pad_symbol
@@ -56,28 +55,28 @@ def test_what_fills_up_changes_no_code(trained):
     assert torch.equal(trained.encode(symbols), trained.encode(other))
 
 
-def test_spans_know_their_neighbours(trained):
+def test_latents_depend_on_neighboring_spans(trained):
     one, other = trained.texts_to_symbols(["a red square", "a red sqssss"])
     latents = trained._latents(torch.stack([one, other]))
     assert not torch.equal(latents[0, 0], latents[1, 0])
 
 
 @pytest.mark.parametrize("quantizer", ["residual", "vector", "fsq"])
-def test_spans_past_the_end_count_for_nothing(quantizer):
+def test_spans_past_the_end_change_neither_loss_nor_usage(quantizer):
     model = tiny(quantizer=quantizer, fsq_levels=[4, 4]).train()
     symbols = model.texts_to_symbols(TEXTS)
     model(symbols)
-    num_live = int(model.valid_spans(symbols).sum())
+    num_valid = int(model.valid_spans(symbols).sum())
     usages = [module for name, module in model.named_modules() if name.endswith("usage")]
-    assert num_live < symbols.shape[0] * model.num_spans
-    assert [usage.histogram.sum() for usage in usages] == [num_live] * model.code_shape[0]
+    assert num_valid < symbols.shape[0] * model.num_spans
+    assert [usage.histogram.sum() for usage in usages] == [num_valid] * model.code_shape[0]
     model.eval()
     output = model(symbols)
     changed = symbols.where(model.valid_mask(symbols), 5)
     assert model(changed).loss == output.loss
 
 
-def test_codebooks_start_on_latents_of_texts_alone():
+def test_init_from_data_ignores_spans_past_the_end():
     model = tiny()
     symbols = model.texts_to_symbols(["x"] * 40 + ["two green cats sat"] * 40)
     model.init_from_data(symbols)
@@ -88,34 +87,34 @@ def test_codebooks_start_on_latents_of_texts_alone():
 
 
 class TestPrefixes:
-    def test_in_training_texts_stop_after_any_of_the_levels(self):
-        known = tiny().train()._known(300)
-        assert known.shape == (300, 3, 3) and torch.equal(known, known[:, :1].expand_as(known))
-        shown = known[:, 0].sum(dim=1).bincount(minlength=4).tolist()
-        assert shown[0] == 0 and min(shown[1:]) > 70
-        assert (known.int().diff(dim=2) <= 0).all()
+    def test_code_mask_in_training_keeps_a_random_number_of_codebooks(self):
+        code_mask = tiny().train()._sample_code_mask(300)
+        assert code_mask.shape == (300, 3, 3) and torch.equal(code_mask, code_mask[:, :1].expand_as(code_mask))
+        num_kept = code_mask[:, 0].sum(dim=1).bincount(minlength=4).tolist()
+        assert num_kept[0] == 0 and min(num_kept[1:]) > 70
+        assert (code_mask.int().diff(dim=2) <= 0).all()
 
-    def test_without_gradient_and_in_eval_mode_none_stops(self):
+    def test_code_mask_without_gradient_or_in_eval_mode_is_none(self):
         model = tiny().train()
         with torch.no_grad():
-            assert model._known(4) is None
-        assert model.eval()._known(4) is None
+            assert model._sample_code_mask(4) is None
+        assert model.eval()._sample_code_mask(4) is None
 
-    def test_what_is_not_given_of_a_span_changes_nothing(self, trained):
+    def test_decode_with_mask_ignores_codes_outside_the_mask(self, trained):
         codes = trained.encode(TEXTS)
-        given = torch.arange(9).expand(5, 9) < 4
-        other = torch.where(given, codes, (codes + 1) % 16)
-        assert torch.equal(trained.decode_with_mask(codes, given), trained.decode_with_mask(other, given))
-        assert torch.equal(trained.decode_with_mask(codes, given), trained.decode_symbols(codes[:, :4]))
+        mask = torch.arange(9).expand(5, 9) < 4
+        other = torch.where(mask, codes, (codes + 1) % 16)
+        assert torch.equal(trained.decode_with_mask(codes, mask), trained.decode_with_mask(other, mask))
+        assert torch.equal(trained.decode_with_mask(codes, mask), trained.decode_symbols(codes[:, :4]))
 
 
-def test_the_codebook_may_learn_by_its_loss():
+def test_every_parameter_gets_a_gradient_without_ema():
     model = tiny(ema_update=False).train()
     model.init_from_data(model.texts_to_symbols([f"{number} {number**2}" for number in range(100)]))
     model(model.texts_to_symbols(TEXTS)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_cosine_of_a_sum_is_refused():
+def test_residual_quantizer_rejects_cosine_similarity():
     with pytest.raises(ValueError, match="Expected use_cosine_sim=False for a ResidualQuantizer"):
         tiny(use_cosine_sim=True)
