@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from tok2img import Tok2ImgProcessor, tokenize_dataset
 from tok2img.cli.app import main
-from tok2img.pipelines.clip_ranker import ClipRanker
+from tok2img.pipelines.clip_ranker import ClipRanker, build_image_processor
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tok2img.tokenization.token_dataset import save_tokens
 
@@ -107,7 +107,7 @@ def test_a_ranker_reads_marks_in_captions_as_text(text_tokenizer, tmp_path):
         tokenizer_object=text_tokenizer.tokenizer.backend_tokenizer, eos_token="<|endoftext|>", pad_token="[PAD]"
     )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
-    ClipRanker(model, special, pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3).save_pretrained(tmp_path)
+    ClipRanker(model, special, build_image_processor(image_size=8, num_channels=3)).save_pretrained(tmp_path)
     ranker = ClipRanker.from_pretrained(tmp_path)
     encoded = ranker.encode_text(["a <|endoftext|> b [PAD]"])
     kept = encoded["input_ids"][encoded["attention_mask"].bool()].tolist()

@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPModel
 from tok2img import TextToImagePipeline, Tok2ImgProcessor
 from tok2img.cli.app import main
 from tok2img.evaluation.caption_classifier import CaptionClassifier, CaptionClassifierConfig
-from tok2img.pipelines.clip_ranker import ClipRanker
+from tok2img.pipelines.clip_ranker import ClipRanker, build_image_processor
 from tok2img.prior.model import build_prior
 from tok2img.tokenization.span_text_tokenizer import load_text_tokenizer
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
@@ -295,7 +295,7 @@ def build(kind: str, request: pytest.FixtureRequest, folder: Path) -> None:
         text, vision = small | {"vocab_size": 300}, small | {"image_size": 8, "patch_size": 4}
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
         text_tokenizer = SubwordTokenizer.train_bpe(["a red dog"], vocab_size=300).tokenizer
-        ClipRanker(model, text_tokenizer, pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3).save_pretrained(folder)
+        ClipRanker(model, text_tokenizer, build_image_processor(image_size=8, num_channels=3)).save_pretrained(folder)
     elif kind in ("qwen3", "gpt2"):
         text_tokenizer = SubwordTokenizer.train_bpe(["a red dog"], vocab_size=300)
         processor = Tok2ImgProcessor.build(request.getfixturevalue("tiny_vqvae"), text_tokenizer, text_length=6)

@@ -10,9 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from tokenizers_vq import ModelWithLoss
+from tokenizers_vq import ModelWithLoss, load_image
+from tokenizers_vq.images.processing import images_from_pixels, pixels_from_images
 
-from ..pipelines.clip_ranker import ClipRanker
+from ..pipelines.clip_ranker import ClipRanker, build_image_processor
 from ..prior.loss import PriorOutput
 from ..tokenization.text_tokenizer import SubwordTokenizer
 from ..trainer.trainer import Trainer
@@ -62,7 +63,13 @@ class CaptionedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         example = self.dataset[row]
         text = self.ranker.encode_text([example["caption"]])
-        pixel_values = self.ranker.pixel_values([example["image"]])[0]
+        config = self.ranker.model.config.vision_config
+        # Resize as for the image tokenizer, whose reconstructions the ranker scores. The ranker's image
+        # processor keeps an image of its own size exact.
+        pixels = pixels_from_images(
+            [load_image(example["image"])], image_size=config.image_size, num_channels=config.num_channels
+        )
+        pixel_values = self.ranker.pixel_values(images_from_pixels(pixels))[0]
         return {
             "input_ids": text["input_ids"][0],
             "attention_mask": text["attention_mask"][0],
@@ -114,8 +121,8 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(config)
-    channels = shape["num_channels"]
-    return ClipRanker(model, text_tokenizer, pixel_mean=[0.5] * channels, pixel_std=[0.5] * channels)
+    image_processor = build_image_processor(image_size=side, num_channels=shape["num_channels"])
+    return ClipRanker(model, text_tokenizer, image_processor)
 
 
 def bpe_with_eos(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,17 +1,20 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import concatenate_datasets
-from transformers import AutoTokenizer, CLIPModel
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from tok2img.generation.generate import generate
 from tok2img.generation.likelihood import argmax_per_group, log_likelihood, pointwise_mutual_information
 from tok2img.generation.sampling import uniform_noise
-from tok2img.pipelines.clip_ranker import ClipRanker
+from tok2img.pipelines.clip_ranker import ClipRanker, build_image_processor
 from tok2img.recipes.config import RankerRecipe
-from tok2img.recipes.train_ranker import RankerWithLoss, build_ranker, patch_size, train_ranker
+from tok2img.recipes.train_ranker import CaptionedRows, RankerWithLoss, build_ranker, patch_size, train_ranker
+from tokenizers_vq.images.processing import pixels_from_images
 
 PROMPTS = ["a dog", "a red disc", ""]
 
@@ -84,7 +87,7 @@ def test_one_candidate_is_no_choice(pipeline):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"best_of": 0}, "best_of must be at least 1"),
+        ({"best_of": 0}, "best_of to be at least 1"),
         ({"ranker": lambda captions, images: torch.zeros(1)}, "nothing to choose from"),
         ({"best_of": 2, "seed": (1, 2)}, "two seeds"),
     ],
@@ -111,6 +114,64 @@ def test_images_cannot_be_normalised_by_anything(clip, tmp_path, settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with pytest.raises(ValueError, match=r"preprocessor_config\.json: image_mean and image_std must be numbers"):
         ClipRanker.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop_size": 16},
+        {"size": 10**9},
+        {"do_center_crop": False, "size": 9},
+        {"image_mean": [0.5]},
+        {"size": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_from_pretrained_with_preprocessing_that_does_not_fit_the_model_raises(clip, tmp_path, settings):
+    clip.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: "):
+        ClipRanker.from_pretrained(tmp_path)
+
+
+def test_pixel_values_of_a_pretrained_clip_are_those_of_its_own_image_processor(clip, pil_images, tmp_path):
+    clip.save_pretrained(tmp_path)
+    settings = {
+        "size": 10,
+        "crop_size": 8,
+        "resample": 3,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = [image.convert("RGB").resize((31, 19)) for image in pil_images]
+    stock = CLIPImageProcessorPil.from_pretrained(tmp_path)(images, return_tensors="pt")["pixel_values"]
+    pixel_values = ClipRanker.from_pretrained(tmp_path).pixel_values(images)
+    assert pixel_values.equal(stock) and not pixel_values.equal(clip.pixel_values(images))
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (40, 24), (33, 50)], ids=str)
+def test_pixels_in_training_are_resized_as_for_a_tokenizer_and_normalized(clip, num_channels, size):
+    config = clip.model.config.vision_config
+    config.image_size, config.num_channels = 16, num_channels
+    clip.image_processor = build_image_processor(image_size=16, num_channels=num_channels)
+    colours = np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    example = {"caption": "a dog", "image": Image.fromarray(colours)}
+    pixels = pixels_from_images([example["image"]], image_size=16, num_channels=num_channels)
+    assert CaptionedRows([example], clip)[0]["pixel_values"].equal(((pixels - 0.5) / 0.5)[0])
+    if size in [(16, 16), (8, 8)]:  # nothing to resize, or to enlarge
+        assert clip.pixel_values([example["image"]]).equal((pixels - 0.5) / 0.5)
+
+
+def test_pixel_values_keep_every_brightness_exact(clip):
+    config = clip.model.config.vision_config
+    config.image_size = 16
+    clip.image_processor = build_image_processor(image_size=16, num_channels=3)
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    expected = (torch.arange(256).float().div(255) - 0.5) / 0.5
+    assert clip.pixel_values([Image.fromarray(levels)])[0, 0].flatten().equal(expected)
 
 
 def test_a_score_does_not_depend_on_the_batch(clip, captions, pil_images):
