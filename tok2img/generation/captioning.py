@@ -1,6 +1,7 @@
-"""Image codes in, text ids out: captions from a prior that has learned to read images. Knows no text and no pixels.
+"""Generate captions from image codes, with a prior trained in both directions.
 
-As in `generation`, only the head rows that may follow are computed, and a caption depends on its image, `seed` and index alone.
+As in `generate`, ids go in and ids come out, only the head rows that may follow are computed, and a caption
+depends on its image, `seed` and index alone.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from ..prior.model import caption_logits
 from ..tokenization.layout import SequenceLayout
 from .generate import next_hidden_state
 from .kv_cache import make_cache
-from .sampling import Sampling, sample_codes, streams_of_rows
+from .sampling import Sampling, sample_codes, uniform_noise
 
-CAPTION_KEY = "captions_images"  # the name under which generation_config.json says that a prior has learned to caption
+CAPTION_KEY = "captions_images"  # in generation_config.json: true for a prior that has learned to caption
 
 
 def can_caption(prior: PreTrainedModel) -> bool:
-    """Whether a prior has learned to caption."""
+    """Return True if a prior has learned to caption."""
     return bool(getattr(prior.generation_config, CAPTION_KEY, False))
 
 
@@ -34,32 +35,51 @@ def caption(
     indices: Sequence[int] | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Write a caption for every image, codes `b n` -> text `b t` int64, filled with [PAD]; it stops when all have ended.
+    """Generate a caption for every image.
+
+    Generation stops as soon as all captions have ended.
 
     Args:
-        sampling: the likeliest id each time when left out.
-        indices: the number of each caption in its stream of `seed`, `0..b-1` when left out.
-        use_cache: False computes every step from the start, which gives the same ids slower.
+        prior: A prior that has learned to caption.
+        layout: Its layout.
+        codes: Image codes, `b n`.
+        sampling: Sampling settings; greedy by default.
+        seed: Seed of the noise.
+        indices: Index of each caption in the noise of `seed`, `b`; `0..b-1` by default.
+        use_cache: If False, compute every step from the start, which gives the same ids more slowly.
+
+    Returns:
+        Text ids, `b t` int64, filled up with [PAD].
 
     Raises:
-        ValueError: for guidance, which would need training without images, and codes that are not the layout's.
+        ValueError: If guidance is asked for, or `codes` or `indices` do not fit.
+
+    Example:
+        >>> import torch
+        >>> from tok2img import SequenceLayout, build_prior, caption
+        >>> layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6)
+        >>> prior = build_prior(layout, depth=1)
+        >>> caption(prior, layout, torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]])).shape
+        torch.Size([2, 3])
     """
     sampling = sampling or Sampling(temperature=0)
+    # Guidance would compare with captions of no image, which training never shows.
     if sampling.guidance_scale != 1:
-        raise ValueError(f"captions are written without guidance, got guidance_scale {sampling.guidance_scale}")
-    if indices is not None and len(indices) != len(codes):
-        raise ValueError(f"got {len(indices)} indices for {len(codes)} images")
+        raise ValueError(f"captions are generated without guidance, got guidance_scale {sampling.guidance_scale}")
+    indices = range(len(codes)) if indices is None else indices
+    if len(indices) != len(codes):
+        raise ValueError(f"Expected one index per image, got {len(indices)} indices for {len(codes)} images.")
     sequence = step_ids = layout.caption_prompt(codes.to(prior.device))
-    uniforms = streams_of_rows(len(codes), layout.text_length, seed=seed, indices=indices)
+    uniforms = uniform_noise(seed, indices, layout.text_length)
     cache = make_cache(prior, layout.sequence_length, use_cache=use_cache)
     text_ids = layout.null_text_ids(len(codes), prior.device)
-    ended = torch.zeros(len(codes), dtype=torch.bool, device=prior.device)
+    has_ended = torch.zeros(len(codes), dtype=torch.bool, device=prior.device)
     for position in range(layout.text_length):
         logits = caption_logits(prior, next_hidden_state(prior, step_ids, cache), layout).float()
-        new_ids = sample_codes(logits, uniforms[:, position], sampling).masked_fill(ended, layout.pad_id)
+        new_ids = sample_codes(logits, uniforms[:, position], sampling).masked_fill(has_ended, layout.pad_id)
         text_ids[:, position] = new_ids
-        ended |= new_ids == layout.pad_id
-        if ended.all():
+        has_ended |= new_ids == layout.pad_id
+        if has_ended.all():
             break
         sequence = torch.cat([sequence, new_ids[:, None]], dim=1)
         step_ids = sequence if cache is None else new_ids[:, None]

@@ -1,32 +1,41 @@
-"""README.md of a trained folder, as the hub reads it."""
+"""The model card (README.md) of a trained folder, in the form that the hub reads."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .text_to_image import TextToImagePipeline
+from ..generation.sampling import Sampling
+from ..tokenization.layout import SequenceLayout
 
 SAMPLES_FILE = "samples.png"
 
 
 def model_card(
-    pipeline: "TextToImagePipeline", *, name: str = "path/to/this/folder", prompts: list[str] | None = None
+    layout: SequenceLayout,
+    sampling: Sampling,
+    *,
+    model_type: str,
+    image_tokenizer: str,
+    name: str,
+    prompts: list[str] | None = None,
 ) -> str:
-    """What the model is, code that runs, and its defaults.
+    """Write a model card: what the model is, runnable code and the sampling defaults.
 
     Args:
-        name: what `from_pretrained` finds the folder by.
-        prompts: captions of the images in `samples.png`, where there is one.
+        layout: The layout of the prior's sequences.
+        sampling: The model's default sampling settings.
+        model_type: Model type of the prior in transformers, such as "qwen3".
+        image_tokenizer: Class name of the image tokenizer.
+        name: The folder or hub name that the code passes to `from_pretrained`.
+        prompts: Captions of the images in `samples.png`; None if there is no such file.
+
+    Returns:
+        Markdown with a YAML header.
     """
-    layout, sampling = pipeline.processor.layout, pipeline.default_sampling
-    tokenizer = type(pipeline.processor.image_tokenizer).__name__
     prompt = prompts[0] if prompts else "a caption like those it was trained on"
-    images = f"\n![Images that it drew, above the captions it was given]({SAMPLES_FILE})\n" if prompts else ""
+    images = f"\n![Generated images, each above its caption]({SAMPLES_FILE})\n" if prompts else ""
     return f"""---
 library_name: tok2img
 pipeline_tag: text-to-image
-tags: [tok2img, text-to-image, {pipeline.prior.config.model_type}]
+tags: [tok2img, text-to-image, {model_type}]
 ---
-Draws images from captions: a {pipeline.prior.config.model_type} prior over {layout.num_codes} codes of a {tokenizer} with
+Generates images from captions: a {model_type} prior over {layout.num_codes} codes of a {image_tokenizer} with
 {layout.codebook_size} options each.
 {images}
 ```python

@@ -1,4 +1,4 @@
-"""From a caption to images, from one folder."""
+"""Generate images from captions with a trained model."""
 
 import warnings
 from collections.abc import Callable, Collection
@@ -24,22 +24,26 @@ from ..tokenization.processor import Tok2ImgProcessor
 from ..visualization.image_sheets import captioned_sheet, save_image
 from .clip_ranker import Ranker
 from .image_conditioning import Keep, encode_init_images, keep_mask
-from .loading import batches, load_components, move
+from .loading import batches, load_components, move_to
 from .model_card import SAMPLES_FILE, model_card
 
-# The name under which generation_config.json carries our guidance. Its own `guidance_scale` would make stock `generate` add a guidance
-# that takes the last token for the prompt.
-GUIDANCE_KEY = "image_guidance_scale"
+# Key of ours in generation_config.json.
 DROPOUT_KEY = "image_caption_dropout"
+# Pixels decoded in one batch, so that large images fit in memory too.
 DECODED_PIXELS = 2**20
-# Images as they are after so many codes, and which of all images they are.
+# Called with the images so far, the number of codes they are decoded from, and their rows among all images.
 Preview = Callable[[list[Image.Image], int, range], None]
 
 
 @dataclass
 class TextToImageOutput:
-    """`images`, one after the other for each prompt in turn, as PIL or as `b h w c` floats; their `codes` `b n`; and with `best_of`, the
-    `scores` `b` by which they were chosen."""
+    """Output of `TextToImagePipeline`.
+
+    Attributes:
+        images: PIL images, or floats in [0, 1], `b h w c`. The images of a prompt are adjacent.
+        codes: The image codes, `b n`.
+        scores: The ranker's scores of the images, `b`; None unless `best_of` is above 1.
+    """
 
     images: list[Image.Image] | np.ndarray
     codes: Tensor
@@ -47,7 +51,23 @@ class TextToImageOutput:
 
 
 class TextToImagePipeline:
-    """A prior with its tokenizers: `TextToImagePipeline.from_pretrained(folder)("a red square").images`."""
+    """A prior and its tokenizers, which together generate images from captions.
+
+    Args:
+        prior: A causal language model that fits the processor's layout.
+        processor: The processor with text and image tokenizer.
+
+    Example:
+        >>> from tok2img import SubwordTokenizer, TextToImagePipeline, Tok2ImgProcessor, build_prior
+        >>> from tokenizers_vq import VQVAE, VQVAEConfig
+        >>> image_tokenizer = VQVAE(VQVAEConfig(image_size=8, hidden_channels=16, codebook_size=16)).eval()
+        >>> text_tokenizer = SubwordTokenizer.train_bpe(["a red square"], vocab_size=300)
+        >>> processor = Tok2ImgProcessor.build(image_tokenizer, text_tokenizer, text_length=6)
+        >>> pipe = TextToImagePipeline(build_prior(processor.layout, depth=1), processor)
+        >>> output = pipe("a red square", num_images_per_prompt=2, seed=0)
+        >>> output.images[0].size, output.codes.shape
+        ((8, 8), torch.Size([2, 4]))
+    """
 
     def __init__(self, prior: PreTrainedModel, processor: Tok2ImgProcessor):
         self.prior, self.processor = prior.eval(), processor
@@ -55,7 +75,14 @@ class TextToImagePipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
-        """Load a trained folder, or one of the hub by its name; ValueError for what is neither."""
+        """Load a trained model.
+
+        Args:
+            name: A local folder, or the name of a repository on the hub.
+
+        Raises:
+            ValueError: If `name` is neither, or the model in it is incomplete.
+        """
         return cls(*load_components(name))
 
     def save_pretrained(
@@ -64,15 +91,23 @@ class TextToImagePipeline:
         """Write prior, both tokenizers, layout and a model card: all that `from_pretrained` reads.
 
         Args:
-            sample_prompts: captions to draw for the card, into `samples.png`.
-            name: what the card's code loads, the folder when left out.
+            folder: Where to write; created if missing.
+            sample_prompts: Captions to generate an image for, shown on the card.
+            name: The name that the card's code loads; the folder by default.
         """
         self.prior.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
         if sample_prompts:
             images: Any = self(sample_prompts, seed=0).images
             save_image(captioned_sheet(images, sample_prompts), Path(folder, SAMPLES_FILE))
-        card = model_card(self, name=name or str(folder), prompts=sample_prompts)
+        card = model_card(
+            self.processor.layout,
+            self.default_sampling,
+            model_type=self.prior.config.model_type,
+            image_tokenizer=type(self.processor.image_tokenizer).__name__,
+            name=name or str(folder),
+            prompts=sample_prompts,
+        )
         Path(folder, "README.md").write_text(card, encoding="utf-8")
 
     def push_to_hub(
@@ -84,7 +119,18 @@ class TextToImagePipeline:
         commit_message: str = "Upload of tok2img",
         sample_prompts: list[str] | None = None,
     ) -> str:
-        """Upload the whole folder to the hub, in a repository that is made where there is none; returns its address."""
+        """Upload the model to the hub; the repository is created if it does not exist.
+
+        Args:
+            repo_id: Name of the repository, `user/name`.
+            private: Visibility of a new repository; None means the account's default.
+            token: Access token; the saved one by default.
+            commit_message: Message of the commit.
+            sample_prompts: Captions to generate an image for, shown on the card.
+
+        Returns:
+            The address of the repository.
+        """
         api = HfApi(token=token)
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
@@ -92,40 +138,32 @@ class TextToImagePipeline:
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         return str(address)
 
-    def to(self, *place: str | torch.device | torch.dtype) -> Self:
-        """Move prior and image tokenizer to a device, and the prior to a type: `to("cuda", torch.bfloat16)`."""
-        move(self.prior, self.processor, *place)
+    def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> Self:
+        """Move prior and image tokenizer to a device, and the prior to a dtype: `to("cuda", torch.bfloat16)`."""
+        move_to(self.prior, self.processor, *device_or_dtype)
         return self
 
     @property
     def default_sampling(self) -> Sampling:
-        """What generation_config.json says, as measured for this model; ValueError when set to a guidance that is a function."""
-        config = self.prior.generation_config
-        return Sampling(
-            guidance_scale=getattr(config, GUIDANCE_KEY, 1.0),
-            temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=config.top_k or 0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-        )
+        """The model's sampling settings, saved in generation_config.json.
+
+        Raises:
+            ValueError: When set to a guidance scale that is a function, which cannot be saved.
+        """
+        return Sampling.from_generation_config(self.prior.generation_config)
 
     @default_sampling.setter
     def default_sampling(self, sampling: Sampling) -> None:
-        if callable(sampling.guidance_scale):
-            raise ValueError("a guidance_scale that is a function cannot be saved: give numbers")
-        config = self.prior.generation_config
-        config.do_sample, config.temperature = True, sampling.temperature
-        config.top_k, config.top_p = sampling.top_k, sampling.top_p
-        scale = sampling.guidance_scale
-        setattr(config, GUIDANCE_KEY, list(scale) if isinstance(scale, tuple) else scale)
+        sampling.write_to(self.prior.generation_config)
 
     @property
     def caption_dropout(self) -> float | None:
-        """Share of captions that were hidden in training, as generation_config.json says; None where it does not."""
+        """Fraction of captions dropped in training, saved in generation_config.json; None if unknown."""
         return getattr(self.prior.generation_config, DROPOUT_KEY, None)
 
     @caption_dropout.setter
-    def caption_dropout(self, share: float) -> None:
-        setattr(self.prior.generation_config, DROPOUT_KEY, share)
+    def caption_dropout(self, fraction: float) -> None:
+        setattr(self.prior.generation_config, DROPOUT_KEY, fraction)
 
     def __call__(
         self,
@@ -148,159 +186,212 @@ class TextToImagePipeline:
         ranker: Ranker | None = None,
         compile: bool = False,
     ) -> TextToImageOutput:
-        """Draw images of captions.
+        """Generate images for captions.
 
         Args:
-            guidance_scale, temperature, top_k, top_p: as in `Sampling`; None means the model's own default.
-            negative_prompt: what guidance leads away from, instead of the empty caption.
-            seed: image i of a seed is the same in any batch; None draws a new seed. Two seeds: the images of each prompt lead from the
-                one that the first seed draws to the one of the second.
-            output_type: "pil", or "np" for `b h w c` floats in [0, 1].
-            batch_size: images drawn at once; None takes as many as fit, see `max_batch_size`.
-            preview_after: numbers of codes after which `on_preview` gets the images so far, and which of all images they are; only
-                for codes that go from coarse to fine.
-            image: an image to complete or to vary, of the model's own size, or one for each prompt, or codes `n` or `b n`.
-            keep: what stays of `image`: the first so many codes, "top" for the upper half of a grid, or a truth value for each code. Codes
-                that are drawn follow those before them alone.
-            best_of: draw so many candidates for each image and keep the one of the highest score.
-            ranker: gives captions and candidates their scores, such as a `ClipRanker`; None takes the prior's own `pointwise_mutual_information`.
-            compile: as in `generate`.
+            prompt: One caption or a list of captions.
+            num_images_per_prompt: Number of images for each caption.
+            guidance_scale: Scale of classifier-free guidance, or a schedule, as in `Sampling`. None: the
+                model's default.
+            negative_prompt: Caption that guidance leads away from. None: the empty caption.
+            temperature: Softmax temperature; 0 is greedy. None: the model's default.
+            top_k: Sample from the k most likely codes (0 = all). None: the model's default.
+            top_p: Sample from the smallest set of codes whose total probability is at least p. None: the
+                model's default.
+            seed: Image i of a seed is the same in any batch. None: a new random seed. Two seeds: the images
+                of each prompt interpolate between the images of the two seeds.
+            output_type: "pil" for PIL images, or "np" for floats in [0, 1], `b h w c`.
+            batch_size: Number of images generated together. None: as many as `max_batch_size` says.
+            progress: Show a progress bar.
+            preview_after: Numbers of codes after which to call `on_preview`; coarse-to-fine tokenizers only.
+            on_preview: Called with the images so far, their number of codes and their rows among all images.
+            image: Image to complete or to vary, of the model's own size; or a list with one per prompt; or
+                codes, `n` or `b n`.
+            keep: The codes of `image` to keep: a number (the first codes), "top" (the upper half of a grid), or
+                a mask with one boolean per code. A sampled code depends on the codes before it alone.
+            best_of: Number of candidates for each image, of which the one with the highest score is kept.
+            ranker: Scores captions and candidates, such as a `ClipRanker`. None: the prior's own
+                `pointwise_mutual_information`.
+            compile: Run the prior through `torch.compile`, as in `generate`.
+
+        Returns:
+            Images and codes, and the scores if `best_of` is above 1.
 
         Raises:
-            ValueError: for no prompt, one that is not text, a setting out of range, previews of codes that give none, or an image of
-                another size.
+            ValueError: If an argument has the wrong type or is out of range, or `image` has another size.
         """
-        sampling = self._sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-        captions = repeated(prompt, num_images_per_prompt)
+        sampling = self._resolve_sampling(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        captions = expand_prompts(prompt, num_images_per_prompt)
         if output_type not in ("pil", "np"):
-            raise ValueError(f'output_type must be "pil" or "np", got {output_type!r}')
+            raise ValueError(f'Expected output_type to be "pil" or "np", got {output_type!r}.')
         self._check_previews(preview_after, on_preview)
         self._warn_of_guidance(sampling, negative_prompt)
-        kept = None if keep is None else keep_mask(keep, self.processor.image_tokenizer)
-        self._check_ranking(best_of, ranker, seed=seed, previews=bool(preview_after))
+        if (image is None) != (keep is None):
+            raise ValueError("image and keep go together: keep says which codes of the image stay")
+        mask = None if keep is None else keep_mask(keep, self.processor.image_tokenizer)
+        check_best_of(best_of, ranker, seed=seed, has_previews=bool(preview_after))
         captions = [caption for caption in captions for _ in range(best_of)]
-        per_prompt = num_images_per_prompt * best_of
-        inputs = {
-            "given_codes": self._given(image, keep, len(captions), per_prompt),
-            "text_ids": self.processor.encode_text(captions),
-            "uniforms": self._streams(seed, len(captions), per_prompt),
-            "negative_text_ids": self._negative(negative_prompt, len(captions)),
-        }
+        inputs = self._prepare_inputs(
+            captions,
+            num_images_per_prompt * best_of,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            image=image,
+        )
+        if batch_size is None:
+            batch_size = max_batch_size(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
         images, codes, scores = [], [], []
         with tqdm(total=len(captions) // best_of, desc="generate", unit=" images", disable=not progress) as bar:
-            for rows in batches(len(captions), self._batch_size(batch_size, sampling), multiple=best_of):
-                on_code = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                drawn = self._draw(rows, inputs, sampling=sampling, keep=kept, on_code=on_code, compile=compile)
+            for rows in batches(len(captions), batch_size, multiple=best_of):
+                batch: dict[str, Any] = {name: value[rows.start : rows.stop] for name, value in inputs.items()}
+                callback = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
+                sampled = generate(
+                    self.prior,
+                    self.processor.layout,
+                    **batch,
+                    sampling=sampling,
+                    keep_mask=mask,
+                    callback=callback,
+                    compile=compile,
+                ).cpu()
                 if best_of > 1:
-                    score = self._scores(rows, captions, inputs["text_ids"], drawn, ranker)
+                    score = self._score(captions[rows.start : rows.stop], batch["text_ids"], sampled, ranker)
                     best = argmax_per_group(score, best_of)
-                    drawn, scores = drawn[best], [*scores, score[best]]
-                codes.append(drawn)
-                images.extend(self._decode(drawn))
-                bar.update(len(drawn))
+                    sampled, scores = sampled[best], [*scores, score[best]]
+                codes.append(sampled)
+                images.extend(self._decode(sampled))
+                bar.update(len(sampled))
         results = images if output_type == "pil" else np.stack([as_array(each) for each in images])
         return TextToImageOutput(results, torch.cat(codes), torch.cat(scores) if scores else None)
 
-    def _check_ranking(self, best_of: int, ranker: Ranker | None, *, seed: Any, previews: bool) -> None:
-        if best_of < 1:
-            raise ValueError(f"best_of must be at least 1, got {best_of}")
-        if best_of == 1 and ranker is not None:
-            raise ValueError("a ranker has nothing to choose from: give best_of too")
-        if best_of > 1 and (previews or isinstance(seed, tuple)):
-            raise ValueError("best_of goes neither with previews nor with two seeds")
+    def _resolve_sampling(self, **settings: Any) -> Sampling:
+        """Replace settings that are None by the model's own."""
+        default = self.default_sampling
+        return Sampling(
+            **{name: getattr(default, name) if value is None else value for name, value in settings.items()}
+        )
 
-    def _scores(
-        self, rows: range, captions: list[str], text_ids: Tensor, codes: Tensor, ranker: Ranker | None
-    ) -> Tensor:
-        """How well the candidates of some rows show their captions, `b`."""
-        some = slice(rows.start, rows.stop)
-        if ranker is None:
-            return pointwise_mutual_information(self.prior, self.processor.layout, text_ids[some], codes)
-        return torch.as_tensor(ranker(captions[some], self._decode(codes)))
+    def _prepare_inputs(
+        self,
+        captions: list[str],
+        per_prompt: int,
+        *,
+        seed: int | tuple[int, int] | None,
+        negative_prompt: str | None,
+        image: Any,
+    ) -> dict[str, Tensor]:
+        """Prepare the inputs of `generate` that have one row per candidate.
 
-    def _draw(self, rows: range, inputs: dict[str, Any], **settings: Any) -> Tensor:
-        """Codes `b n` of some rows of the inputs, on the CPU."""
-        some = {name: given[rows.start : rows.stop] for name, given in inputs.items() if given is not None}
-        return generate(self.prior, self.processor.layout, **some, **settings).cpu()
+        Args:
+            captions: The caption of each candidate; those of a prompt are adjacent.
+            per_prompt: Number of candidates per prompt.
+            seed: As in `__call__`.
+            negative_prompt: As in `__call__`.
+            image: As in `__call__`.
+        """
+        num = len(captions)
+        inputs: dict[str, Tensor] = {}
+        # The image first: a wrong size must not cost the time of encoding the captions.
+        if image is not None:
+            init_codes = encode_init_images(image, self.processor, num // per_prompt)
+            inputs["init_codes"] = init_codes.repeat_interleave(per_prompt, dim=0)
+        inputs["text_ids"] = self.processor.encode_text(captions)
+        inputs["uniforms"] = self._noise(seed, num, per_prompt)
+        if negative_prompt is not None:
+            inputs["negative_text_ids"] = self.processor.encode_text([negative_prompt]).expand(num, -1)
+        return inputs
 
-    def _streams(self, seed: int | tuple[int, int] | None, num: int, per_prompt: int) -> Tensor:
-        """Uniform numbers `b n` of a seed, of a new one, or of the way between two."""
+    def _noise(self, seed: int | tuple[int, int] | None, num: int, per_prompt: int) -> Tensor:
+        """Draw the uniform noise of `num` candidates, `b n`, from one seed or along the path between two."""
         num_codes = self.processor.layout.num_codes
         if seed is None:
             seed = random_seed()
         if isinstance(seed, int | Integral):
             return uniform_noise(int(seed), range(num), num_codes)
         if len(seed) != 2:
-            raise ValueError(f"seed must be a whole number, or two to go between, got {seed!r}")
+            raise ValueError(f"Expected seed to be an integer or two to interpolate between, got {seed!r}.")
         ends = [uniform_noise(int(each), range(num // per_prompt), num_codes) for each in seed]
         return torch.cat([slerp_noise(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
 
+    def _score(self, captions: list[str], text_ids: Tensor, codes: Tensor, ranker: Ranker | None) -> Tensor:
+        """Score how well candidates `b n` match their captions, `b`."""
+        if ranker is None:
+            return pointwise_mutual_information(self.prior, self.processor.layout, text_ids, codes)
+        return torch.as_tensor(ranker(captions, self._decode(codes)))
+
+    def _decode(self, codes: Tensor) -> list[Image.Image]:
+        """Decode codes `b n` to images, in batches that fit in memory."""
+        config: Any = self.processor.image_tokenizer.config
+        chunks = codes.split(max(1, DECODED_PIXELS // config.image_size**2))
+        return [image for chunk in chunks for image in self.processor.decode_images(chunk)]
+
+    def _preview(
+        self, rows: range, preview_after: Collection[int], on_preview: Preview, position: int, codes: Tensor
+    ) -> None:
+        """Call `on_preview` with the decoded prefix, if `position` is one of those requested."""
+        if position + 1 in preview_after:
+            on_preview(self._decode(codes[:, : position + 1]), position + 1, rows)
+
+    def _check_previews(self, preview_after: Collection[int], on_preview: Preview | None) -> None:
+        tokenizer = self.processor.image_tokenizer
+        if bool(preview_after) != (on_preview is not None):
+            raise ValueError("Expected preview_after and on_preview together, got one of them.")
+        if preview_after and not tokenizer.supports_prefix_decoding:
+            raise ValueError(
+                f"Expected a coarse-to-fine image tokenizer for previews, got a {type(tokenizer).__name__}, "
+                "which cannot decode a prefix of its codes."
+            )
+        if preview_after and not set(preview_after) <= set(range(1, tokenizer.num_codes + 1)):
+            raise ValueError(f"preview_after must lie in 1..{tokenizer.num_codes}, got {sorted(preview_after)}")
+
     def _warn_of_guidance(self, sampling: Sampling, negative_prompt: str | None) -> None:
+        """Warn if guidance, or the negative prompt that needs it, has no effect."""
         if sampling.guidance_scale == 1:
             if negative_prompt is not None:
                 warnings.warn("negative_prompt has no effect at guidance_scale 1", stacklevel=3)
         elif self.caption_dropout == 0 and not self._warned:
             self._warned = True
-            reason = "no caption was hidden in training (caption_dropout 0)"
-            warnings.warn(f"guidance has nothing to compare with: {reason}; use guidance_scale 1", stacklevel=3)
-
-    def _negative(self, negative_prompt: str | None, num: int) -> Tensor | None:
-        return None if negative_prompt is None else self.processor.encode_text([negative_prompt]).expand(num, -1)
-
-    def _given(self, image: Any, keep: Keep | None, num: int, per_prompt: int) -> Tensor | None:
-        """Codes `b n` of the images to keep codes of, where there are any."""
-        if (image is None) != (keep is None):
-            raise ValueError("image and keep go together: keep says which codes of the image stay")
-        if image is None:
-            return None
-        return encode_init_images(image, self.processor, num // per_prompt).repeat_interleave(per_prompt, dim=0)
-
-    def _batch_size(self, batch_size: int | None, sampling: Sampling) -> int:
-        if batch_size is not None:
-            return batch_size
-        return max_batch_size(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
-
-    def _decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes `b n` -> images, so many at once that large ones fit in memory too."""
-        config: Any = self.processor.image_tokenizer.config
-        runs = codes.split(max(1, DECODED_PIXELS // config.image_size**2))
-        return [image for run in runs for image in self.processor.decode_images(run)]
-
-    def _check_previews(self, preview_after: Collection[int], on_preview: Preview | None) -> None:
-        tokenizer = self.processor.image_tokenizer
-        if bool(preview_after) != (on_preview is not None):
-            raise ValueError("preview_after and on_preview go together, got one of them")
-        if preview_after and not tokenizer.supports_prefix_decoding:
-            raise ValueError(f"the first codes of a {type(tokenizer).__name__} give no image to preview")
-        if preview_after and not set(preview_after) <= set(range(1, tokenizer.num_codes + 1)):
-            raise ValueError(f"preview_after must lie in 1..{tokenizer.num_codes}, got {sorted(preview_after)}")
-
-    def _preview(
-        self, rows: range, preview_after: Collection[int], on_preview: Preview, position: int, codes: Tensor
-    ) -> None:
-        """Hand out the images so far, where they are wanted."""
-        if position + 1 in preview_after:
-            on_preview(self._decode(codes[:, : position + 1]), position + 1, rows)
-
-    def _sampling(self, **chosen: Any) -> Sampling:
-        default = self.default_sampling
-        return Sampling(**{name: getattr(default, name) if value is None else value for name, value in chosen.items()})
+            warnings.warn(
+                "guidance has nothing to compare with: the prior was trained with caption_dropout 0 and never saw "
+                "the empty caption; use guidance_scale 1",
+                stacklevel=3,
+            )
 
 
-def repeated(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
-    """Each prompt as often as images are wanted of it; ValueError for none, or for one that is not text."""
+def check_best_of(best_of: int, ranker: Ranker | None, *, seed: Any, has_previews: bool) -> None:
+    """Check that `best_of` is valid and goes with the other arguments.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if best_of < 1:
+        raise ValueError(f"Expected best_of to be at least 1, got {best_of}.")
+    if best_of == 1 and ranker is not None:
+        raise ValueError("Expected best_of above 1 with a ranker, got 1, which leaves nothing to choose from.")
+    if best_of > 1 and (has_previews or isinstance(seed, tuple)):
+        raise ValueError("best_of cannot be combined with previews or with two seeds.")
+
+
+def expand_prompts(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
+    """Repeat each prompt once per image.
+
+    Raises:
+        ValueError: If there is no prompt, one is not a string, or no image is asked for.
+    """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"prompt must be a caption or a list of captions, got {prompt!r}")
+        raise ValueError(f"Expected prompt to be a caption or a list of captions, got {prompt!r}.")
     for caption in prompts:
         if not isinstance(caption, str):
-            raise ValueError(f"a prompt must be text, got {type(caption).__name__}: {caption!r}")
+            raise ValueError(f"Expected each prompt to be a string, got {type(caption).__name__}: {caption!r}.")
     if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        raise ValueError(f"Expected num_images_per_prompt of at least 1, got {num_images_per_prompt}.")
     return [caption for caption in prompts for _ in range(num_images_per_prompt)]
 
 
 def as_array(image: Image.Image) -> np.ndarray:
-    """An image as `h w c` floats in [0, 1]."""
+    """Convert an image to floats in [0, 1], `h w c`."""
     array = np.asarray(image, dtype=np.float32) / 255
     return array[..., None] if array.ndim == 2 else array

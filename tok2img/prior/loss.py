@@ -16,7 +16,7 @@ from tokenizers_vq.validation import can_read_without_sync
 
 from ..tokenization.layout import SequenceLayout
 from .compiled_blocks import CompiledLayers
-from .model import caption_logits, check_fits, code_logits, segment_logits, trunk
+from .model import caption_logits, check_fits, code_logits, last_hidden_state, segment_logits
 from .position_embeddings import AxialPositionEmbeddings
 
 IMAGE_WEIGHT = 7.0  # against 1 for text, as in DALL-E (Ramesh et al. 2021, section 2.2)
@@ -99,7 +99,7 @@ class PriorWithLoss(ModelWithLoss):
         sequences = layout.sequence(drawn_text, drawn_codes)
         if num:
             sequences = torch.cat([sequences, layout.caption_sequence(text_ids[:num], image_codes[:num])])
-        hidden = trunk(self.prior, sequences[:, :-1], self.added(len(drawn_text), num))
+        hidden = last_hidden_state(self.prior, sequences[:, :-1], self.added(len(drawn_text), num))
         losses, metrics = [], {}
         share = num / len(text_ids) if self.training else self.image_to_text_fraction
         of_drawing, of_captioning = (None, None) if mean_tokens is None else mean_tokens

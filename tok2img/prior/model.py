@@ -188,12 +188,12 @@ def has_plain_lm_head(prior: PreTrainedModel, layout: SequenceLayout) -> bool:
     training = prior.training
     prior.eval()
     direct = prior(prompt).logits[:, -1, : layout.vocab_size]
-    ours = segment_logits(prior, trunk(prior, prompt)[:, -1], 0, layout.vocab_size)
+    ours = segment_logits(prior, last_hidden_state(prior, prompt)[:, -1], 0, layout.vocab_size)
     prior.train(training)
     return torch.allclose(direct.float(), ours.float(), atol=1e-3, rtol=1e-3)
 
 
-def trunk(prior: PreTrainedModel, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
+def last_hidden_state(prior: PreTrainedModel, input_ids: Tensor, added: Tensor | None = None) -> Tensor:
     """Hidden states under the head, `b s` -> `b s d`, with something `b s d` added to the embeddings."""
     if added is None:
         return prior.base_model(input_ids=input_ids, use_cache=False).last_hidden_state

@@ -581,5 +581,5 @@ def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):
 
 def test_a_choice_of_none_and_a_ranker_that_is_none_are_refused(refused, model, tmp_path):
     words = ["generate", "a dog", "--model", model, "--out", "image.png"]
-    refused(*words, "--best-of", 0, names="best_of must be at least 1")
+    refused(*words, "--best-of", 0, names="Expected best_of to be at least 1")
     refused(*words, "--best-of", 2, "--ranker", tmp_path, names=f"cannot load a CLIP model from {tmp_path}")

@@ -14,7 +14,7 @@ from tok2img.generation.sampling import Sampling
 from tok2img.pipelines.image_to_text import ImageToTextPipeline
 from tok2img.pipelines.text_to_image import TextToImagePipeline
 from tok2img.prior.loss import PriorWithLoss
-from tok2img.prior.model import build_prior, caption_logits, trunk
+from tok2img.prior.model import build_prior, caption_logits, last_hidden_state
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.train_prior import train_prior
 from tok2img.tokenization.token_dataset import save_tokens
@@ -114,7 +114,9 @@ class TestCaption:
 
     def test_greedy_ids_are_the_likeliest_of_the_teacher_forced_sequence(self, prior, layout, codes):
         text_ids = caption(prior, layout, codes)
-        hidden = trunk(prior, layout.caption_sequence(text_ids, codes)[:, :-1])[:, layout.caption_prompt_length - 1 :]
+        hidden = last_hidden_state(prior, layout.caption_sequence(text_ids, codes)[:, :-1])[
+            :, layout.caption_prompt_length - 1 :
+        ]
         likeliest = caption_logits(prior, hidden, layout).argmax(dim=-1)
         written = torch.cat([torch.ones(4, 1, dtype=torch.bool), text_ids[:, :-1] != layout.pad_id], dim=1)
         assert text_ids[written].equal(likeliest[written])

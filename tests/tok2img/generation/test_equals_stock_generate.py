@@ -9,7 +9,7 @@ import torch
 from tok2img.generation.generate import generate, max_batch_size
 from tok2img.generation.sampling import Sampling
 from tok2img.pipelines.text_to_image import TextToImagePipeline
-from tok2img.prior.model import build_prior, trunk
+from tok2img.prior.model import build_prior, last_hidden_state
 from tok2img.recipes import train_prior as prior_runs
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.parsing import parse_arguments, read_recipe
@@ -65,17 +65,17 @@ def test_a_schedule_guides_each_code_by_its_own_scale(prior, layout, texts):
     apply_guidance, plain = (generate(prior, layout, texts, sampling=each, seed=1) for each in (GUIDED, Sampling()))
     assert ends_plain[:, :2].equal(apply_guidance[:, :2]) and not ends_plain[:, :2].equal(plain[:, :2])
     first = torch.tensor([True, True, False, False])
-    assert ends_plain.equal(generate(prior, layout, texts, seed=1, given_codes=apply_guidance, keep=first))
+    assert ends_plain.equal(generate(prior, layout, texts, seed=1, init_codes=apply_guidance, keep_mask=first))
 
 
 def test_every_text_position_is_seen_and_sees(prior, layout, texts):
     captioned = texts[(texts != layout.pad_id).all(dim=1)]
-    hidden = trunk(prior, layout.prompt(captioned))
+    hidden = last_hidden_state(prior, layout.prompt(captioned))
     assert (hidden.norm(dim=-1) > 0.1).all()
     for position in range(layout.text_length):
         other = captioned.clone()
         other[:, position] = (other[:, position] + 1) % layout.text_vocab_size
-        moved = (trunk(prior, layout.prompt(other)) - hidden).norm(dim=-1)
+        moved = (last_hidden_state(prior, layout.prompt(other)) - hidden).norm(dim=-1)
         assert (moved[:, position + 1 :] > 1e-3).all() and (moved[:, : position + 1] < 1e-4).all()
 
 
@@ -95,7 +95,7 @@ def test_two_seeds_lead_from_the_image_of_one_to_that_of_the_other(pipeline):
 
 @pytest.mark.parametrize("seed", [(1,), (1, 2, 3)])
 def test_seeds_that_are_no_pair_are_refused(pipeline, seed):
-    with pytest.raises(ValueError, match="seed must be a whole number, or two"):
+    with pytest.raises(ValueError, match="Expected seed to be an integer or two"):
         pipeline("a dog", 4, seed=seed)
 
 

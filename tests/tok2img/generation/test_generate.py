@@ -145,7 +145,9 @@ def test_the_only_code_of_top_k_one_is_the_likeliest(prior, layout, text_ids):
 @only_qwen
 def test_every_code_is_shown_as_it_is_drawn(prior, layout, text_ids):
     seen = []
-    codes = generate(prior, layout, text_ids, on_code=lambda position, so_far: seen.append(so_far[:, position].clone()))
+    codes = generate(
+        prior, layout, text_ids, callback=lambda position, so_far: seen.append(so_far[:, position].clone())
+    )
     assert torch.stack(seen, dim=1).equal(codes)
 
 

@@ -58,11 +58,11 @@ def compilations(monkeypatch) -> list[torch.nn.Module]:
     compiled = []
 
     @lru_cache
-    def traced(trunk):
-        compiled.append(trunk)
-        return torch.compile(trunk, backend="eager", fullgraph=True)
+    def traced(last_hidden_state):
+        compiled.append(last_hidden_state)
+        return torch.compile(last_hidden_state, backend="eager", fullgraph=True)
 
-    monkeypatch.setattr("tok2img.generation.generate.compiled_trunk", traced)
+    monkeypatch.setattr("tok2img.generation.generate.compile_base_model", traced)
     return compiled
 
 

@@ -20,7 +20,7 @@ def text_ids(layout) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_kept_codes_stay_and_a_cache_changes_none_of_the_others(prior, layout, text_ids, keep, scale):
     given, mask = torch.randint(6, (3, 4)), torch.tensor(keep)
-    settings = {"sampling": Sampling(guidance_scale=scale), "seed": 4, "given_codes": given, "keep": mask}
+    settings = {"sampling": Sampling(guidance_scale=scale), "seed": 4, "init_codes": given, "keep_mask": mask}
     codes = generate(prior, layout, text_ids, **settings)
     assert codes[:, mask].equal(given[:, mask])
     assert codes.equal(generate(prior, layout, text_ids, **settings, use_cache=False))
@@ -29,7 +29,7 @@ def test_kept_codes_stay_and_a_cache_changes_none_of_the_others(prior, layout, t
 @pytest.mark.parametrize("keep", MASKS)
 def test_an_image_completed_by_the_same_seed_comes_out_as_it_was_drawn(prior, layout, text_ids, keep):
     drawn = generate(prior, layout, text_ids, seed=2)
-    assert generate(prior, layout, text_ids, seed=2, given_codes=drawn, keep=torch.tensor(keep)).equal(drawn)
+    assert generate(prior, layout, text_ids, seed=2, init_codes=drawn, keep_mask=torch.tensor(keep)).equal(drawn)
 
 
 @only_qwen
@@ -40,14 +40,14 @@ def test_kept_codes_at_the_start_are_read_in_one_pass(prior, layout, text_ids, m
             lengths.append(input_ids.shape[1]), _forward(input_ids, **rest)
         )[1]
     )  # fmt: skip
-    generate(prior, layout, text_ids, given_codes=torch.zeros(3, 4, dtype=torch.int64), keep=torch.arange(4) < 2)
+    generate(prior, layout, text_ids, init_codes=torch.zeros(3, 4, dtype=torch.int64), keep_mask=torch.arange(4) < 2)
     assert lengths == [layout.prompt_length + 2, 1]
 
 
 @only_qwen
 def test_given_codes_are_left_alone(prior, layout, text_ids):
     given = torch.zeros(3, 4, dtype=torch.int64)
-    generate(prior, layout, text_ids, given_codes=given, keep=torch.zeros(4, dtype=torch.bool))
+    generate(prior, layout, text_ids, init_codes=given, keep_mask=torch.zeros(4, dtype=torch.bool))
     assert not given.any()
 
 
@@ -57,15 +57,15 @@ def test_given_codes_are_left_alone(prior, layout, text_ids):
     [
         (torch.zeros(3, 4).long(), None, "go together"),
         (None, torch.ones(4).bool(), "go together"),
-        (torch.zeros(2, 4).long(), torch.ones(4).bool(), "given_codes must be `3 4`"),
-        (torch.zeros(3, 4).long(), torch.ones(4), "keep booleans"),
+        (torch.zeros(2, 4).long(), torch.ones(4).bool(), "Expected init_codes `3 4`"),
+        (torch.zeros(3, 4).long(), torch.ones(4), "keep_mask of booleans"),
         (torch.full((3, 4), 6), torch.ones(4).bool(), r"0\.\.5, got 6"),
         (torch.full((3, 4), -1), torch.ones(4).bool(), r"0\.\.5, got -1"),
     ],
 )
 def test_given_codes_that_do_not_fit_are_refused(prior, layout, text_ids, given, keep, message):
     with pytest.raises(ValueError, match=message):
-        generate(prior, layout, text_ids, given_codes=given, keep=keep)
+        generate(prior, layout, text_ids, init_codes=given, keep_mask=keep)
 
 
 def test_a_number_keeps_the_first_codes_and_truth_values_those_that_they_say(tiny_vqvae):
@@ -87,8 +87,8 @@ def test_the_top_is_the_upper_half_of_a_grid_and_of_each_of_its_levels(tiny_vqva
         (1.5, "keep must be"),
         (True, "keep must be"),
         ("left", "keep must be"),
-        ([True], "4 truth values"),
-        ([1, 0, 0, 1], "4 truth values"),
+        ([True], "4 booleans"),
+        ([1, 0, 0, 1], "4 booleans"),
     ],
 )
 def test_what_says_not_which_codes_stay_is_refused(tiny_vqvae, keep, message):
@@ -97,7 +97,7 @@ def test_what_says_not_which_codes_stay_is_refused(tiny_vqvae, keep, message):
 
 
 def test_stages_have_no_top(tiny_vqdraw):
-    with pytest.raises(ValueError, match="no one grid with a top"):
+    with pytest.raises(ValueError, match="Expected codes on one grid"):
         keep_mask("top", tiny_vqdraw)
 
 
@@ -123,12 +123,12 @@ def test_codes_are_varied_without_an_image(pipeline):
 
 def test_an_image_of_another_size_is_refused_before_any_work(pipeline, pil_images, monkeypatch):
     monkeypatch.setattr(type(pipeline.processor), "encode_text", lambda *given: pytest.fail("work was done"))
-    with pytest.raises(ValueError, match="is 9x8, the model draws 8x8"):
+    with pytest.raises(ValueError, match="Expected an image of 8x8 pixels.*got 9x8"):
         pipeline("a dog", image=pil_images[0].resize((9, 8)), keep=1)
 
 
 def test_another_number_of_images_than_prompts_is_refused(pipeline, pil_images):
-    with pytest.raises(ValueError, match="got 2 images to keep codes of for 3 prompts"):
+    with pytest.raises(ValueError, match="one image to keep codes of, or 3, one per prompt, got 2"):
         pipeline(["a", "b", "c"], image=pil_images[:2], keep=1)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tok2img.prior import loss as prior_loss
 from tok2img.prior.loss import PriorWithLoss
-from tok2img.prior.model import build_prior, check_fits, code_logits, load_prior, segment_logits, trunk
+from tok2img.prior.model import build_prior, check_fits, code_logits, last_hidden_state, load_prior, segment_logits
 from tok2img.tokenization.layout import SequenceLayout
 
 LOAD_WITHOUT_US = """
@@ -71,7 +71,7 @@ def test_metrics_are_the_parts_of_the_loss(prior, layout, text_ids, codes):
 
 def test_head_rows_on_the_trunk_are_the_logits_of_forward(prior, layout, text_ids, codes):
     input_ids = layout.sequence(text_ids, codes)
-    ours = segment_logits(prior, trunk(prior, input_ids), 3, layout.vocab_size)
+    ours = segment_logits(prior, last_hidden_state(prior, input_ids), 3, layout.vocab_size)
     torch.testing.assert_close(ours, prior(input_ids).logits[..., 3:])
 
 
@@ -81,7 +81,7 @@ def test_each_position_gets_the_logits_of_its_own_codes(prior, architecture, lay
         prior.get_output_embeddings().bias.data.normal_()
     input_ids = layout.sequence(text_ids, codes)
     before = slice(layout.prompt_length - 1, -1)
-    ours = code_logits(prior, trunk(prior, input_ids)[:, before], layout.image)
+    ours = code_logits(prior, last_hidden_state(prior, input_ids)[:, before], layout.image)
     allowed = allowed_ids(layout)[layout.prompt_length :]
     theirs = [
         logits[:, mask] for logits, mask in zip(prior(input_ids).logits[:, before].unbind(1), allowed, strict=True)
@@ -109,9 +109,9 @@ class TestWhatTrainingHides:
 
         def spy(prior, input_ids, added):
             seen.append(input_ids)
-            return trunk(prior, input_ids, added)
+            return last_hidden_state(prior, input_ids, added)
 
-        monkeypatch.setattr("tok2img.prior.loss.trunk", spy)
+        monkeypatch.setattr("tok2img.prior.loss.last_hidden_state", spy)
         return seen
 
     def test_captions_are_dropped_in_training_and_never_in_eval(self, prior, layout, text_ids, codes, read):
