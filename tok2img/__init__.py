@@ -7,8 +7,6 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .pipelines.transformers_registration import register_when_wanted
-
 if TYPE_CHECKING:
     from .data.shapes import shapes_dataset
     from .generation.captioning import caption
@@ -33,9 +31,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Threads that wait for each other soon let go of the core. Two threads of a small convolutional step on two cores, one of them busy with
 # something else: 60 to 90 ms instead of 136 to 200; with both cores free as long as before (24 to 41 ms, 26 to 33).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-# `transformers.pipeline("text-to-image", model=folder)` finds a pipeline of ours.
-register_when_wanted()
 
 _LAZY_IMPORTS = {
     "ClipRanker": "pipelines.clip_ranker",

@@ -14,8 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from tok2img.generation.generate import generate
 from tok2img.generation.sampling import Sampling
 from tok2img.pipelines.text_to_image import TextToImagePipeline
-from tok2img.pipelines.transformers_registration import register_when_wanted
-from tok2img.pipelines.transformers_task import TextToImageTask
+from tok2img.pipelines.transformers_task import TextToImageTask, register_task
 from tok2img.prior.loss import PriorWithLoss
 from tokenizers_vq import load_image
 
@@ -44,6 +43,7 @@ import sys
 import tok2img
 assert not {"torch", "transformers"} & sys.modules.keys()
 from transformers import pipeline
+import tok2img.pipelines
 (image,) = pipeline("text-to-image", model=sys.argv[1])("a dog", seed=0)
 print(image.size)
 """
@@ -86,13 +86,13 @@ def test_the_task_of_transformers_draws_what_our_pipeline_draws(pipeline, folder
     assert image.tobytes() == pipeline("a dog", seed=0, guidance_scale=1.0, temperature=0.5).images[0].tobytes()
 
 
-def test_importing_tok2img_is_all_that_transformers_needs_to_find_the_task(folder):
+def test_importing_the_pipelines_registers_the_task_and_importing_tok2img_loads_no_torch(folder):
     assert run(TASK, folder).strip() == "(8, 8)"
 
 
-def test_the_task_is_found_when_transformers_came_first(monkeypatch):
+def test_registering_adds_the_task_to_a_registry_without_it(monkeypatch):
     monkeypatch.delitem(PIPELINE_REGISTRY.supported_tasks, "text-to-image")
-    register_when_wanted()
+    register_task()
     assert PIPELINE_REGISTRY.check_task("text-to-image")[1]["impl"] is TextToImageTask
 
 
@@ -156,8 +156,16 @@ def test_the_whole_folder_goes_to_the_hub_and_comes_back(pipeline, hub, tmp_path
     assert again("a dog", 4, seed=0).codes.equal(pipeline("a dog", 4, seed=0).codes)
 
 
+def test_the_task_loads_its_processor_from_the_hub(pipeline, folder, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.name_or_path = "me/dogs"
+    monkeypatch.setattr("tokenizers_vq.loading.snapshot_download", lambda name, **_: {"me/dogs": str(folder)}[name])
+    (image,) = TextToImageTask(model, device=-1)("a dog", seed=0)
+    assert image.tobytes() == pipeline("a dog", seed=0).images[0].tobytes()
+
+
 def test_a_name_that_the_hub_does_not_have_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="me/nothing is not a tok2img model folder, nor to be had from the hub"):
+    with pytest.raises(ValueError, match="me/nothing is not a tok2img model folder, nor a repository on the hub"):
         TextToImagePipeline.from_pretrained("me/nothing")
 
 
