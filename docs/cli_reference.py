@@ -52,7 +52,8 @@ def options_table(name: str) -> str:
     takes_recipe = command.context_settings.get("ignore_unknown_options", False)
     usage = " ".join([*words, *(["[RECIPE.yaml]", "[--key value ...]"] if takes_recipe else []), "[options]"])
     table = markdown_table(("option", "default", "meaning"), rows)
-    return f"```text\n{usage}\n```\n\n{command.help}\n\n{table}"
+    help_text = command.help.replace("[", "\\[")  # brackets would read as a link
+    return f"```text\n{usage}\n```\n\n{help_text}\n\n{table}"
 
 
 def default_of(parameter: Any) -> str:
