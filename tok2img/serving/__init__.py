@@ -1,1 +1,1 @@
-"""The web page."""
+"""The web page of a trained model, and its handlers."""

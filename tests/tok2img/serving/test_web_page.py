@@ -1,4 +1,4 @@
-"""The page as programs see it that ask it over HTTP: it is served, and asked, by processes of their own."""
+"""The page as a client sees it over HTTP. Server and client run in processes of their own."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ from tokenizers_vq import VQVAE, VQVAEConfig
 if find_spec("gradio") is None:
     pytest.skip("the page needs gradio", allow_module_level=True)
 
-# Reads [name, inputs] a line, writes what the page answers, or what it complains of.
+# Reads lines of [endpoint, inputs]; writes the result or the error of each.
 ASK = """
 import json, sys
 from gradio_client import Client, handle_file
@@ -34,7 +34,7 @@ for name, inputs in map(json.loads, sys.stdin):
         print(json.dumps({"complaint": str(error)}))
 """
 
-# Writes what programs can ask of a page, first where the model captions, then where it does not.
+# Writes the public endpoints of a page, first for a model that captions, then for one that does not.
 TABS = f"""
 import json, sys
 from tok2img.pipelines.text_to_image import TextToImagePipeline
@@ -53,7 +53,7 @@ def command(folder, port: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(text_tokenizer, tmp_path_factory):
-    """A model that draws and captions."""
+    """A model that generates images and captions."""
     tokenizer = VQVAE(VQVAEConfig(image_size=8, hidden_channels=16, codebook_size=16)).eval()
     processor = Tok2ImgProcessor.build(tokenizer, text_tokenizer, text_length=6)
     prior = build_prior(processor.layout, depth=1)
@@ -65,7 +65,7 @@ def folder(text_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder):
-    """Where the model is served."""
+    """Address of the served page."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,7 +77,7 @@ def address(folder):
 
 @pytest.fixture
 def ask(address):
-    """What the page answers to each of the questions."""
+    """Function that sends requests to the page."""
 
     def ask(*questions):
         lines = "".join(json.dumps(question) + "\n" for question in questions)
@@ -95,47 +95,47 @@ def values(images) -> list[list]:
     return [np.asarray(image.convert("RGB")).tolist() for image in images]
 
 
-def test_programs_get_what_the_pipelines_make(ask, folder, pil_images, tmp_path):
+def test_endpoints_return_the_results_of_the_pipelines(ask, folder, pil_images, tmp_path):
     pil_images[0].save(tmp_path / "in.png")
     given = {"image": str(tmp_path / "in.png")}
-    drawn, completed, coded, captioned = ask(
-        ["/draw", {"caption": "a red disc", "num_images": 3, "seed": "7"}],
+    generated, completed, coded, captioned = ask(
+        ["/generate", {"caption": "a red disc", "num_images": 3, "seed": "7"}],
         ["/complete", given | {"keep": 2, "caption": "a dog", "num_images": 2, "seed": "1"}],
         ["/codes", given],
         ["/caption", given],
     )
     pipeline = TextToImagePipeline.from_pretrained(folder)
-    assert shown(drawn[0]) == values(pipeline("a red disc", 3, seed=7).images) and drawn[1] == "7"
+    assert shown(generated[0]) == values(pipeline("a red disc", 3, seed=7).images) and generated[1] == "7"
     assert shown(completed[0]) == values(pipeline("a dog", 2, seed=1, image=pil_images[0], keep=2).images)
     assert coded[1] == " ".join(map(str, pipeline.processor.encode_images([pil_images[0]])[0].tolist()))
     assert captioned == ImageToTextPipeline.from_pretrained(folder)([pil_images[0]])[0]
 
 
-def test_what_is_wrong_is_said(ask):
+def test_generate_with_invalid_input_returns_the_error(ask):
     empty, seed, many = ask(
-        ["/draw", {"caption": " "}],
-        ["/draw", {"caption": "a dog", "seed": "x"}],
-        ["/draw", {"caption": "a dog", "num_images": 10**6}],
+        ["/generate", {"caption": " "}],
+        ["/generate", {"caption": "a dog", "seed": "x"}],
+        ["/generate", {"caption": "a dog", "num_images": 10**6}],
     )
-    assert empty == {"complaint": "the caption is empty: say what the images are to show"}
-    assert seed == {"complaint": "a seed must be a whole number of at least 0, got 'x'"}
+    assert empty == {"complaint": "the caption is empty: say what the images should show"}
+    assert seed == {"complaint": "seed must be an integer of at least 0, got 'x'"}
     assert "1000000" in many["complaint"]
 
 
-def test_the_page_asks_no_one_else_for_fonts(address):
+def test_the_page_loads_no_fonts_from_other_servers(address):
     with urllib.request.urlopen(address + "theme.css") as answer:
         style = answer.read()
     assert b"system-ui" in style and b"@import" not in style and b"url(http" not in style.replace(b"'", b"")
 
 
-def test_a_port_that_is_taken_is_an_error_of_one_line(address, folder):
+def test_serve_with_a_taken_port_fails_with_one_line(address, folder):
     port = int(address.rstrip("/").rpartition(":")[2])
     taken = subprocess.run(command(folder, port), capture_output=True, text=True)
     assert taken.returncode == 2 and len(taken.stderr.splitlines()) == 1
     assert taken.stderr.startswith("tok2img: ") and str(port) in taken.stderr
 
 
-def test_only_a_model_that_captions_has_a_tab_for_it(folder):
+def test_build_page_has_a_caption_tab_only_for_a_model_that_captions(folder):
     done = subprocess.run([sys.executable, "-c", TABS, str(folder)], capture_output=True, text=True, check=True)
     captions, does_not = map(json.loads, done.stdout.splitlines())
-    assert captions == ["caption", "codes", "complete", "draw"] and does_not == ["codes", "complete", "draw"]
+    assert captions == ["caption", "codes", "complete", "generate"] and does_not == ["codes", "complete", "generate"]
