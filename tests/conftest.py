@@ -142,7 +142,7 @@ def tiny_pretrained(family: str) -> PretrainedImageTokenizer:
     torch.manual_seed(0)
     tokenizer = PretrainedImageTokenizer.wrap(build(family, TINY_SETTINGS[family]), image_size=8)
     with torch.no_grad():
-        vectors = tokenizer.family.latents(tokenizer.model, tokenizer.normalize(smooth_images()))
+        vectors = tokenizer.adapter.encode(tokenizer.model, tokenizer.normalize(smooth_images()))
         entries = vectors.movedim(1, -1).flatten(0, 2)[:16] * torch.linspace(0.7, 1.4, 16)[:, None]
         weight: Tensor = tokenizer.get_parameter("model.quantize.embedding.weight")
         weight.copy_(entries)

@@ -1,7 +1,8 @@
-"""Image tokenizers of transformers and diffusers: how each class gets vectors from pixels, and pixels from vectors.
+"""Adapters for image tokenizers of transformers and diffusers: from pixels to vectors, and from vectors to pixels.
 
-All of them descend from VQ-GAN (Esser et al. 2021): an encoder makes a grid of vectors, the nearest codebook entry of each is its code, and
-a decoder draws the entries. They differ in what stands between these parts, which is all that is written here.
+All of them descend from VQ-GAN (Esser et al. 2021): an encoder computes a grid of vectors, the nearest codebook entry of
+each is its code, and a decoder turns the entries into an image. The classes differ in what comes between these parts.
+An adapter holds just that.
 """
 
 import importlib
@@ -23,110 +24,136 @@ from ..validation import check_choice, check_known_fields, check_number
 
 
 @dataclass(frozen=True)
-class Family:
-    """What is particular to one class of model.
+class VQModelAdapter:
+    """Access to the parts of one class of models.
 
     Attributes:
-        library: where the class comes from.
-        saved_as: what a config.json calls it, as `model_type` or `_class_name`.
-        levels: its setting that lists the widths of the grids, each half as fine as the one before.
-        codebook_size: its setting with the number of codebook entries.
-        latents: (model, normalised pixels `b c h w`) -> vectors `b d h w` to be quantized.
-        codebook: model -> entries `k d` as they are compared with the vectors, and as they are drawn.
-        draw: (model, entries `b d h w`) -> normalised pixels `b c h w`.
+        library: Package that the class is imported from.
+        saved_as: Its `model_type` or `_class_name` in a config.json.
+        widths_field: Setting that lists the channels of the encoder's grids, each half as fine as the one before.
+        codebook_size_field: Setting with the number of codebook entries.
+        encode: Function of the model and normalized images `b c h w` to the vectors `b d h w` that are quantized.
+        codebook: Function of the model to the entries `k d` that the vectors are compared with.
+        decode: Function of the model and entries `b d h w` to normalized images `b c h w`.
     """
 
     library: str
     saved_as: str
-    levels: str
-    codebook_size: str
-    latents: Callable[[Any, Tensor], Tensor]
+    widths_field: str
+    codebook_size_field: str
+    encode: Callable[[Any, Tensor], Tensor]
     codebook: Callable[[Any], Tensor]
-    draw: Callable[[Any, Tensor], Tensor]
+    decode: Callable[[Any, Tensor], Tensor]
 
 
-def latents(model: Any, normalized: Tensor) -> Tensor:
-    """`b c h w` -> `b d h w`."""
+def encode(model: Any, normalized: Tensor) -> Tensor:
+    """Encode normalized images `b c h w` into vectors `b d h w`."""
     return model.quant_conv(model.encoder(normalized))
 
 
 def codebook(model: Any) -> Tensor:
-    """Entries `k d`."""
+    """Return the codebook entries `k d`."""
     return model.quantize.embedding.weight
 
 
-def draw(model: Any, entries: Tensor) -> Tensor:
-    """`b d h w` -> `b c h w`."""
+def decode(model: Any, entries: Tensor) -> Tensor:
+    """Decode entries `b d h w` into normalized images `b c h w`."""
     return model.decoder(model.post_quant_conv(entries))
 
 
-def unit_latents(model: Any, normalized: Tensor) -> Tensor:
-    """`b c h w` -> `b d h w` of length 1. Janus was trained so; the port in transformers has it in its decoder only."""
-    return F.normalize(latents(model, normalized), dim=1)
+def encode_unit_length(model: Any, normalized: Tensor) -> Tensor:
+    """Encode images into vectors `b d h w` of length 1.
+
+    Janus was trained with them, but its port in transformers normalizes only in the decoder.
+    """
+    return F.normalize(encode(model, normalized), dim=1)
 
 
-def unit_codebook(model: Any) -> Tensor:
-    """Entries `k d` of length 1."""
+def unit_length_codebook(model: Any) -> Tensor:
+    """Return the codebook entries `k d`, scaled to length 1."""
     return F.normalize(codebook(model), dim=1)
 
 
 def decode_spatial(model: Any, entries: Tensor) -> Tensor:
-    """`b d h w` -> `b c h w`; "spatial" norms of the decoder (MoVQ, Zheng et al. 2022) look at the entries at every grid."""
+    """Decode entries, which "spatial" norms (MoVQ, Zheng et al. 2022) read again at every grid of the decoder."""
     modulation = entries if model.config.norm_type == "spatial" else None
     return model.decoder(model.post_quant_conv(entries), modulation)
 
 
 def encode_as_video(model: Any, normalized: Tensor) -> Tensor:
-    """`b c h w` -> `b d h w`: the image, held for as many frames as become one."""
-    film = repeat(normalized, "b c h w -> b t c h w", t=model.config.temporal_downsample_factor)
-    vectors = model.quant_conv(rearrange(model.encoder(film), "b t c h w -> b c t h w"))
+    """Encode images `b c h w` as still videos, with as many frames as the model merges into one grid `b d h w`."""
+    video = repeat(normalized, "b c h w -> b t c h w", t=model.config.temporal_downsample_factor)
+    vectors = model.quant_conv(rearrange(model.encoder(video), "b t c h w -> b c t h w"))
     return rearrange(vectors, "b d 1 h w -> b d h w")
 
 
 def decode_first_frame(model: Any, entries: Tensor) -> Tensor:
-    """`b d h w` -> `b c h w`: the first of the frames that are drawn."""
+    """Decode entries `b d h w` into a video, and return its first frame `b c h w`."""
     post = model.post_quant_conv(rearrange(entries, "b d h w -> b d 1 h w"))
     frames = model.decoder(rearrange(post, "b c t h w -> b t c h w"), rearrange(entries, "b d h w -> b 1 d h w"))
     return rearrange(frames, "(b t) c h w -> b t c h w", b=len(entries))[:, 0]
 
 
 def raise_no_decoder(model: Any, entries: Tensor) -> Tensor:
-    """ValueError: transformers has Chameleon's encoder alone."""
-    drawing = ", ".join(name for name, family in FAMILIES.items() if family.draw is not raise_no_decoder)
+    """Raise a ValueError, for Chameleon: transformers has only its encoder."""
+    with_decoder = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.decode is not raise_no_decoder)
     raise ValueError(
         "a ChameleonVQVAE of transformers has no decoder: it makes codes, but no images; "
-        f"for images, wrap one of {drawing}"
+        f"for images, wrap one of {with_decoder}"
     )
 
 
-FAMILIES = {
-    "ChameleonVQVAE": Family(
-        "transformers", "chameleon_vqgan", "channel_multiplier", "num_embeddings", latents, codebook, raise_no_decoder
+ADAPTERS = {
+    "ChameleonVQVAE": VQModelAdapter(
+        library="transformers",
+        saved_as="chameleon_vqgan",
+        widths_field="channel_multiplier",
+        codebook_size_field="num_embeddings",
+        encode=encode,
+        codebook=codebook,
+        decode=raise_no_decoder,
     ),
-    "Emu3VQVAE": Family(
-        "transformers",
-        "emu3_vqgan",
-        "channel_multiplier",
-        "codebook_size",
-        encode_as_video,
-        codebook,
-        decode_first_frame,
+    "Emu3VQVAE": VQModelAdapter(
+        library="transformers",
+        saved_as="emu3_vqgan",
+        widths_field="channel_multiplier",
+        codebook_size_field="codebook_size",
+        encode=encode_as_video,
+        codebook=codebook,
+        decode=decode_first_frame,
     ),
-    "JanusVQVAE": Family(
-        "transformers", "janus_vqgan", "channel_multiplier", "num_embeddings", unit_latents, unit_codebook, draw
+    "JanusVQVAE": VQModelAdapter(
+        library="transformers",
+        saved_as="janus_vqgan",
+        widths_field="channel_multiplier",
+        codebook_size_field="num_embeddings",
+        encode=encode_unit_length,
+        codebook=unit_length_codebook,
+        decode=decode,
     ),
-    "VQModel": Family(
-        "diffusers", "VQModel", "block_out_channels", "num_vq_embeddings", latents, codebook, decode_spatial
+    "VQModel": VQModelAdapter(
+        library="diffusers",
+        saved_as="VQModel",
+        widths_field="block_out_channels",
+        codebook_size_field="num_vq_embeddings",
+        encode=encode,
+        codebook=codebook,
+        decode=decode_spatial,
     ),
 }
-# Where the whole models of transformers keep their image tokenizer: in config.json, and in the names of their tensors.
-PART, PART_PREFIX = "vq_config", r"^(model\.)?vqmodel\."
+# Where whole models of transformers (Janus, Emu3, Chameleon) keep their image tokenizer: a key of config.json, and a
+# pattern of tensor names.
+VQ_CONFIG_KEY, VQ_TENSOR_PREFIX = "vq_config", r"^(model\.)?vqmodel\."
 
 
-def model_class(name: str) -> Any:
-    """The class that one of `FAMILIES` is about; ValueError for any other name, and where its library is not installed."""
-    check_choice("family", name, FAMILIES)
-    library = FAMILIES[name].library
+def import_model_class(name: str) -> Any:
+    """Import one of the classes in `ADAPTERS`.
+
+    Raises:
+        ValueError: For another name, and if the class's library is not installed.
+    """
+    check_choice("model_class", name, ADAPTERS)
+    library = ADAPTERS[name].library
     try:
         return getattr(importlib.import_module(library), name)
     except ImportError as error:
@@ -134,31 +161,42 @@ def model_class(name: str) -> Any:
 
 
 def adapter_name(model: nn.Module) -> str:
-    """The name in `FAMILIES` of a model's class; ValueError for a model of another class."""
+    """Return the key in `ADAPTERS` of a model's class; raise a ValueError for other classes."""
     name = type(model).__name__
-    if name not in FAMILIES or not isinstance(model, model_class(name)):
+    if name not in ADAPTERS or not isinstance(model, import_model_class(name)):
         raise ValueError(
-            f"a {name} is none of the image tokenizers that can be wrapped: {', '.join(FAMILIES)}; "
+            f"expected an image tokenizer of one of the classes {', '.join(ADAPTERS)}, got a {name}; "
             "of a whole Janus, Emu3 or Chameleon model, give its `model.vqmodel`"
         )
     return name
 
 
 def config_class(name: str) -> Any:
-    """Class of the config that a model of transformers takes; None for one of diffusers, which takes its settings as arguments."""
-    return getattr(model_class(name), "config_class", None)
+    """Return the config class of a model of transformers, or None for diffusers, whose models take plain arguments."""
+    return getattr(import_model_class(name), "config_class", None)
 
 
 def default_settings(name: str) -> dict[str, Any]:
-    """All settings that a class of `FAMILIES` is built from."""
+    """Return all settings that a class in `ADAPTERS` is built from, with their defaults."""
     config = config_class(name)
     if config is not None:
         return {key: getattr(config, key) for key in own_fields(config)}
-    return {key: each.default for key, each in inspect.signature(model_class(name)).parameters.items()}
+    return {key: each.default for key, each in inspect.signature(import_model_class(name)).parameters.items()}
 
 
 def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a class of `FAMILIES`, those left out filled in, as JSON has them; ValueError for an unknown name or a wrong kind."""
+    """Check the settings of a class in `ADAPTERS`, and fill in defaults.
+
+    Args:
+        name: The class.
+        settings: Values by name; those left out get their defaults.
+
+    Returns:
+        All settings, in the form that JSON gives back: tuples become lists, so that a saved config equals the original.
+
+    Raises:
+        ValueError: For an unknown setting, and a value of the wrong type.
+    """
     known, config = default_settings(name), config_class(name)
     if not isinstance(settings, dict):
         raise ValueError(f"{name}: model_settings must be a mapping, got {settings!r}")
@@ -173,45 +211,45 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(known | settings))
 
 
-def settings_of(model: Any) -> dict[str, Any]:
-    """What a live model was built from."""
-    return {key: getattr(model.config, key) for key in default_settings(adapter_name(model))}
-
-
 def build(name: str, settings: dict[str, Any]) -> nn.Module:
-    """A model of one of `FAMILIES` with random weights."""
+    """Build a model of a class in `ADAPTERS` with random weights."""
     config = config_class(name)
-    return model_class(name)(**settings) if config is None else model_class(name)(config(**settings))
+    return import_model_class(name)(**settings) if config is None else import_model_class(name)(config(**settings))
 
 
 def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
-    """The image tokenizer that a folder or a hub name holds, as its own library saved it, alone or in a whole model.
+    """Load an image tokenizer that transformers or diffusers saved, alone or inside a whole model.
+
+    Args:
+        name: Folder, or name of a hub repository.
+        subfolder: Folder inside it that holds the model.
 
     Raises:
-        ValueError: for what is no such folder, for a model that is none of `FAMILIES`, and for missing or misshapen tensors.
+        ValueError: For a folder without such a model, a class that is not in `ADAPTERS`, and missing or misshapen tensors.
     """
     try:
-        model, info = _load(resolve_model_folder(name, subfolder=subfolder))
-    except Exception as error:  # each library and class makes something else of what it does not know
+        model, info = _load_with_report(resolve_model_folder(name, subfolder=subfolder))
+    except Exception as error:  # each library and class raises its own types for what it does not know
         raise ValueError(f"cannot load an image tokenizer from {name}: {first_line(error)}") from error
-    if absent := missing_or_mismatched_keys(info):
+    if keys := missing_or_mismatched_keys(info):
         raise ValueError(
-            f"{name} does not hold a whole {type(model).__name__}: missing or misshapen tensors {absent[:3]}"
+            f"{name} does not hold a whole {type(model).__name__}: missing or misshapen tensors {keys[:3]}"
         )
     return model
 
 
-def _load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _load_with_report(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model in a folder and its library's loading report."""
     config = read_config(folder)
-    tensor_headers(folder)
-    settings = config.get(PART, config)
-    kind = settings.get("_class_name") or settings.get("model_type")
-    family = next((key for key, family in FAMILIES.items() if family.saved_as == kind), None)
-    if family is None:
-        raise ValueError(f"it holds a {kind}, none of {', '.join(FAMILIES)}")
+    tensor_headers(folder)  # raises an error for damaged files, before the library opens them
+    settings = config.get(VQ_CONFIG_KEY, config)
+    saved_as = settings.get("_class_name") or settings.get("model_type")
+    name = next((key for key, adapter in ADAPTERS.items() if adapter.saved_as == saved_as), None)
+    if name is None:
+        raise ValueError(f"expected one of {', '.join(ADAPTERS)}, but the folder holds a {saved_as}")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-    # transformers reports misshapen tensors then, and otherwise fails without their names; diffusers names them as it fails.
-    options["ignore_mismatched_sizes"] = config_class(family) is not None
+    # transformers then reports misshapen tensors; otherwise its error does not name them. That of diffusers does.
+    options["ignore_mismatched_sizes"] = config_class(name) is not None
     if settings is not config:
-        options |= {"config": config_class(family)(**settings), "key_mapping": {PART_PREFIX: ""}}
-    return model_class(family).from_pretrained(str(folder), **options)
+        options |= {"config": config_class(name)(**settings), "key_mapping": {VQ_TENSOR_PREFIX: ""}}
+    return import_model_class(name).from_pretrained(str(folder), **options)
