@@ -1,4 +1,4 @@
-"""A loss that a network learns: a discriminator of real and reconstructed patches, on the schedule of VQGAN (Esser et al. 2021)."""
+"""Adversarial loss with a patch discriminator, on the schedule of VQGAN (Esser et al. 2021)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,80 +8,108 @@ from torch.func import functional_call
 from ..modules.conv import group_norm
 from .reconstruction import ReconstructionLoss, loss_terms, squared_error
 
-SMALLEST_IMAGE = 8
-MOST_DOWNSAMPLES = 3
-SLOPE = 0.2
+MIN_IMAGE_SIZE = 8
+MAX_DOWNSAMPLES = 3
+LEAKY_RELU_SLOPE = 0.2
 DELTA = 1e-6  # of equation 7
-LARGEST_WEIGHT = 1e4  # as in the published code of VQGAN
+MAX_ADAPTIVE_WEIGHT = 1e4  # as in VQGAN's published code
 
 
 class EqualizedConv2d(nn.Module):
-    """4x4 weights of variance 1, scaled when they are used, so that a step of Adam changes every layer by the same share (Karras et al.
-    2018, section 4.1). That lets a discriminator learn at the tokenizer's rate, which is some ten times what it commonly bears.
+    """4x4 convolution with equalized learning rate (Karras et al. 2018, section 4.1).
+
+    Weights have variance 1 and are scaled at runtime, so that a step of Adam changes every layer by the same fraction.
+    The discriminator can then share the tokenizer's learning rate, about ten times what discriminators usually take.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 4, 4))
         self.bias = nn.Parameter(torch.zeros(out_channels))
+        # He's constant; 16 weights per input channel.
         self.stride, self.gain = stride, (2 / (16 * in_channels)) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """`b c h w` -> `b o h' w'`."""
+        """Convolve `b c h w` into `b o h' w'`."""
         return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, padding=1)
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch of an image how real it looks (Isola et al. 2017, section 3.2.2).
+    """Discriminator that scores every patch of an image (PatchGAN, Isola et al. 2017, section 3.2.2).
 
-    Its halvings leave a small image a grid of 4x4 at least. Three of them make patches of 70x70 pixels, as in the paper. Normalisation
-    is over groups of channels, not over the batch: what it says of an image does not depend on the others.
+    Up to three downsamplings leave a grid of at least 4x4 cells; three of them give patches of 70x70 pixels, as in the
+    paper. Group norms replace its batch norms, so that the score of an image does not depend on its batch.
 
     Args:
-        image_size: height and width of the images.
-        num_channels: of the images.
-        hidden_channels: width after the first halving; it doubles with each layer.
+        image_size: Height and width of the images in pixels.
+        num_channels: Channels of the images.
+        hidden_channels: Channels after the first downsampling; every further layer has twice as many.
 
     Raises:
-        ValueError: for images of less than 8 pixels.
+        ValueError: For an `image_size` below 8.
+
+    Example:
+        >>> import torch
+        >>> from tokenizers_vq import PatchDiscriminator
+        >>> PatchDiscriminator(16, hidden_channels=8)(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(self, image_size: int, num_channels: int = 3, *, hidden_channels: int = 32):
         super().__init__()
-        if image_size < SMALLEST_IMAGE:
+        if image_size < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"a patch discriminator needs an image_size of at least {SMALLEST_IMAGE}, got {image_size}"
+                f"a patch discriminator needs an image_size of at least {MIN_IMAGE_SIZE}, got {image_size}"
             )
-        num_downsamples = min(MOST_DOWNSAMPLES, image_size.bit_length() - SMALLEST_IMAGE.bit_length() + 1)
-        layers: list[nn.Module] = [EqualizedConv2d(num_channels, hidden_channels, 2), nn.LeakyReLU(SLOPE)]
+        num_downsamples = min(MAX_DOWNSAMPLES, image_size.bit_length() - MIN_IMAGE_SIZE.bit_length() + 1)
+        layers: list[nn.Module] = [EqualizedConv2d(num_channels, hidden_channels, 2), nn.LeakyReLU(LEAKY_RELU_SLOPE)]
         width = hidden_channels
         for stride in [2] * (num_downsamples - 1) + [1]:
-            layers += [EqualizedConv2d(width, 2 * width, stride), group_norm(2 * width), nn.LeakyReLU(SLOPE)]
+            layers += [EqualizedConv2d(width, 2 * width, stride), group_norm(2 * width), nn.LeakyReLU(LEAKY_RELU_SLOPE)]
             width *= 2
         self.layers = nn.Sequential(*layers, EqualizedConv2d(width, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised `b c h w` -> `b 1 h' w'`, above 0 for what looks real."""
+        """Return a score for each patch of normalized images `b c h w`, `b 1 h' w'`; above 0 means real."""
         return self.layers(images)
 
 
 class AdversarialLoss(nn.Module):
-    """A reconstruction loss, and from a step on also what a discriminator says and how wrong it is: equations 6 and 7, hinge losses.
+    """Reconstruction loss plus, from a step on, the hinge losses of VQGAN (Esser et al. 2021, equations 6 and 7).
 
-    Generator and discriminator descend one sum, whose gradient is for each exactly that of its own loss: the generator's term holds the
-    discriminator's parameters fixed, the discriminator's term the reconstruction. One optimizer and one backward pass are enough.
+    One optimizer and one backward pass train generator and discriminator on a sum of their losses. Each gets exactly the
+    gradient of its own loss. The generator's term treats the discriminator's parameters as constants, and the
+    discriminator's term treats the reconstruction as a constant.
 
-    Equation 7 weighs by gradients of the last layer's weight. Here they are those of the reconstruction itself, from which the former
-    follow by a linear map, the same for both terms; so neither decoder nor its last layer need be known, and a weight that is compiled
-    or spread over ranks need not be at hand. Norms are over the batch.
+    Equation 7 compares gradients with respect to the last layer's weight. Here they are taken with respect to the
+    reconstruction, from which those follow by a linear map that both terms share. So the decoder need not be known, and
+    its weights may be compiled or sharded. Gradient norms are over the local batch.
+
+    In eval mode only the reconstruction loss is returned. Held-out losses then stay comparable while the discriminator
+    learns.
 
     Args:
-        discriminator: from normalised images `b c h w` to scores of any shape; trained with the tokenizer.
-        start_step: training batches without the discriminator; it learns nothing until then.
-        weight: times the adaptive weight; 0.8 is VQGAN's.
-        reconstruction_loss: what to add to, e.g. a `PerceptualLoss`.
+        discriminator: Maps normalized images `b c h w` to scores of any shape. It is trained with the tokenizer.
+        start_step: Number of training batches without the discriminator. It does not learn before.
+        weight: Multiplies the adaptive weight; 0.8 is VQGAN's value.
+        reconstruction_loss: Loss to add to, e.g. a `PerceptualLoss`.
 
-    In eval mode it is the reconstruction loss alone, so that held-out losses compare, whatever the discriminator has learned since.
+    Attributes:
+        terms: Detached terms of the last loss, for the log.
+
+    Example:
+        >>> import torch
+        >>> from tokenizers_vq import AdversarialLoss, PatchDiscriminator
+        >>> loss = AdversarialLoss(PatchDiscriminator(8, hidden_channels=8), start_step=0)
+        >>> reconstruction = torch.rand(2, 3, 8, 8, requires_grad=True)
+        >>> loss(reconstruction, torch.rand(2, 3, 8, 8)).backward()
+        >>> sorted(loss.terms)
+        ['disc_weight', 'discriminator_loss', 'generator_loss', 'reconstruction_loss']
     """
 
     steps: Tensor
@@ -97,44 +125,59 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         self.discriminator, self.reconstruction_loss = discriminator, reconstruction_loss
         self.start_step, self.weight = start_step, weight
-        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("steps", torch.tensor(0))  # a buffer, so that resuming continues the count
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Normalised `b c h w`, twice -> the loss, a scalar; what it consists of is left in `parts`."""
+        """Return the loss of normalized images `b c h w`, a scalar, and keep its terms in `terms`."""
         error = self.reconstruction_loss(reconstruction, target)
         self.terms = {**loss_terms(self.reconstruction_loss), "reconstruction_loss": error.detach()}
         if not self.training:
             return error
         started = self.steps >= self.start_step
         self.steps += 1
-        return error + (self._adversarial(error, reconstruction, target) if started else self._zero_loss())
+        return error + (self._adversarial_loss(error, reconstruction, target) if started else self._zero_loss())
 
-    def _adversarial(self, error: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """The weighted term of the generator, and the discriminator's own."""
-        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        generator = -functional_call(self.discriminator, fixed, (reconstruction,)).mean()
-        weight = self.weight * adaptive_weight(error, generator, reconstruction)
+    def _adversarial_loss(self, error: Tensor, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of the generator's weighted loss and the discriminator's loss."""
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        generator_loss = -functional_call(self.discriminator, frozen, (reconstruction,)).mean()
+        weight = self.weight * adaptive_weight(error, generator_loss, reconstruction)
         discriminator_loss = hinge_loss(self.discriminator(target), self.discriminator(reconstruction.detach()))
         self.terms |= {
-            "generator_loss": generator.detach(),
+            "generator_loss": generator_loss.detach(),
             "discriminator_loss": discriminator_loss.detach(),
             "disc_weight": weight,
         }
-        return weight * generator + discriminator_loss
+        return weight * generator_loss + discriminator_loss
 
     def _zero_loss(self) -> Tensor:
-        """Zero, with a gradient of zero for the discriminator: ranks that add up gradients wait for one from every parameter."""
+        """Return 0 with a zero gradient for the discriminator: DDP waits for a gradient of every parameter."""
         return 0 * torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum()
 
 
 def hinge_loss(real: Tensor, reconstructed: Tensor) -> Tensor:
-    """Scores of any shape, which should be above 1 for real patches and below -1 for others -> a scalar (Lim & Ye 2017)."""
+    """Return the discriminator's hinge loss, a scalar (Lim & Ye 2017).
+
+    Args:
+        real: Scores of real images, any shape; pushed above 1.
+        reconstructed: Scores of reconstructions, any shape; pushed below -1.
+    """
     return (F.relu(1 - real).mean() + F.relu(1 + reconstructed).mean()) / 2
 
 
-def adaptive_weight(error: Tensor, generator: Tensor, reconstruction: Tensor) -> Tensor:
-    """What makes the gradients at a reconstruction `b c h w` of two scalar losses equally long, when it multiplies the second; detached."""
-    gradients = [torch.autograd.grad(loss, reconstruction, retain_graph=True)[0] for loss in (error, generator)]
-    of_error, of_generator = (torch.linalg.vector_norm(gradient.float()) for gradient in gradients)
-    return (of_error / (of_generator + DELTA)).clamp(max=LARGEST_WEIGHT)
+def adaptive_weight(error: Tensor, generator_loss: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the weight that makes the gradient of the generator's loss as long as that of the error (equation 7).
+
+    Args:
+        error: Reconstruction loss, a scalar.
+        generator_loss: Loss of the generator, a scalar.
+        reconstruction: Normalized images `b c h w` that both depend on.
+
+    Returns:
+        A detached scalar, at most `MAX_ADAPTIVE_WEIGHT`.
+    """
+    gradients = [torch.autograd.grad(loss, reconstruction, retain_graph=True)[0] for loss in (error, generator_loss)]
+    # In float32: under autocast the norm of a whole batch would be rounded to bf16.
+    error_norm, generator_norm = (torch.linalg.vector_norm(gradient.float()) for gradient in gradients)
+    return (error_norm / (generator_norm + DELTA)).clamp(max=MAX_ADAPTIVE_WEIGHT)

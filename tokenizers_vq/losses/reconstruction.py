@@ -1,6 +1,7 @@
-"""How far a reconstruction is from its image: pixel by pixel, and as a network sees the two.
+"""Reconstruction losses: pixel by pixel, and in the features of a network.
 
-A reconstruction loss is any callable from normalised images `b c h w`, the reconstruction and its target, to a scalar.
+A reconstruction loss is any callable of normalized images `b c h w`, the reconstruction and its target, to a scalar. It
+may leave its detached terms for the log in an attribute `terms`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +16,15 @@ Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
 def squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of two batches `b c h w`, a scalar: the likeliest image under Gaussian noise is their mean."""
+    """Return the mean squared error of images `b c h w`: the negative log-likelihood of Gaussian noise."""
     return (reconstruction - target).square().mean()
 
 
 def absolute_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of two batches `b c h w`, a scalar: its optimum is a median, which keeps edges that a mean blurs."""
+    """Return the mean absolute error of images `b c h w`.
+
+    Its optimum is a median, which keeps edges that the mean, the optimum of the squared error, blurs.
+    """
     return (reconstruction - target).abs().mean()
 
 
@@ -28,15 +32,29 @@ PIXEL_LOSSES: dict[str, ReconstructionLoss] = {"mse": squared_error, "l1": absol
 
 
 class PerceptualLoss(nn.Module):
-    """A pixel loss plus `weight` times the distance of the features that a network finds (Zhang et al. 2018, equation 1, all w = 1).
+    """Pixel loss plus a distance in the features of a network (Zhang et al. 2018, equation 1 with all w = 1).
 
     Args:
-        features: from images `b c h w` to one tensor or several, channels on axis 1. A module is frozen here and stays in eval mode;
-            any other callable must keep gradients from its weights itself.
-        weight: of the distance of features.
-        pixel_loss: without it, images that the network cannot tell apart would be equally good.
-        pixel_std, pixel_mean: features see `normalised * pixel_std + pixel_mean`. Those of the tokenizer's config give pixels in [0, 1];
-            if left out, features see normalised pixels.
+        features: Maps images `b c h w` to one tensor or several, with channels on axis 1. A module is frozen and kept in
+            eval mode. Any other callable must itself keep gradients from its weights.
+        weight: Weight of the feature distance.
+        pixel_loss: Loss to add it to. Without one, images that the network cannot distinguish would be equally good.
+        pixel_mean: The tokenizer's `pixel_mean`, and
+        pixel_std: its `pixel_std`: features see `normalized * pixel_std + pixel_mean`, pixels in [0, 1]. With the
+            defaults they see normalized pixels.
+
+    Attributes:
+        terms: Detached terms of the last loss, for the log.
+
+    Example:
+        >>> import torch
+        >>> from tokenizers_vq import PerceptualLoss
+        >>> loss = PerceptualLoss(torch.nn.Conv2d(3, 8, 3), weight=0.5)
+        >>> image = torch.rand(2, 3, 8, 8)
+        >>> loss(image, image).item()
+        0.0
+        >>> sorted(loss.terms)
+        ['perceptual_loss', 'pixel_loss']
     """
 
     def __init__(
@@ -56,32 +74,33 @@ class PerceptualLoss(nn.Module):
             features.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """As for any module, but features have learned enough."""
+        """Set the mode of the module, except for the feature network, which stays in eval mode."""
         super().train(mode)
         if isinstance(self.features, nn.Module):
             self.features.eval()
         return self
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Normalised `b c h w`, twice -> the loss, a scalar; what it consists of is left in `parts`."""
+        """Return the loss of normalized images `b c h w`, a scalar, and keep its terms in `terms`."""
         with torch.no_grad():
-            wanted = self._look(target)
-        distances = [feature_distance(*pair) for pair in zip(self._look(reconstruction), wanted, strict=True)]
-        perceptual, pixel = torch.stack(distances).sum(), self.pixel_loss(reconstruction, target)
-        self.terms = {"pixel_loss": pixel.detach(), "perceptual_loss": perceptual.detach()}
-        return pixel + self.weight * perceptual
+            target_features = self._extract_features(target)
+        layers = zip(self._extract_features(reconstruction), target_features, strict=True)
+        perceptual_loss = torch.stack([feature_distance(*layer) for layer in layers]).sum()
+        pixel_loss = self.pixel_loss(reconstruction, target)
+        self.terms = {"pixel_loss": pixel_loss.detach(), "perceptual_loss": perceptual_loss.detach()}
+        return pixel_loss + self.weight * perceptual_loss
 
-    def _look(self, normalized: Tensor) -> list[Tensor]:
-        found = self.features(normalized * self.pixel_std + self.pixel_mean)
-        return [found] if isinstance(found, Tensor) else list(found)
+    def _extract_features(self, normalized: Tensor) -> list[Tensor]:
+        features = self.features(normalized * self.pixel_std + self.pixel_mean)
+        return [features] if isinstance(features, Tensor) else list(features)
 
 
-def feature_distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Features `b c ...`, scaled to length 1 at every place -> their squared distance, a mean over places and examples, a scalar."""
-    difference = F.normalize(found.float(), dim=1) - F.normalize(wanted.float(), dim=1)
+def feature_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Return the squared distance of features `b c ...`, scaled to length 1 at each position; a mean, scalar."""
+    difference = F.normalize(features.float(), dim=1) - F.normalize(target.float(), dim=1)
     return difference.square().sum(dim=1).mean()
 
 
 def loss_terms(loss: Any) -> dict[str, Tensor]:
-    """What the last value of a loss consisted of, detached; nothing for a loss that does not tell."""
+    """Return the detached terms of a loss's last value; empty for a loss that does not keep them."""
     return getattr(loss, "terms", {})

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tokenizers_vq import VQVAE, AdversarialLoss, PatchDiscriminator, TokenizerWithLoss
-from tokenizers_vq.losses.adversarial import LARGEST_WEIGHT, adaptive_weight, hinge_loss
+from tokenizers_vq.losses.adversarial import MAX_ADAPTIVE_WEIGHT, adaptive_weight, hinge_loss
 from tokenizers_vq.losses.reconstruction import absolute_error, squared_error
 from tokenizers_vq.model_with_loss import LOSS_FILE
 
@@ -80,7 +80,7 @@ def test_both_terms_pull_equally_hard_under_the_adaptive_weight(normalized):
 
 def test_the_adaptive_weight_has_a_limit(normalized):
     error, generator = squared_error(*normalized), 0 * normalized[0].sum()
-    assert adaptive_weight(1e6 * error, generator, normalized[0]) == LARGEST_WEIGHT
+    assert adaptive_weight(1e6 * error, generator, normalized[0]) == MAX_ADAPTIVE_WEIGHT
 
 
 def test_the_factor_multiplies_the_adaptive_weight(normalized):
