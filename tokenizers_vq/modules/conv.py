@@ -1,6 +1,7 @@
-"""Convolutions, and stacks of them, that VQ-VAE and the refiners share.
+"""Convolutional blocks that VQ-VAE and the refiners of VQ-DRAW share.
 
-Normalisation is over channel groups of one example, never over the batch: an example codes alone as it does among others.
+Normalization is over groups of channels of one example, never over the batch, so that the codes of an example do not
+depend on its batch.
 """
 
 from itertools import pairwise
@@ -15,25 +16,32 @@ CHANNELS_PER_GROUP = 16
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Groups of 16 channels, one group where the channels do not divide."""
+    """Return a group norm with 16 channels per group, or a single group if 16 does not divide the channels."""
     return nn.GroupNorm(
         num_channels // CHANNELS_PER_GROUP if num_channels % CHANNELS_PER_GROUP == 0 else 1, num_channels
     )
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`b c h w` with its channels next to each other in memory, which convolutions then keep: a quarter off the MNIST model's time.
+    """Convert images `b c h w` to channels-last memory format, which the following convolutions keep.
 
-    With one channel both orders are the same, and the strides alone tell convolutions which of them is meant.
+    Measured: 25 % less time for the MNIST model on a CPU.
     """
     if x.shape[1] > 1:
         return x.contiguous(memory_format=torch.channels_last)
+    # With a single channel both formats have the same memory, and torch would leave the strides of the contiguous one.
+    # Convolutions choose their format by the strides, so these are set to those of channels-last.
     x = x.contiguous()
     return x.as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
 
 
 class ResidualBlock(nn.Module):
-    """`b c h w` plus a correction through fewer channels (van den Oord et al. 2017, section 4.1)."""
+    """Residual block of a 3x3 and a 1x1 convolution (van den Oord et al. 2017, section 4.1), with a group norm.
+
+    Args:
+        num_channels: Channels of input and output.
+        hidden_channels: Channels between the convolutions.
+    """
 
     def __init__(self, num_channels: int, hidden_channels: int):
         super().__init__()
@@ -42,22 +50,32 @@ class ResidualBlock(nn.Module):
         self.project = nn.Conv2d(hidden_channels, num_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`b c h w` -> `b c h w`."""
+        """Add the block's output to features `b c h w`."""
         return x + batch_invariant_conv1x1(self.project, F.relu(self.expand(F.relu(self.norm(x)))))
 
 
 def downsampling(in_channels: int, widths: list[int]) -> nn.Sequential:
-    """`b c h w` -> `b widths[-1] h/2^n w/2^n`: one strided convolution a width."""
+    """Return a stack that halves height and width once per width, `b c h w` -> `b widths[-1] h/2^n w/2^n`.
+
+    Args:
+        in_channels: Channels of the input, `c`.
+        widths: Channels after each of the `n` strided convolutions.
+    """
     layers: list[nn.Module] = []
     for last, width in pairwise([in_channels, *widths]):
         layers += [nn.Conv2d(last, width, 4, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-1])  # no ReLU at the end: residual blocks add to signed features
 
 
 def upsampling(widths: list[int], out_channels: int) -> nn.Sequential:
-    """`b widths[0] h w` -> `b out_channels h*2^n w*2^n`, the way back: one doubling a width.
+    """Return the mirror image of `downsampling`, `b widths[0] h w` -> `b out_channels h*2^n w*2^n`.
 
-    A transposed convolution with a stride is 2.4 times cheaper than convolving the doubled grid (one thread, 128 channels).
+    Transposed convolutions are 2.4 times cheaper than convolutions of the enlarged grid. Measured: one thread, 128
+    channels.
+
+    Args:
+        widths: Channels before each of the `n` transposed convolutions.
+        out_channels: Channels of the output.
     """
     layers: list[nn.Module] = []
     for last, width in pairwise([*widths, out_channels]):

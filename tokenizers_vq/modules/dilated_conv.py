@@ -1,4 +1,4 @@
-"""Residual blocks of dilated 1-D convolutions that see both sides."""
+"""Residual blocks of dilated 1-D convolutions that look in both directions, for text."""
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +8,36 @@ from .stage_conditioning import StageNorm
 
 
 def concat_neighbors(x: Tensor, dilation: int) -> Tensor:
-    """Each position between those `dilation` before and after it, zero outside: `b t c` -> `b t (3 c)`."""
+    """Concatenate each position with its neighbors at a distance, `b t c` -> `b t (3 c)`; zeros outside.
+
+    A linear layer on the result is a convolution of width 3 with this dilation.
+
+    Args:
+        x: Features `b t c`.
+        dilation: Distance of the neighbors before and after, in positions.
+    """
     padded, length = F.pad(x, (0, 0, dilation, dilation)), x.shape[1]
     return torch.cat([padded[:, start : start + length] for start in (0, dilation, 2 * dilation)], dim=2)
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of `b t i`, `b t o`, and where it is negative zero: in place, which only rows can be, for the rest are views."""
+    """Apply a linear layer and ReLU, `b t i` -> `b t o`.
+
+    Batch and time are flattened first. For a 3-D input torch returns a view of the 2-D product, and an in-place ReLU on a
+    view makes autograd copy slices.
+    """
     return F.linear(x.flatten(0, 1), weight, bias).relu_().unflatten(0, x.shape[:2])
 
 
 class DilatedBlock(nn.Module):
-    """A residual block that looks `dilation` positions back and ahead: `b t c` -> `b t c`.
+    """Residual block that sees `dilation` positions back and ahead, `b t c` -> `b t c`.
 
-    With channels last, a convolution of width 3 is one matrix product of three shifted copies.
+    With channels last, a convolution of width 3 is a matrix product with three shifted copies of the input.
+
+    Args:
+        num_stages: Number of stages, each with a scale and shift of the norm.
+        num_channels: Channels of input and output, `c`.
+        dilation: Distance of the neighbors, in positions.
     """
 
     def __init__(self, num_stages: int, num_channels: int, dilation: int):
@@ -32,6 +48,6 @@ class DilatedBlock(nn.Module):
         self.project = nn.Linear(2 * num_channels, num_channels)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
-        """`b t c` -> `b t c`."""
-        near = concat_neighbors(self.norm(x, stage), self.dilation)
-        return x + self.project(linear_relu(near, self.expand.weight, self.expand.bias))
+        """Add the block's output at a stage to features `b t c`."""
+        neighbors = concat_neighbors(self.norm(x, stage), self.dilation)
+        return x + self.project(linear_relu(neighbors, self.expand.weight, self.expand.bias))

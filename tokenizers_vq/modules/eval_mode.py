@@ -1,12 +1,16 @@
-"""Run a block of code with a module in eval mode."""
+"""A context manager that puts a module into eval mode."""
 
 from typing import Self
 
 from torch import nn
 
 
-class eval_mode:  # noqa: N801 - reads as the statement it is
-    """Hold a module and all in it in eval mode for the length of a `with` block."""
+class eval_mode:  # noqa: N801 - lower case like `torch.no_grad`
+    """Put a module and all its submodules into eval mode for a `with` block, and restore each one's mode after it.
+
+    Args:
+        module: The module. Its submodules may be in different modes.
+    """
 
     def __init__(self, module: nn.Module):
         self.module, self.training = module, [each for each in module.modules() if each.training]
@@ -16,5 +20,6 @@ class eval_mode:  # noqa: N801 - reads as the statement it is
         return self
 
     def __exit__(self, *error: object) -> None:
+        # Not `train()`, which would also switch on submodules that were in eval mode before.
         for each in self.training:
             each.training = True
