@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 from tok2img.data.streaming import DatasetRows
 from tok2img.tokenization.map_function import TokenizeBatch
 from tok2img.tokenization.processor import Tok2ImgProcessor
-from tok2img.tokenization.shards import BATCH_SIZE, Job, tokenize_shards
+from tok2img.tokenization.shards import BATCH_SIZE, TokenizationJob, tokenize_shards
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
 from tokenizers_vq import VQVAE, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
 from tokenizers_vq.images.processing import pixels_from_uint8
@@ -60,7 +60,9 @@ class Tokenizing:
     def __call__(self) -> None:
         """Do it, in a folder of its own."""
         with TemporaryDirectory() as folder:
-            job = Job(DatasetRows(self.rows), self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise")
+            job = TokenizationJob(
+                DatasetRows(self.rows), self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise"
+            )
             tokenize_shards(job, [0])
 
 

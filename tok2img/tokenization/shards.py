@@ -5,7 +5,6 @@ redone but what was under way: at most a shard for each worker.
 """
 
 import json
-import multiprocessing
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from tokenizers_vq.validation import check_choice
 from ..atomic_io import remove_folder, remove_stale_temporaries, sha256_of, temporary_name, write_atomically
 from ..data.streaming import CaptionedRows
 from .map_function import DecodedBatch, TokenizeBatch, token_table
-from .worker_pool import imap_unordered
+from .worker_pool import imap_unordered, is_worker, iterate_in_process
 
 ON_ERROR = ("skip", "raise")
 BATCH_SIZE = 256
@@ -43,7 +42,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizationJob:
     """Rows, what tokenizes them, and where their shards go."""
 
     data: CaptionedRows
@@ -73,7 +72,7 @@ class Job:
         """Where it is written what a shard holds."""
         return self.file(number).with_suffix(".json")
 
-    def done(self, number: int) -> Shard | None:
+    def load_if_complete(self, number: int) -> Shard | None:
         """What a shard holds that is there and whole."""
         try:
             shard = Shard(**json.loads(self.record(number).read_bytes()))
@@ -83,18 +82,18 @@ class Job:
 
     def shards(self) -> dict[str, Shard]:
         """What those shards hold that are there and whole, by the names of their files."""
-        found = ((self.file(number).name, self.done(number)) for number in range(self.num_shards))
+        found = ((self.file(number).name, self.load_if_complete(number)) for number in range(self.num_shards))
         return {name: shard for name, shard in found if shard is not None}
 
 
-def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> None:
+def tokenize_shards(job: TokenizationJob, numbers: Sequence[int], *, num_proc: int = 1) -> None:
     """Tokenize those of the shards that are not there yet.
 
     Raises:
         ValueError: for a row that cannot be read, where the job does not skip such.
         RuntimeError: where workers are killed again and again.
     """
-    missing = [number for number in numbers if job.done(number) is None]
+    missing = [number for number in numbers if job.load_if_complete(number) is None]
     total = sum(len(job.rows_of(number)) for number in numbers)
     left = sum(len(job.rows_of(number)) for number in missing)
     with tqdm(total=total, initial=total - left, desc="tokenize", unit=" images") as bar:
@@ -106,11 +105,11 @@ def tokenize_shards(job: Job, numbers: Sequence[int], *, num_proc: int = 1) -> N
             tokenize_shard(job, number, bar)
 
 
-def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
+def tokenize_shard(job: TokenizationJob, number: int, bar: Any = None) -> int:
     """Tokenize the rows of one shard and put it in its place; their number."""
     rows = job.rows_of(number)
     text_ids, codes, skipped, count_truncated = [], [], [], 0
-    for batch in read_ahead(job, rows):
+    for batch in decode_batches(job, rows):
         text_ids.append(batch.text_ids)
         codes.append(job.work.image_codes(batch))
         skipped += batch.skipped
@@ -129,30 +128,27 @@ def tokenize_shard(job: Job, number: int, bar: Any = None) -> int:
     return len(rows)
 
 
-def read_ahead(job: Job, rows: range) -> Iterator[DecodedBatch]:
-    """The rows in batches, each decoded while the one before is encoded: in a process of its own, as decoding holds Python's lock."""
-    firsts, reader = rows[::BATCH_SIZE], Reader(job, rows)
-    is_worker = multiprocessing.current_process().daemon  # which may not have processes of its own
-    yield from map(reader, firsts) if is_worker or len(firsts) == 1 else imap_unordered(reader, firsts, num_proc=1)
+def decode_batches(job: TokenizationJob, rows: range) -> Iterator[DecodedBatch]:
+    """Yield the rows in batches; the main process decodes the next batch in another one while this one is encoded.
+
+    In a process and not in a thread, because decoding images holds Python's lock. Workers decode in line: there are
+    as many of them as the caller wants processes.
+    """
+    num_batches = len(rows[::BATCH_SIZE])
+    decode_from = partial(decode_batches_from, job, rows)
+    return decode_from(0) if is_worker() or num_batches == 1 else iterate_in_process(decode_from, num_batches)
 
 
-class Reader:
-    """Reads a job's rows batch by batch; those that follow the ones before come out of files that are open already."""
-
-    def __init__(self, job: Job, rows: range):
-        self.job, self.rows = job, rows
-        self.next_row, self.batches = -1, iter(())
-
-    def __call__(self, first: int) -> DecodedBatch:
-        """The batch that begins with this row."""
-        if first != self.next_row:
-            self.batches = self.job.data.batches(range(first, self.rows.stop), BATCH_SIZE)
-        batch = next(self.batches)
-        self.next_row = first + len(batch["image"])
-        return self.job.work.read(batch, range(first, self.next_row), skip=self.job.on_error == "skip")
+def decode_batches_from(job: TokenizationJob, rows: range, first_batch: int) -> Iterator[DecodedBatch]:
+    """Read and decode the batches of `rows`, starting with batch number `first_batch`."""
+    first = rows.start + first_batch * BATCH_SIZE
+    for batch in job.data.batches(range(first, rows.stop), BATCH_SIZE):
+        numbers = range(first, first + len(batch["image"]))
+        yield job.work.read(batch, numbers, skip=job.on_error == "skip")
+        first = numbers.stop
 
 
-def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:
+def build_manifest(job: TokenizationJob, shards: Mapping[str, Shard]) -> dict[str, Any]:
     """The manifest of a job whose shards are all there; ValueError where no row at all could be read."""
     skipped = [row for shard in shards.values() for row in shard.skipped]
     num_rows = sum(shard.rows for shard in shards.values())
@@ -167,7 +163,7 @@ def gather(job: Job, shards: Mapping[str, Shard]) -> dict[str, Any]:
     }
 
 
-def remove_job_files(job: Job, kept: Collection[str]) -> None:
+def remove_job_files(job: TokenizationJob, kept: Collection[str]) -> None:
     """Leave only tokens in the folder of a job that is done: of its shards those that are `kept`, for others hold no row."""
     remove_stale_temporaries(job.folder)
     for number in range(job.num_shards):

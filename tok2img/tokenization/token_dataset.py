@@ -25,7 +25,7 @@ from ..atomic_io import (
 from ..data.streaming import CaptionedRows, DatasetRows
 from .map_function import TokenizeBatch
 from .processor import Tok2ImgProcessor
-from .shards import Job, gather, remove_job_files, tokenize_shards
+from .shards import TokenizationJob, build_manifest, remove_job_files, tokenize_shards
 
 JOB_FILE = "job.json"
 ROWS_PER_SHARD = 10_000
@@ -59,7 +59,9 @@ def save_tokens(
         raise ValueError("the data set is empty")
     target, alone = Path(folder), part == (0, 1)
     rows = DatasetRows(data) if isinstance(data, Dataset) else data
-    job = Job(rows, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error)
+    job = TokenizationJob(
+        rows, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error
+    )
     settings = {"data": rows.fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
     if alone:
@@ -72,7 +74,7 @@ def save_tokens(
         try:
             tokenize_shards(job, range(part[0], job.num_shards, part[1]), num_proc=num_proc)
         except BaseException:
-            if alone and not any(map(job.done, range(job.num_shards))):
+            if alone and not any(map(job.load_if_complete, range(job.num_shards))):
                 remove_folder(job.folder)  # there is nothing in it to go on from
             raise
     if get_rank():  # transformers saves models from the first of processes that train together alone
@@ -81,13 +83,13 @@ def save_tokens(
         return finalize(job, target, settings) if is_ours else None
 
 
-def finalize(job: Job, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def finalize(job: TokenizationJob, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Give the folder of a job that is done its place: its manifest; None where shards are missing."""
     if not (job.folder / MANIFEST).is_file():
         shards = job.shards()
         if len(shards) < job.num_shards:
             return None
-        manifest = gather(job, shards) | {"fingerprint": settings["fingerprint"], "job": settings}
+        manifest = build_manifest(job, shards) | {"fingerprint": settings["fingerprint"], "job": settings}
         job.work.processor.save_pretrained(job.folder)
         write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     manifest = json.loads((job.folder / MANIFEST).read_bytes())
@@ -120,7 +122,7 @@ def shard_from_env() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def begin(job: Job, settings: dict[str, Any], *, alone: bool) -> None:
+def begin(job: TokenizationJob, settings: dict[str, Any], *, alone: bool) -> None:
     """Prepare the folder of a job: shards of the same job stay, those of another go, unless jobs beside this one may be making them."""
     if is_same_job(job.folder, settings):
         return

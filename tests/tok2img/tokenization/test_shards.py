@@ -178,12 +178,12 @@ def test_a_worker_that_is_killed_is_replaced(processor, rows, whole, tmp_path, m
 
     monkeypatch.setattr(token_shards, "tokenize_shard", tokenize_shard)
     save_tokens(rows, processor, tmp_path / "tokens", num_proc=2)
-    assert "a worker was killed" in caplog.text and contents(tmp_path / "tokens") == whole
+    assert "A worker process was killed" in caplog.text and contents(tmp_path / "tokens") == whole
 
 
 def test_workers_that_are_killed_again_and_again_end_the_job(processor, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(token_shards, "tokenize_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError, match="killed 3 times: too little memory for 2"):
+    with pytest.raises(RuntimeError, match="killed 3 times in a row, probably by too little memory for 2"):
         save_tokens(rows, processor, tmp_path / "tokens", num_proc=2)
 
 
