@@ -19,8 +19,8 @@ MIN_NORM = 1e-6  # a shorter vector has no direction that could be rotated
 class StraightThrough(torch.autograd.Function):
     """Straight-through estimator as one node of the graph.
 
-    The usual form `z + (q - z).detach()` costs two passes over memory and changes the last bit of
-    `q`.
+    The usual form `z + (q - z).detach()` needs two more passes over memory and changes the last
+    bit of `q`.
     """
 
     @staticmethod
@@ -113,9 +113,11 @@ def apply_commitment_loss(
 ) -> tuple[Tensor, Tensor]:
     """Attach the gradients of the estimator and of the commitment loss to `vectors`.
 
-    The commitment loss is the third term of equation 3 (van den Oord et al. 2017), beta |z -
-    sg(e)|^2. Its value is already in `loss`; its gradient, 2 beta (z - e) over the number of
-    vectors, is added here.
+    The commitment loss is the third term of equation 3 of van den Oord et al. 2017:
+
+        L = weight mean_n |z - sg(e)|^2,   dL/dz = 2 weight (z - e) / n
+
+    Its value is already in `loss`; its gradient is added here.
 
     Args:
         gradient: "straight_through" or "rotation_trick".

@@ -91,8 +91,7 @@ class NearestNeighborSearch:
         chunk_size, entries_per_chunk = CHUNK if codebook.device.type == "cpu" else CHUNK_ON_GPU
         self.chunk_size = max(1, min(chunk_size, num_vectors))
         self.center = codebook.mean(dim=0)
-        # Filled up to a multiple of NUM_IMAGES by entries of infinite length, which are never
-        # nearest.
+        # Padded to a multiple of NUM_IMAGES with entries of infinite length, never the nearest.
         num_padding = -len(codebook) % NUM_IMAGES
         entries = codebook.new_full((len(codebook) + num_padding, codebook.shape[1] + 1), torch.inf)
         entries[len(codebook) :, :-1] = 0
@@ -100,7 +99,10 @@ class NearestNeighborSearch:
         shifted[:, :-1].copy_(codebook).sub_(self.center)
         # |e|^2 / 2 as one more channel, multiplied by -1: cheaper than a pass over all scores.
         shifted[:, -1] = torch.linalg.vector_norm(shifted[:, :-1], dim=1).square() / 2
-        self.chunks = [as_images(chunk) for chunk in entries.split(entries_per_chunk)]
+        # Entries as pixels of images, channels last, as `inner_products` wants them.
+        self.chunks = [
+            rearrange(chunk, "(p k) d -> p d k 1", p=NUM_IMAGES) for chunk in entries.split(entries_per_chunk)
+        ]
         # The vectors of a chunk, `n (d + 1)`, in memory that stays in the cache.
         self.queries = codebook.new_full((self.chunk_size, codebook.shape[1] + 1), -1)
 
@@ -117,9 +119,7 @@ class NearestNeighborSearch:
         return best_chunk * entries_per_chunk + rows.gather(0, best_chunk[None])[0]
 
 
-def as_images(entries: Tensor) -> Tensor:
-    """Arrange entries `(p k) d` as `p` images of `k` pixels, `p d k 1`, channels last."""
-    return rearrange(entries, "(p k) d -> p d k 1", p=NUM_IMAGES)
+# The two kernels of the search. Except on a CPU they are a matrix product and `max(dim=0)`.
 
 
 def inner_products(images: Tensor, queries: Tensor) -> Tensor:

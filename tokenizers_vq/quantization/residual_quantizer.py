@@ -100,9 +100,8 @@ class ResidualQuantizer(nn.Module):
             total = torch.zeros_like(vectors.flat)
             # The commitment loss of each codebook has its own residual as gradient to the encoder.
             residual_sum = torch.zeros_like(total) if vectors.flat.requires_grad else None
-            # Buffers for all codebooks, as new memory costs as much as a lookup. A codebook that
-            # learns reads its input again after the search, so input and residual need two buffers
-            # then.
+            # All codebooks share these buffers, as new memory costs as much as a lookup. One that
+            # learns reads its input again after the search, so its residual needs another buffer.
             learns = self.training or torch.is_grad_enabled()
             entries, *buffers = (torch.empty_like(total) for _ in range(3 if learns else 2))
             for index, quantizer in enumerate(self.quantizers()):

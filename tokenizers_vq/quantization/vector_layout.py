@@ -55,8 +55,7 @@ class VectorView(nn.Module):
     def flatten(self, x: Tensor, mask: Tensor | None = None) -> Vectors:
         """Flatten `... d` (or `b d h w`) to vectors `n d` and project them to `codebook_dim`.
 
-        Vectors with NaN or infinity leave the mask. In training they are counted in
-        `num_non_finite`.
+        Vectors with NaN or infinity leave the mask; `num_non_finite` counts them in training.
 
         Args:
             x: Floats of any type, `... d` (or `b d h w`).
@@ -105,7 +104,7 @@ def zero_unless(keep: Tensor, flat: Tensor) -> Tensor:
     """Replace the vectors of `n d` where `keep`, `n` bool, is False by zeros.
 
     If the mask can be read for free and is True everywhere, nothing is copied.
-    Measured: a tenth of a training step on a CPU.
+    Measured: this saves a tenth of a training step on a CPU.
     """
     return flat if can_read_without_sync(keep) and keep.all() else torch.where(keep[:, None], flat, 0)
 

@@ -220,8 +220,7 @@ class VectorQuantizer(nn.Module):
         # Every process runs k-means on its own vectors; the result of the first counts.
         self.codebook.data.copy_(centers)
         broadcast_from_rank0(self.codebook.data)
-        # As after one batch shared evenly by all codes: none is dead yet, and the averages soon
-        # forget it.
+        # As after one batch shared evenly by all codes: none is dead, and it is soon forgotten.
         broadcast_from_rank0(self.cluster_size.fill_(len(vectors) / self.codebook_size))
         self.embed_avg.copy_(self.codebook * self.cluster_size[:, None])
         if broadcast_from_rank0(enough):
@@ -284,8 +283,7 @@ class VectorQuantizer(nn.Module):
         if can_read_without_sync(dead) and not dead.any():
             return
         candidates = self._replacement_candidates(vectors, codes, mask, errors)
-        # Ten times the size at which a code is dead: time to attract vectors before it is moved
-        # again.
+        # Ten times the size of a dead code: time to attract vectors before it is moved again.
         new_size = 10 * DEAD_CODE_THRESHOLD * self.cluster_size.mean()
         self.codebook.data.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.embed_avg.copy_(torch.where(dead[:, None], candidates * new_size, self.embed_avg))

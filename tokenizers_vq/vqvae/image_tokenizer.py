@@ -207,12 +207,7 @@ class VQVAE(DiscreteTokenizer):
                 num_pixels = SEARCH_PIXELS if target.device.type == "cpu" else SEARCH_PIXELS_ON_GPU
                 batch_size = max(1, num_pixels // (target.shape[2] * target.shape[3]))
                 return torch.cat([batch_invariant_encode(encode, batch) for batch in target.split(batch_size)])
-            return batch_invariant_encode(
-                lambda batch: flatten_codes(
-                    self._quantize_grids(self._encode_features(batch), reconstruct=False).codes
-                ),
-                target,
-            )
+            return batch_invariant_encode(self._encode_nearest, target)
 
     def encode_with_search(self, pixel_values: Tensor) -> Tensor:
         """Encode images `b c h w` in [0, 1] with `config.search_steps` steps, see `encode`."""
@@ -324,6 +319,10 @@ class VQVAE(DiscreteTokenizer):
             if offset is not None:
                 residuals.append((latents - output.quantized).detach())
         return QuantizedImages(context if reconstruct else None, codes, torch.stack(losses).sum(), residuals)
+
+    def _encode_nearest(self, target: Tensor) -> Tensor:
+        """Encode normalized images `b c h w` to the codes `b n` of the nearest entries."""
+        return flatten_codes(self._quantize_grids(self._encode_features(target), reconstruct=False).codes)
 
     def _encode_with_optimization(self, target: Tensor, *, num_steps: int) -> Tensor:
         """Encode normalized images `b c h w` to codes `b n` by gradient steps on their latents."""

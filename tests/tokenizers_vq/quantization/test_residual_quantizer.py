@@ -1,7 +1,6 @@
-"""Residual quantization, and finite scalar quantization (FSQ)."""
+"""Residual quantization, and compilation of every quantizer."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -89,40 +88,6 @@ def test_residual_quantizer_training_initializes_all_codebooks_and_reports_mean_
     each = [layer.metrics()["perplexity"] for layer in module.layers]
     torch.testing.assert_close(module.metrics()["perplexity"], torch.stack(each).mean())
     assert all(layer.initialized for layer in module.layers)
-
-
-# FSQ
-
-
-def test_fsq_has_one_distinct_vector_for_each_product_of_levels():
-    module = FSQ((4, 3, 5)).eval()
-    vectors = module.lookup(torch.arange(60))
-    assert module.codebook_size == 60 and len(vectors.unique(dim=0)) == 60
-    assert vectors.min() == -1 and vectors.max() == 1
-    values = torch.tensor(list(itertools.product(torch.linspace(-3, 3, 25).tolist(), repeat=3)))
-    assert len(module(values).codes.unique()) == 60
-
-
-def test_fsq_odd_levels_round_the_bounded_value():
-    x = torch.linspace(-4, 4, 101)[:, None]
-    rounded = (x.tanh() * 2 * 1.001).round() / 2
-    torch.testing.assert_close(FSQ((5,)).eval()(x).quantized, rounded)
-
-
-def test_fsq_gradient_is_that_of_the_bound():
-    x = torch.randn(20, 2, requires_grad=True)
-    module = FSQ((8, 5))
-    module(x).quantized.sum().backward()
-    (bounded,) = torch.autograd.grad((module.bound(x) / torch.tensor([4, 2])).sum(), x)
-    torch.testing.assert_close(x.grad, bounded)
-
-
-def test_fsq_counts_its_codes_in_training():
-    module = FSQ((3, 3)).train()
-    module(torch.randn(500, 2) * 3)
-    assert module.metrics()["code_usage"] == 1 and module.metrics()["perplexity"] > 5
-    module.usage.reset()
-    assert module.metrics()["code_usage"] == 0
 
 
 @pytest.mark.parametrize("module", [VectorQuantizer(16, 4), ResidualQuantizer(16, 4, 2), FSQ((5, 4), 4)])

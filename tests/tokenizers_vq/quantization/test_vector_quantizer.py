@@ -1,3 +1,5 @@
+"""Vector quantizer: output, gradients, codebook updates, dead codes and initialization."""
+
 import copy
 
 import pytest
@@ -5,16 +7,9 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq import VectorQuantizer
-from tokenizers_vq.quantization import nearest_neighbors
 from tokenizers_vq.quantization.code_usage import perplexity
-from tokenizers_vq.quantization.kmeans import cluster_statistics, kmeans
 from tokenizers_vq.quantization.nearest_neighbors import (
-    as_images,
-    column_argmax,
-    inner_products,
     nearest_codes,
-    nearest_entries,
-    plain_nearest_codes,
 )
 from tokenizers_vq.quantization.vector_quantizer import DEAD_CODE_THRESHOLD
 
@@ -41,72 +36,6 @@ def clusters(num: int, *, per_cluster: int = 32, spread: float = 0.01) -> tuple[
 
 def state_of(module: VectorQuantizer) -> dict[str, Tensor]:
     return copy.deepcopy(dict(module.named_buffers()) | {"codebook": module.codebook.detach()})
-
-
-# Search
-
-
-@pytest.mark.parametrize("chunk", [(512, 512), (8, 16), (1, 16)])
-def test_nearest_codes_equal_the_plain_definition(monkeypatch, chunk):
-    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
-    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
-    assert torch.equal(nearest_codes(vectors, codebook), plain_nearest_codes(vectors, codebook))
-
-
-@pytest.mark.parametrize("chunk", [(512, 512), (4, 16)])
-def test_nearest_codes_of_equal_entries_is_the_first(monkeypatch, chunk):
-    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
-    codebook = torch.randn(3, 5).repeat(12, 1)
-    assert torch.equal(nearest_codes(codebook, codebook), torch.arange(3).repeat(12))
-
-
-def test_nearest_codes_without_onednn_are_the_same(monkeypatch):
-    vectors, codebook = torch.randn(101, 5), torch.randn(70, 5)
-    expected = nearest_codes(vectors, codebook)
-    monkeypatch.setattr(nearest_neighbors, "HAS_ONEDNN", False)
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
-
-
-@pytest.mark.skipif(not nearest_neighbors.HAS_ONEDNN, reason="matrix products depend on how many vectors there are")
-@pytest.mark.parametrize("num", [1, 2, 7, 48, 300])
-def test_inner_products_have_the_same_bits_for_any_number_of_queries(num):
-    images, queries = as_images(torch.randn(512, 65)), torch.randn(768, 65)
-    many = inner_products(images, queries)
-    torch.testing.assert_close(many, images.permute(0, 2, 3, 1).reshape(512, 65) @ queries.T)
-    assert torch.equal(inner_products(images, queries[:num]), many[:, :num])
-
-
-def test_nearest_codes_far_from_zero_are_exact():
-    vectors, codebook = torch.randn(200, 8), torch.randn(64, 8)
-    vectors, codebook = vectors + 2048, codebook + 2048
-    expected = (vectors[:, None] - codebook).square().sum(dim=2).argmin(dim=1)
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
-    assert torch.equal(plain_nearest_codes(vectors, codebook), expected)
-
-
-def test_nearest_codes_of_no_vectors_are_empty():
-    assert nearest_codes(torch.empty(0, 5), torch.randn(17, 5)).shape == (0,)
-
-
-@pytest.mark.parametrize("chunk", [(512, 512), (8, 16)])
-def test_nearest_entries_equal_the_plain_lookup_and_difference(monkeypatch, chunk):
-    monkeypatch.setattr(nearest_neighbors, "CHUNK", chunk)
-    vectors, codebook = torch.randn(101, 5), torch.randn(17, 5)
-    quantized, residual = torch.empty(101, 5), torch.empty(101, 5)
-    codes, errors = nearest_entries(vectors, codebook, quantized, residual)
-    assert torch.equal(codes, nearest_codes(vectors, codebook))
-    assert torch.equal(quantized, codebook[codes]) and torch.equal(residual, vectors - codebook[codes])
-    torch.testing.assert_close(errors, (vectors - codebook[codes]).square().sum(dim=1))
-    without_residual = nearest_entries(vectors, codebook, torch.empty(101, 5))
-    assert torch.equal(without_residual[0], codes) and torch.equal(without_residual[1], errors)
-    in_place = nearest_entries(vectors, codebook, quantized, vectors)
-    assert torch.equal(in_place[1], errors) and torch.equal(vectors, residual)
-
-
-def test_column_argmax_equals_argmax():
-    scores = torch.randint(5, (40, 30)).float()
-    values, rows = column_argmax(scores)
-    assert torch.equal(rows, scores.argmax(dim=0)) and torch.equal(values, scores.amax(dim=0))
 
 
 def test_vector_quantizer_under_bfloat16_autocast_gives_the_same_output():
@@ -224,17 +153,6 @@ def test_first_batch_initializes_the_codebook_on_its_clusters():
     assert torch.cdist(centers, module.codebook).min(dim=1).values.max() < 0.1
 
 
-def test_kmeans_finds_the_centers_of_separate_clusters():
-    centers, vectors = clusters(4)
-    found = kmeans(vectors, 4)
-    torch.testing.assert_close(found[torch.cdist(centers, found).argmin(dim=1)], centers, atol=0.05, rtol=0)
-
-
-def test_kmeans_with_more_clusters_than_vectors_covers_each_vector():
-    vectors = torch.randn(3, 2)
-    assert torch.cdist(vectors, kmeans(vectors, 8)).min(dim=1).values.max() < 1e-6
-
-
 @pytest.mark.parametrize("ema_update", [True, False])
 def test_dead_codes_recover_from_a_collapsed_codebook(ema_update):
     codebook = torch.full((16, 2), 100.0)
@@ -311,13 +229,7 @@ def test_batch_without_finite_vectors_does_not_initialize_the_codebook():
     torch.testing.assert_close(module.codebook, before)
 
 
-# Statistics
-
-
-def test_cluster_statistics_count_and_add():
-    vectors, codes = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
-    counts, sums = cluster_statistics(vectors, codes, 3)
-    assert counts.tolist() == [1, 0, 2] and sums.tolist() == [[3, 4], [0, 0], [6, 8]]
+# Counters
 
 
 def test_perplexity_is_the_number_of_equally_frequent_codes():
@@ -407,13 +319,6 @@ def test_codebook_dim_projects_to_shorter_vectors_and_back():
     assert torch.equal(module.lookup(module(x).codes), module(x).quantized)
     (output.quantized.square().sum() + output.loss).backward()
     assert x.grad.any() and all(p.grad.any() for p in module.parameters())
-
-
-@pytest.mark.parametrize("codebook_size", [1, 7, 64, 100, 512, 1000])
-def test_nearest_codes_for_any_codebook_size_equal_the_largest_scores(codebook_size):
-    vectors, codebook = torch.randn(300, 6), torch.randn(codebook_size, 6)
-    expected = (vectors @ codebook.T - codebook.square().sum(dim=1) / 2).argmax(dim=1)
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
 
 
 def test_empty_batch_leaves_the_codebook_unchanged():
