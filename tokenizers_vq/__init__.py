@@ -1,4 +1,7 @@
-"""Discrete tokenizers: pixels or text <-> codes. Importing this package registers them with transformers' `AutoModel`."""
+"""Discrete tokenizers: pixels or text <-> codes.
+
+Importing this package registers them with transformers' `AutoModel`.
+"""
 
 from transformers import AutoConfig, AutoModel
 

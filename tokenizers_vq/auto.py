@@ -30,7 +30,8 @@ def load_image_tokenizer(name: str | Path) -> DiscreteTokenizer:
         The tokenizer in eval mode.
 
     Raises:
-        ValueError: If there is no image tokenizer, or it cannot be loaded, see `DiscreteTokenizer.from_pretrained`.
+        ValueError: If there is no image tokenizer, or it cannot be loaded, see
+            `DiscreteTokenizer.from_pretrained`.
     """
     try:
         folder = resolve_model_folder(name)

@@ -39,14 +39,15 @@ WRITTEN_BY_TRANSFORMERS = {
 class DiscreteTokenizerConfig(PreTrainedConfig):
     """Base class of tokenizer configs, with settings as typed dataclass fields.
 
-    transformers keeps unknown settings silently; here a misspelled name or a value of the wrong type is an error.
+    transformers keeps unknown settings silently; here a misspelled name or a value of the wrong
+    type is an error.
 
     Attributes:
         zero_allowed: Names of counts that may be 0 although their default is above 0.
 
     Raises:
-        ValueError: For an unknown setting (the message names the nearest), and a value of another type or range than
-            its default, see `check_number`.
+        ValueError: For an unknown setting (the message names the nearest), and a value of another
+            type or range than its default, see `check_number`.
 
     Example:
         >>> from tokenizers_vq import VQVAEConfig
@@ -102,13 +103,14 @@ class TokenizerOutput(ModelOutput):
 
 
 class DiscreteTokenizer(PreTrainedModel):
-    """Base class of models that turn an example into `num_codes` integers below `codebook_size`, and back.
+    """Base class of models that turn examples into sequences of integers, and back.
 
-    Images go in and come out as `pixel_values`, floats `b c h w` in [0, 1]. Normalization constants are in the config
-    and applied inside the model. The codes of an example do not depend on the rest of its batch.
+    Images go in and come out as `pixel_values`, floats `b c h w` in [0, 1]. Normalization constants
+    are in the config and applied inside the model. The codes of an example do not depend on the
+    rest of its batch.
 
-    Subclasses define `code_shape`, `codebook_size`, `positions_per_codebook`, `encode`, `decode` and `forward`. The
-    other methods have a default.
+    Subclasses define `code_shape`, `codebook_size`, `positions_per_codebook`, `encode`, `decode`
+    and `forward`. The other methods have a default.
 
     Example:
         >>> import torch
@@ -125,7 +127,7 @@ class DiscreteTokenizer(PreTrainedModel):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of an example's codes before flattening, e.g. `(8, 8)` for a grid or `(10,)` for stages."""
+        """Shape of an example's codes, e.g. `(8, 8)` for a grid or `(10,)` for stages."""
         raise NotImplementedError
 
     @property
@@ -140,19 +142,19 @@ class DiscreteTokenizer(PreTrainedModel):
 
     @property
     def positions_per_codebook(self) -> tuple[int, ...]:
-        """Number of consecutive codes that share a codebook, for each codebook; the sum is `num_codes`.
+        """Number of consecutive codes that read each codebook; the sum is `num_codes`.
 
         `(64,)` for one grid of 8 x 8 cells, `(16, 64)` for two grids, `(1,) * 10` for ten stages.
         """
         raise NotImplementedError
 
     def codebook_vectors(self) -> list[Tensor]:
-        """Return the vectors `k d` of each codebook, or an empty list for models without codebooks of vectors."""
+        """Return the vectors `k d` of each codebook; empty for models without such codebooks."""
         return []
 
     @property
     def supports_prefix_decoding(self) -> bool:
-        """True if `decode` accepts the first codes of an example, and returns a coarser version of it."""
+        """True if `decode` accepts the first codes of an example, for a coarser version of it."""
         return False
 
     def encode(self, pixel_values: Any, /) -> Tensor:
@@ -170,7 +172,9 @@ class DiscreteTokenizer(PreTrainedModel):
         raise NotImplementedError
 
     def encode_with_search(self, pixel_values: Tensor) -> Tensor:
-        """Encode a data set that is tokenized once: slower than `encode`, with a search for better codes if there is one.
+        """Encode images with a search for better codes if there is one, slower than `encode`.
+
+        For a data set that is tokenized once.
 
         Args:
             pixel_values: Images `b c h w`, floats in [0, 1].
@@ -195,21 +199,22 @@ class DiscreteTokenizer(PreTrainedModel):
         raise NotImplementedError
 
     def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
-        """Yield the images `b c h w` after each stage of the codes `b n`; by default a single stage."""
+        """Yield the images `b c h w` after each stage of codes `b n`; by default a single one."""
         yield self.decode(codes)
 
     @property
     def num_init_examples(self) -> int:
-        """Number of examples that `init_from_data` can use, at most; 0 without data-dependent initialization."""
+        """Number of examples that `init_from_data` can use, at most; 0 if it does nothing."""
         return 0
 
     def init_from_data(self, pixel_values: Tensor, /) -> None:
-        """Initialize codebooks from a batch `b c h w` of the training set, before the first step."""
+        """Initialize codebooks from a training batch `b c h w`, before the first step."""
 
     def check_codes(self, codes: Tensor, *, prefix: bool = False, num_codes: int = 0) -> None:
         """Check the shape, dtype and range of codes.
 
-        An index that is too large crashes a GPU kernel, and a negative one silently picks an entry from the end.
+        An index that is too large crashes a GPU kernel, and a negative one silently picks an entry
+        from the end.
 
         Args:
             codes: Codes `b n`, integers in 0..codebook_size - 1.
@@ -227,13 +232,13 @@ class DiscreteTokenizer(PreTrainedModel):
         check_code_range(codes, self.codebook_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Reject dtype conversions: `to()`, `half()` etc. of this module or of a parent call this hook."""
+        """Reject dtype conversions: `to()`, `half()` etc., also of a parent, call this hook."""
         check_float32(fn(torch.zeros(())).dtype)
         return super()._apply(fn, recurse)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a saved tokenizer from a folder or the Hugging Face hub. Weights must be safetensors.
+        """Load a saved tokenizer from a folder or the hub; weights must be safetensors.
 
         Args:
             pretrained_model_name_or_path: Folder, or name of a hub repository.
@@ -244,9 +249,9 @@ class DiscreteTokenizer(PreTrainedModel):
             The tokenizer in eval mode, with float32 weights.
 
         Raises:
-            ValueError: For a `dtype` other than float32, a folder without a model of this class, settings out of range,
-                and tensors that are missing, unknown, misshapen or not finite. All but the last are found before any
-                memory is allocated.
+            ValueError: For a `dtype` other than float32, a folder without a model of this class,
+                settings out of range, and tensors that are missing, unknown, misshapen or not
+                finite. All but the last are found before any memory is allocated.
         """
         name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         for dtype in (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)):
@@ -258,7 +263,8 @@ class DiscreteTokenizer(PreTrainedModel):
             config = config or saved
             check_state_dict_matches(build_on_meta(lambda: cls(config), folder), folder)
             settings = {key: value for key, value in kwargs.items() if key not in ("subfolder", *DOWNLOAD_OPTIONS)}
-            # transformers gets the tensors, not the folder: in a folder it would open any file it knows, pickles too.
+            # transformers gets the tensors, not the folder: in a folder it would open any file it
+            # knows, pickles too.
             settings |= {"config": config, "state_dict": read_tensors(folder), "dtype": torch.float32}
             loaded: Any = super().from_pretrained(None, *args, **settings)
         except OSError as error:

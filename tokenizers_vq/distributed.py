@@ -1,8 +1,8 @@
 """Collectives of `torch.distributed` that do nothing in a single process.
 
-Codebooks are buffers that learn from the data itself, not from gradients, so DDP does not keep them equal. The
-functions here do: statistics are summed over all ranks, and random numbers are drawn by rank 0 or sliced from one draw
-that all ranks make alike.
+Codebooks are buffers that learn from the data itself, not from gradients, so DDP does not keep them
+equal. The functions here do: statistics are summed over all ranks, and random numbers are drawn by
+rank 0 or sliced from one draw that all ranks make alike.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,8 @@ def broadcast_from_rank0(values: Tensor) -> Tensor:
 def local_exponential_noise(like: Tensor) -> Tensor:
     """Return this rank's slice of one draw of exponential noise for all ranks.
 
-    Every rank draws the noise for all of them, so random states stay equal as long as they started equal.
+    Every rank draws the noise for all of them, so random states stay equal as long as they started
+    equal.
 
     Args:
         like: A tensor `n ...` with the dtype and device of the noise; all ranks have the same `n`.
@@ -70,8 +71,8 @@ def local_exponential_noise(like: Tensor) -> Tensor:
 def local_slices(draw: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Slice one draw for all rows of a training step into the parts for this rank's batches.
 
-    The draw is ordered by batch, then by rank, so that two ranks see the numbers that one rank would have drawn for the
-    same rows.
+    The draw is ordered by batch, then by rank, so that two ranks see the numbers that one rank
+    would have drawn for the same rows.
 
     Args:
         draw: Random numbers `n ...` for all rows of all ranks.
@@ -92,7 +93,8 @@ def all_reduce_top_k(keys: Tensor, rows: Tensor) -> Tensor:
         rows: Rows `k d`.
 
     Returns:
-        Rows `k d`, the same on all ranks. If fewer than `k` rows are eligible, they repeat in order.
+        Rows `k d`, the same on all ranks. If fewer than `k` rows are eligible, they repeat in
+        order.
     """
     all_keys = keys.new_zeros(get_world_size(), len(keys))
     all_keys[get_rank()] = keys

@@ -1,8 +1,8 @@
-"""Safe reading of model folders: config.json and safetensors, checked before any memory is allocated.
+"""Safe reading of model folders: config.json and safetensors, checked before allocation.
 
-A downloaded folder is untrusted input. Settings are JSON and weights are safetensors, whose header holds names, dtypes
-and shapes. Pickles are never opened, and no setting can make transformers fetch or run code. Whatever does not fit is a
-ValueError of one line that names the file.
+A downloaded folder is untrusted input. Settings are JSON and weights are safetensors, whose header
+holds names, dtypes and shapes. Pickles are never opened, and no setting can make transformers fetch
+or run code. Whatever does not fit is a ValueError of one line that names the file.
 """
 
 import json
@@ -24,13 +24,16 @@ TEXT_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TEXT_FILES, "*.safetensors")
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 MAX_JSON_BYTES = 2**28  # the tokenizer.json of a large vocabulary has about 20 MB
-# With these keys transformers opens other files than ours, or downloads kernels from the hub and runs them.
+# With these keys transformers opens other files than ours, or downloads kernels from the hub and
+# runs them.
 UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "quantization_config", "transformers_weights")
-# Keys that count modules contain one of these, e.g. `num_hidden_layers`, `n_layer`, `num_labels`. transformers builds
-# modules one by one, so a huge count would hang even without memory for the weights.
+# Keys that count modules contain one of these, e.g. `num_hidden_layers`, `n_layer`, `num_labels`.
+# transformers builds modules one by one, so a huge count would hang even without memory for the
+# weights.
 COUNTED_MODULES = ("layers", "n_layer", "labels", "_heads", "n_head", "experts")
 MAX_MODULES = 1024
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # safetensors' name: torch's
+# Float dtypes by their names in safetensors headers, and in configs.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def resolve_model_folder(name: str | Path, *, subfolder: str = "", **options: Any) -> Path:
@@ -57,7 +60,8 @@ def resolve_folder(name: str | Path, *, kinds: Sequence[str] = MODEL_FILES, **op
 
     Args:
         name: Folder, or name of a hub repository.
-        kinds: Patterns of the files to download. Others, such as pickles, do not even reach the disk.
+        kinds: Patterns of the files to download. Others, such as pickles, do not even reach the
+            disk.
         options: Those of `DOWNLOAD_OPTIONS` are passed to the download, others are ignored.
 
     Raises:
@@ -72,8 +76,8 @@ def resolve_folder(name: str | Path, *, kinds: Sequence[str] = MODEL_FILES, **op
 def check_model_folder(folder: str | Path) -> None:
     """Raise a ValueError for a local path that is not a saved model.
 
-    Names that may be of a hub repository (`user/name`, with no such local path) pass. Without this check transformers
-    would take a misspelled path for a hub name and report a failed download.
+    Names that may be of a hub repository (`user/name`, with no such local path) pass. Without this
+    check transformers would take a misspelled path for a hub name and report a failed download.
     """
     path = Path(folder)
     looks_local = path.is_absolute() or str(folder).startswith(".") or len(path.parts) != 2 or path.exists()
@@ -88,7 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ValueError: If the file is too large, not valid JSON, or holds something other than an object.
+        ValueError: If the file is too large, not valid JSON, or holds something other than an
+            object.
         OSError: If the file cannot be read.
     """
     check_regular_file(path)
@@ -107,8 +112,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the settings of a model folder, without `auto_map`, which names code in the repository.
 
     Raises:
-        ValueError: If the file is not a JSON object, names an unknown dtype, asks for too many modules, or contains a
-            key that makes transformers open other files or run code.
+        ValueError: If the file is not a JSON object, names an unknown dtype, asks for too many
+            modules, or contains a key that makes transformers open other files or run code.
         OSError: If the file cannot be read.
     """
     path = Path(folder, CONFIG_FILE)
@@ -180,7 +185,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: a single one, or the shards that its index names.
 
     Raises:
-        ValueError: If there are none, or the index names files of another kind or outside the folder.
+        ValueError: If there are none, or the index names files of another kind or outside the
+            folder.
     """
     names = (WEIGHTS_FILE, f"diffusion_pytorch_{WEIGHTS_FILE}")
     for file in (folder / name for name in names):
@@ -207,7 +213,8 @@ def load_from_tensors(
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model of transformers from the tensors of a folder.
 
-    transformers gets the tensors, not the folder: in a folder it would open any file it knows, adapters and pickles too.
+    transformers gets the tensors, not the folder: in a folder it would open any file it knows,
+    adapters and pickles too.
 
     Args:
         build: Makes the model from its config.
@@ -216,10 +223,12 @@ def load_from_tensors(
         settings: Further arguments of `from_pretrained`.
 
     Returns:
-        The model and transformers' loading report. Missing and misshapen tensors are in the report, not an error.
+        The model and transformers' loading report. Missing and misshapen tensors are in the report,
+        not an error.
 
     Raises:
-        ValueError: If the config does not describe a model, or one larger than its weights, or a tensor is damaged.
+        ValueError: If the config does not describe a model, or one larger than its weights, or a
+            tensor is damaged.
     """
     empty: Any = build_on_meta(lambda: build(config), folder)
     check_size(empty, folder)
@@ -237,7 +246,7 @@ def load_from_tensors(
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise a ValueError for a pipe, device or folder: opening a pipe hangs, and reading a device may never end."""
+    """Raise a ValueError for a pipe or a device: opening or reading it may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is not a regular file")
 
@@ -260,7 +269,10 @@ def build_on_meta(build: Callable[[], nn.Module], folder: str | Path) -> nn.Modu
 
 
 def check_state_dict_matches(model: nn.Module, folder: str | Path) -> None:
-    """Raise a ValueError if a folder's tensors differ from a model's in names, shapes, or float against integer."""
+    """Raise a ValueError if a folder's tensors differ from a model's in name, shape or kind.
+
+    The kind is float or integer; another float dtype is converted on loading.
+    """
     headers, expected = tensor_headers(folder), model.state_dict()
 
     def header_matches(name: str, tensor: Tensor) -> bool:
@@ -277,15 +289,17 @@ def check_state_dict_matches(model: nn.Module, folder: str | Path) -> None:
 def check_size(model: nn.Module, folder: str | Path) -> None:
     """Check that a folder's weights are large enough for the model that its config describes.
 
-    For models whose tensors may have other names in their files, where `check_state_dict_matches` does not apply.
+    For models whose tensors may have other names in their files, where `check_state_dict_matches`
+    does not apply.
 
     Args:
         model: The model on the meta device.
         folder: Folder with its weights.
 
     Raises:
-        ValueError: If the model has more than twice the numbers of its weights (a head may be tied to the embeddings,
-            hence twice), or a tensor of the same name holds integers instead of floats.
+        ValueError: If the model has more than twice the numbers of its weights (a head may be tied
+            to the embeddings, hence twice), or a tensor of the same name holds integers instead of
+            floats.
     """
     headers = tensor_headers(folder)
     for name, tensor in model.state_dict().items():
@@ -301,7 +315,7 @@ def check_size(model: nn.Module, folder: str | Path) -> None:
 
 
 def missing_or_mismatched_keys(info: dict[str, Any]) -> list[str]:
-    """Return names of the tensors that loading did not fill: the missing ones, then those of another shape.
+    """Return names of the tensors that loading did not fill: missing, then misshapen ones.
 
     Args:
         info: The loading report of `from_pretrained`.
@@ -310,7 +324,7 @@ def missing_or_mismatched_keys(info: dict[str, Any]) -> list[str]:
 
 
 def check_finite(model: nn.Module, name: str | Path) -> None:
-    """Raise a ValueError if a weight of a model is NaN or infinite; `name` is where it came from."""
+    """Raise a ValueError if a weight is NaN or infinite; `name` is where it came from."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"{name}: the tensor {key} holds values that are not finite")

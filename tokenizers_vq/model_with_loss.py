@@ -10,10 +10,13 @@ LOSS_FILE = "loss.safetensors"
 
 
 class ModelWithLoss(nn.Module):
-    """Base class of wrappers that hold a model and what it needs only for training, such as a discriminator.
+    """Base class of wrappers around a model and what only its training needs.
 
-    Subclasses set `inner_name`, assign the model to that attribute, and return the loss from `forward`. To a trainer
-    the wrapper is one module, so DDP, FSDP and the optimizer see the parameters of the loss as well.
+    An example of the latter is a discriminator.
+
+    Subclasses set `inner_name`, assign the model to that attribute, and return the loss from
+    `forward`. To a trainer the wrapper is one module, so DDP, FSDP and the optimizer see the
+    parameters of the loss as well.
 
     Attributes:
         inner_name: Name of the attribute that holds the model.
@@ -46,7 +49,8 @@ class ModelWithLoss(nn.Module):
 
         Args:
             folder: Folder to write to.
-            state_dict: State of the whole wrapper, if it is not `self.state_dict()`, e.g. gathered from FSDP shards.
+            state_dict: State of the whole wrapper, if it is not `self.state_dict()`, e.g. gathered
+                from FSDP shards.
             arguments: Further arguments of the model's `save_pretrained`.
         """
         state = self.state_dict() if state_dict is None else state_dict
@@ -58,13 +62,16 @@ class ModelWithLoss(nn.Module):
             Path(folder, LOSS_FILE).write_bytes(safetensors.torch.save(loss_state))
 
     def load_loss(self, folder: str | Path) -> None:
-        """Load the state of a trainable loss that `save_pretrained` wrote; does nothing for other losses."""
+        """Load what `save_pretrained` wrote of a trainable loss; does nothing for other losses."""
         if self._loss_state_names():
             # Not strict: the inner model and frozen parts are missing from this file.
             self.load_state_dict(safetensors.torch.load_file(Path(folder, LOSS_FILE)), strict=False)
 
     def _loss_state_names(self) -> list[str]:
-        """Return names of the loss's tensors that training changes. Frozen ones come from their own source."""
+        """Return names of the loss's tensors that training changes.
+
+        Frozen tensors, such as those of a feature network, are loaded from elsewhere.
+        """
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         prefix = f"{self.inner_name}."
         return [name for name in self.state_dict() if not name.startswith(prefix) and name not in frozen]

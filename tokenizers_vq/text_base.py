@@ -2,8 +2,8 @@
 
     text --UTF-8--> bytes --chunks--> one chunk per span, padded --alphabet--> symbols `b t` --model--> codes `b (n s)`
 
-`s` is the number of spans, `n` the number of codes per span, and `t` the number of symbols of a text: `s` times
-`span_length`.
+`s` is the number of spans, `n` the number of codes per span, and `t` the number of symbols of a
+text: `s` times `span_length`.
 """
 
 import logging
@@ -23,7 +23,8 @@ from .validation import check_choice, check_counts
 logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100  # label of a position without loss, the default of torch's cross entropy
 SPAN_UNITS = ("bytes", "words", "word")
-WORD_PATTERN = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")  # like GPT-2's: the space before a word belongs to it
+# Similar to that of GPT-2: the space before a word belongs to it.
+WORD_PATTERN = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 UNKNOWN_BYTE = ord("?")  # replaces every byte outside the alphabet
 
 
@@ -32,14 +33,17 @@ class TextSpanConfig(DiscreteTokenizerConfig):
 
     Attributes:
         max_length: Bytes of all spans together. Longer texts are truncated.
-        span_length: Bytes of one span, a divisor of `max_length`. `max_length` itself means one span for the whole text.
-        span_unit: Content of a span: "bytes" cuts texts anywhere; "words" packs as many whole words as fit, which makes
-            the shortest sequences for running text; "word" puts each word into a span of its own.
-        alphabet: Byte values that the model distinguishes, in ascending order; None means all 256. Other bytes are read
-            as "?", which must be among them.
+        span_length: Bytes of one span, a divisor of `max_length`. `max_length` itself means one
+            span for the whole text.
+        span_unit: Content of a span: "bytes" cuts texts anywhere; "words" packs as many whole words
+            as fit, which makes the shortest sequences for running text; "word" puts each word into
+            a span of its own.
+        alphabet: Byte values that the model distinguishes, in ascending order; None means all 256.
+            Other bytes are read as "?", which must be among them.
 
     Raises:
-        ValueError: For a `span_length` that does not divide `max_length`, and an invalid unit or alphabet.
+        ValueError: For a `span_length` that does not divide `max_length`, and an invalid unit or
+            alphabet.
 
     Example:
         >>> from tokenizers_vq import TextSpanConfig
@@ -63,10 +67,10 @@ class TextSpanConfig(DiscreteTokenizerConfig):
 
 
 class TextSpanTokenizer(DiscreteTokenizer):
-    """Base class of tokenizers whose codes each cover a span of a text's bytes, with one or several codes per span.
+    """Base class of tokenizers with one or several codes per span of a text's bytes.
 
-    Codes `b (n s)` are ordered coarse to fine: the first code of every span, then the second of every span, and so on.
-    All codes of a span past the end of its text are 0.
+    Codes `b (n s)` are ordered coarse to fine: the first code of every span, then the second of
+    every span, and so on. All codes of a span past the end of its text are 0.
 
     Subclasses define `encode_symbols` and `decode_with_mask`.
 
@@ -94,7 +98,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         self.span_length, self.num_spans = config.span_length, config.max_length // config.span_length
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
-        """Encode symbols `b t` into codes `b (n s)`; raise a ValueError for another shape, dtype or range."""
+        """Encode symbols `b t` into codes `b (n s)`; a ValueError for another shape or range."""
         raise NotImplementedError
 
     def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
@@ -102,7 +106,8 @@ class TextSpanTokenizer(DiscreteTokenizer):
 
         Args:
             codes: Codes `b (n s)`, all of them or the first stages.
-            mask: True where a code is known, bool `b (n s)`; within a span the known codes come first.
+            mask: True where a code is known, bool `b (n s)`; within a span the known codes come
+                first.
 
         Returns:
             Symbols `b t`.
@@ -125,7 +130,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         return len(self.alphabet)
 
     def texts_to_symbols(self, texts: Sequence[str]) -> Tensor:
-        """Convert texts to symbols, truncated or padded to `max_length`. Logs a warning for truncated texts.
+        """Convert texts to symbols, truncated (with a warning) or padded to `max_length`.
 
         Args:
             texts: A list of strings.
@@ -134,8 +139,8 @@ class TextSpanTokenizer(DiscreteTokenizer):
             Symbols `b t`, int64.
 
         Raises:
-            ValueError: For a single string instead of a list, an element that is not a string, and a string with an
-                unpaired surrogate, which has no UTF-8.
+            ValueError: For a single string instead of a list, an element that is not a string, and
+                a string with an unpaired surrogate, which has no UTF-8.
         """
         if isinstance(texts, str):
             raise ValueError(f"texts must be a list of texts, got one: {texts!r:.60}")
@@ -148,9 +153,10 @@ class TextSpanTokenizer(DiscreteTokenizer):
             chunks = self.first_chunks(content)
             if len(chunks) > self.num_spans:
                 count_truncated += 1
-                # Drop the incomplete character that truncation may leave at the end, and split again: in units of words
-                # the rest can be packed differently.
-                chunks = self.first_chunks(drop_partial_character(b"".join(chunks[: self.num_spans])))
+                # Drop the incomplete character that truncation may leave at the end, and split
+                # again: in units of words the rest can be packed differently.
+                truncated = b"".join(chunks[: self.num_spans]).decode(errors="ignore")
+                chunks = self.first_chunks(truncated.encode())
             spans = ([self.symbol_of_byte[byte] for byte in chunk] for chunk in chunks)
             row = [symbol for span in spans for symbol in span + [self.pad_symbol] * (self.span_length - len(span))]
             rows.append(row + [self.pad_symbol] * (self.config.max_length - len(row)))
@@ -166,7 +172,8 @@ class TextSpanTokenizer(DiscreteTokenizer):
     def first_chunks(self, content: bytes) -> list[bytes]:
         """Return at most `num_spans + 1` chunks: one more than fit, to detect truncation.
 
-        The rest of a long text is not split, so a caption of a megabyte costs no more than a truncated one.
+        The rest of a long text is not split, so a caption of a megabyte costs no more than a
+        truncated one.
         """
         return list(islice(self.iter_chunks(content), self.num_spans + 1))
 
@@ -180,22 +187,22 @@ class TextSpanTokenizer(DiscreteTokenizer):
         return (word[first : first + self.span_length] for word, first in starts)
 
     def count_spans(self, text: str) -> int:
-        """Return the number of spans that a text and its end take; more than `num_spans` if it would be truncated."""
+        """Return the number of spans of a text with its end; above `num_spans` if truncated."""
         chunks = self.first_chunks(text.encode())
-        # The end of a text needs a pad symbol: a free place in the last span, or else a span of its own. A text that
-        # fills all spans needs none.
+        # The end of a text needs a pad symbol: a free place in the last span, or else a span of its
+        # own. A text that fills all spans needs none.
         fits_exactly = len(chunks) == self.num_spans
         holds_end = self.config.span_unit == "bytes" and bool(chunks) and len(chunks[-1]) < self.span_length
         return len(chunks) + (not fits_exactly and not holds_end)
 
     def symbols_to_texts(self, symbols: Tensor) -> list[str]:
-        """Convert symbols `b t` to texts, each up to its end; bytes that are not valid UTF-8 become U+FFFD."""
+        """Convert symbols `b t` to texts, each up to its end; invalid UTF-8 becomes U+FFFD."""
         is_text = self.valid_mask(symbols) & (symbols != self.pad_symbol)
         rows = (row[mask].tolist() for row, mask in zip(symbols, is_text, strict=True))
         return [bytes(self.alphabet[symbol] for symbol in row).decode(errors="replace") for row in rows]
 
     def valid_mask(self, symbols: Tensor) -> Tensor:
-        """Return True where symbols `b t` belong to the text or are the first pad symbol after it, bool `b t`.
+        """Return True where symbols `b t` are text or the first pad symbol after it, `b t`.
 
         In units of words every span has a first pad symbol, unless it is full.
         """
@@ -205,7 +212,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
         return (before_first(is_pad) & before_first(is_pad[:, :, 0])[..., None]).flatten(1)
 
     def valid_spans(self, symbols: Tensor) -> Tensor:
-        """Return True for the spans of symbols `b t` that hold a part of the text or its end, bool `b s`."""
+        """Return True for spans of symbols `b t` with a part of the text or its end, `b s`."""
         return rearrange(self.valid_mask(symbols), "b (s t) -> b s t", t=self.span_length).any(dim=2)
 
     def check_symbols(self, symbols: Tensor) -> None:
@@ -220,7 +227,9 @@ class TextSpanTokenizer(DiscreteTokenizer):
             )
 
     def make_labels(self, symbols: Tensor) -> Tensor:
-        """Return the labels of each span, `(b s) t`: the symbols `b t`, with `IGNORE_INDEX` for padding after the first.
+        """Return the labels of each span, `(b s) t`.
+
+        They are the symbols `b t`, with `IGNORE_INDEX` for all pad symbols after the first.
 
         Raises:
             ValueError: For symbols of another shape, dtype or range.
@@ -240,7 +249,8 @@ class TextSpanTokenizer(DiscreteTokenizer):
             Codes `b (n s)`, int64.
 
         Raises:
-            ValueError: For texts that are not strings, and symbols of another shape, dtype or range.
+            ValueError: For texts that are not strings, and symbols of another shape, dtype or
+                range.
         """
         symbols = texts if isinstance(texts, Tensor) else self.texts_to_symbols(texts)
         with torch.autocast(symbols.device.type, enabled=False):
@@ -248,23 +258,23 @@ class TextSpanTokenizer(DiscreteTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Any:
-        """Decode codes `b (n s)`, or a prefix of them if the model supports it, into a list of texts."""
+        """Decode codes `b (n s)`, or a prefix if the model supports it, into a list of texts."""
         return self.symbols_to_texts(self.decode_symbols(codes))
 
     @torch.no_grad()
     def decode_symbols(self, codes: Tensor) -> Tensor:
-        """Decode codes `b (n s)`, or a prefix of them if the model supports it, into symbols `b t`."""
+        """Decode codes `b (n s)`, or a prefix if the model supports it, into symbols `b t`."""
         return self.decode_with_mask(*self.pad_to_stages(codes))
 
     @torch.no_grad()
     def decode_progressively(self, codes: Tensor) -> Iterator[Any]:
-        """Yield the list of texts after the first code of every span, after the second, and so on."""
+        """Yield the list of texts after the first code of every span, the second, and so on."""
         for symbols in self.decode_symbols_progressively(codes):
             yield self.symbols_to_texts(symbols)
 
     @torch.no_grad()
     def decode_symbols_progressively(self, codes: Tensor) -> Iterator[Tensor]:
-        """Yield the symbols `b t` after each stage of the codes `b (n s)`, or of a prefix of them."""
+        """Yield the symbols `b t` after each stage of codes `b (n s)` or a prefix of them."""
         padded, mask = self.pad_to_stages(codes)
         for end in range(self.num_spans, padded.shape[1] + 1, self.num_spans):
             yield self.decode_with_mask(padded[:, :end], mask[:, :end])
@@ -288,7 +298,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
 
 
 def check_alphabet(alphabet: Sequence[int]) -> None:
-    """Raise a ValueError unless an alphabet is distinct byte values in ascending order, `UNKNOWN_BYTE` among them."""
+    """Raise a ValueError unless an alphabet is ascending byte values with `UNKNOWN_BYTE`."""
     check_counts("alphabet", alphabet, least=0)
     if sorted(set(alphabet)) != list(alphabet) or not set(alphabet) <= set(range(256)):
         raise ValueError(f"alphabet must be different byte values in order, got {alphabet}")
@@ -296,13 +306,8 @@ def check_alphabet(alphabet: Sequence[int]) -> None:
         raise ValueError(f"alphabet must hold {UNKNOWN_BYTE}, the question mark that stands for all other bytes")
 
 
-def drop_partial_character(content: bytes) -> bytes:
-    """Drop an incomplete UTF-8 character at the end."""
-    return content.decode(errors="ignore").encode()
-
-
 def merge_words(words: Iterable[bytes], max_length: int) -> Iterator[bytes]:
-    """Merge neighboring words greedily, as long as they have at most `max_length` bytes together."""
+    """Merge neighboring words greedily, up to `max_length` bytes together."""
     merged = b""
     for word in words:
         if merged and len(merged) + len(word) > max_length:

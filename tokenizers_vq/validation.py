@@ -19,8 +19,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-# Upper limits of integer settings. A hostile config could otherwise ask for any amount of memory. Settings that count
-# layers have a lower limit: layers are built one by one, which takes time before a single tensor is allocated.
+# Upper limits of integer settings. A hostile config could otherwise ask for any amount of memory.
+# Settings that count layers have a lower limit: layers are built one by one, which takes time
+# before a single tensor is allocated.
 MAX_INT = 2**24
 MAX_LIST_LENGTH = 2**8
 MAX_BY_FIELD = {"image_size": 2**13, "max_length": 2**16, "num_stages": 2**12} | {
@@ -33,7 +34,7 @@ VALIDATION_SKIPPED: ContextVar[bool] = ContextVar("validation_skipped", default=
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the hint "did you mean 'x'?" with the known name most similar to `name`, or "" if none is similar."""
+    """Return the hint "did you mean 'x'?" with the most similar known name, or "" if none is."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -58,8 +59,9 @@ def check_known_fields(owner: str, names: Iterable[str], known: Iterable[str], *
 def check_number(owner: str, name: str, value: Any, default: Any) -> None:
     """Check a setting's value against the type of its default.
 
-    Integers must be at least 1, or 0 if the default is 0, and at most `MAX_BY_FIELD` or `MAX_INT`. Floats
-    must be finite and at least 0. Defaults of other types (lists, None) are not checked here.
+    Integers must be at least 1, or 0 if the default is 0, and at most `MAX_BY_FIELD` or `MAX_INT`.
+    Floats must be finite and at least 0. Defaults of other types (lists, None) are not checked
+    here.
 
     Args:
         owner: What has the setting, for the message.
@@ -68,7 +70,8 @@ def check_number(owner: str, name: str, value: Any, default: Any) -> None:
         default: The setting's default, which tells its type.
 
     Raises:
-        ValueError: For a value of another type or out of range: text for a number, 16.5 for 16, a negative count.
+        ValueError: For a value of another type or out of range: text for a number, 16.5 for 16, a
+            negative count.
     """
     if isinstance(default, bool):  # before int, of which bool is a subclass
         fits, expected = isinstance(value, bool), "true or false"
@@ -141,7 +144,8 @@ def check_stages(num_stages: int, segment_length: int, **counts: int) -> None:
 def check_code_range(codes: Tensor, codebook_size: int) -> None:
     """Check the dtype of codes, and their range where `should_validate` allows it.
 
-    Without this check an embedding lookup would stop a GPU with an assertion, and -1 would be the last code.
+    Without this check an embedding lookup would stop a GPU with an assertion, and -1 would be the
+    last code.
 
     Raises:
         ValueError: For codes that are not integers, or not in 0..codebook_size - 1.
@@ -156,7 +160,7 @@ def check_code_range(codes: Tensor, codebook_size: int) -> None:
 
 
 def check_image_size(image_size: int, stride: int) -> None:
-    """Raise a ValueError with the nearest valid sizes if `stride` does not divide `image_size` (both in pixels)."""
+    """Raise a ValueError with the nearest sizes if `stride` does not divide `image_size`."""
     if image_size % stride:
         below, above = nearest_multiples(image_size, stride)
         nearest = f"nearest are {below} and {above}" if below else f"smallest is {above}"
@@ -171,17 +175,20 @@ def nearest_multiples(size: int, stride: int) -> tuple[int, int]:
 def all_finite(values: Tensor) -> bool:
     """Return True if a tensor has no NaN and no infinity.
 
-    Only the smallest and the largest value are tested: a NaN anywhere makes both of them NaN. On a CPU this takes a
-    twentieth of the time of `values.isfinite().all()`, which writes a mask first.
+    Only the smallest and the largest value are tested: a NaN anywhere makes both of them NaN. On a
+    CPU this takes a twentieth of the time of `values.isfinite().all()`, which writes a mask first.
     """
     # aminmax raises an error for an empty tensor.
     return not values.numel() or bool(torch.stack(values.detach().aminmax()).isfinite().all())
 
 
 def should_validate(values: Tensor) -> bool:
-    """Return True if values may be read for a check: not empty, not in `skip_validation`, and not compiling.
+    """Return True if values may be read for a check.
 
-    Reading a value from a GPU forces a synchronization, and inside `torch.compile` there are no values to read.
+    False for an empty tensor, inside `skip_validation`, and while compiling.
+
+    Reading a value from a GPU forces a synchronization, and inside `torch.compile` there are no
+    values to read.
     """
     return values.numel() > 0 and not torch.compiler.is_compiling() and not VALIDATION_SKIPPED.get()
 
@@ -190,8 +197,8 @@ def should_validate(values: Tensor) -> bool:
 def skip_validation() -> Iterator[None]:
     """Suspend checks of values within a `with` block, for inputs that are known to be valid.
 
-    Shapes and dtypes are still checked, since they cost nothing. A context variable rather than a global: the checks of
-    other threads, such as those of a web server, stay on.
+    Shapes and dtypes are still checked, since they cost nothing. A context variable rather than a
+    global: the checks of other threads, such as those of a web server, stay on.
     """
     token = VALIDATION_SKIPPED.set(True)
     try:
@@ -201,5 +208,5 @@ def skip_validation() -> Iterator[None]:
 
 
 def can_read_without_sync(values: Tensor) -> bool:
-    """Return True if reading values costs no synchronization: on a CPU, outside a compiled graph."""
+    """Return True if reading needs no synchronization: on a CPU, not in a compiled graph."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()

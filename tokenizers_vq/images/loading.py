@@ -1,11 +1,13 @@
 """Load any file, bytes or PIL image as upright RGB, with one policy for all of the project.
 
-- EXIF orientation is applied, transparent areas become white, 16-bit gray is scaled rather than clipped.
+- EXIF orientation is applied, transparent areas become white, 16-bit gray is scaled rather than
+  clipped.
 - Of an animation the first frame is loaded.
-- The format is one of six, recognized by content alone; only regular files are opened, of at most 64 megapixels.
+- The format is one of six, recognized by content alone; only regular files are opened, of at most
+  64 megapixels.
 
-Whatever cannot be shown faithfully raises an `ImageError` and is never repaired. Pillow's global settings are not
-changed, so other users of Pillow in the same process see no difference.
+Whatever cannot be shown faithfully raises an `ImageError` and is never repaired. Pillow's global
+settings are not changed, so other users of Pillow in the same process see no difference.
 """
 
 import io
@@ -30,9 +32,11 @@ ImageErrorCode = (
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | Mapping[str, Any]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
-# Uncompressed 16-bit RGBA is the largest file that this many pixels need. Pillow reads whole chunks into memory.
+# Uncompressed 16-bit RGBA is the largest file that this many pixels need. Pillow reads whole chunks
+# into memory.
 MAX_FILE_BYTES = 8 * MAX_PIXELS
-# Pillow inflates up to 1 MB from each text chunk of a PNG, 64 MB in total, four times that as Python strings.
+# Pillow inflates up to 1 MB from each text chunk of a PNG, 64 MB in total, four times that as
+# Python strings.
 MAX_PNG_TEXTS = 12
 # Signatures: of the supported formats, and of others so that a message can name them.
 _SUPPORTED_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*", re.DOTALL)
@@ -57,7 +61,8 @@ _UPRIGHT_BY = {
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 # Color type of a PNG: its number of channels.
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# `warnings.catch_warnings` swaps a global list: two threads inside it at the same time could leave it muted for good.
+# `warnings.catch_warnings` swaps a global list: two threads inside it at the same time could leave
+# it muted for good.
 _warnings_lock = threading.Lock()
 
 
@@ -82,7 +87,7 @@ class ImageError(ValueError):
         self.code: ImageErrorCode = code
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, ImageErrorCode]]:
-        """Pickle both arguments; the default would lose `code` on the way back from a worker process."""
+        """Pickle both arguments; the default would lose `code` between processes."""
         return ImageError, (str(self), self.code)
 
 
@@ -90,11 +95,13 @@ def load_image(source: ImageSource, *, min_side: int | None = None) -> Image.Ima
     """Load an image as upright RGB.
 
     Args:
-        source: A path, the bytes of a file, a PIL image (not modified), or an undecoded cell of a `datasets` image
-            column: a mapping with "bytes" and "path", of which "bytes" is used if both are given.
-        min_side: Allow a JPEG to be decoded at a half, quarter or eighth of its size, as long as no side gets smaller
-            than this, in pixels. For images that are resized afterwards: decoding takes half of the time or less, and
-            pixels differ by a few of 255 steps. None decodes at full size.
+        source: A path, the bytes of a file, a PIL image (not modified), or an undecoded cell of a
+            `datasets` image column: a mapping with "bytes" and "path", of which "bytes" is used if
+            both are given.
+        min_side: Allow a JPEG to be decoded at a half, quarter or eighth of its size, as long as no
+            side gets smaller than this, in pixels. For images that are resized afterwards: decoding
+            takes half of the time or less, and pixels differ by a few of 255 steps. None decodes at
+            full size.
 
     Returns:
         A PIL image of mode RGB without metadata.
@@ -189,7 +196,7 @@ def _load_stream(file: BinaryIO, name: str, min_side: int | None) -> Image.Image
 
 
 def _diagnose(file: BinaryIO, name: str, error: Exception) -> ImageError:
-    """Return the ImageError for a file that Pillow could not open, from the file's first bytes and size."""
+    """Return the ImageError for a file that Pillow could not open, by its first bytes."""
     file.seek(0)
     start, size = file.read(1024), file.seek(0, os.SEEK_END)
     if _declared_size(start) > size:
@@ -205,7 +212,7 @@ def _diagnose(file: BinaryIO, name: str, error: Exception) -> ImageError:
 
 
 def _declared_size(start: bytes) -> int:
-    """Return the least file size that the header of a WebP or TIFF implies, in bytes; 0 for other formats.
+    """Return the least file size that a WebP or TIFF header implies, in bytes; else 0.
 
     For a TIFF it is the offset of the first directory.
     """
@@ -241,7 +248,7 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int | None = None) -> 
 
 
 def _composite_on_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB with white behind transparent areas; `convert` alone would show the color hidden there."""
+    """Convert to RGB, with white instead of the hidden color of transparent areas."""
     if image.mode.startswith("I;16"):
         return _gray_from_16_bits(image).convert("RGB")
     if not image.has_transparency_data:
@@ -253,7 +260,10 @@ def _composite_on_white(image: Image.Image) -> Image.Image:
 
 
 def _gray_from_16_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits. Pillow's conversion clips at 255, which turns almost every image white."""
+    """Scale 16-bit gray to 8 bits.
+
+    Pillow's conversion clips at 255, which turns almost every image white.
+    """
     gray = np.array(image).astype(np.uint16)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray[gray == transparent] = 65535
@@ -276,10 +286,10 @@ def _mute_pillow_warnings() -> Iterator[None]:
 
 
 def _png_lacks_rows(image: Image.Image, file: BinaryIO) -> bool:
-    """Return True if a PNG has fewer pixel rows than its header says. Pillow silently fills them with zeros.
+    """Return True if a PNG lacks pixel rows, which Pillow silently fills with zeros.
 
-    Inflating the data a second time costs time, so it is done only if the last row is all zeros. Interlaced files are
-    always inflated, since their last row says nothing about the others.
+    Inflating the data a second time costs time, so it is done only if the last row is all zeros.
+    Interlaced files are always inflated, since their last row says nothing about the others.
     """
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     file.seek(16)
@@ -291,11 +301,11 @@ def _png_lacks_rows(image: Image.Image, file: BinaryIO) -> bool:
     bits = depth * _PNG_CHANNELS[color]
     # Each row of each pass starts with a byte that names its filter.
     needed = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
-    return _inflated_size(_png_pixel_data(file), needed) < needed
+    return _inflated_pixel_size(file, needed) < needed
 
 
 def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield kind and length of each chunk of a PNG, with the file positioned at its data; nothing for other files."""
+    """Yield kind and length of each chunk of a PNG, with the file positioned at its data."""
     file.seek(0)
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return
@@ -306,21 +316,17 @@ def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         file.seek(end)
 
 
-def _png_pixel_data(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the compressed pixel data of a PNG in blocks of at most 64 KiB."""
-    for kind, length in _png_chunks(file):
-        if kind == b"IDAT":
-            for start in range(0, length, 1 << 16):
-                yield file.read(min(1 << 16, length - start))
-
-
-def _inflated_size(blocks: Iterator[bytes], enough: int) -> int:
-    """Return the size of compressed data after inflating, or stop at `enough` bytes; needs 1 MiB of memory."""
+def _inflated_pixel_size(file: BinaryIO, enough: int) -> int:
+    """Return the inflated size of a PNG's pixel data, or stop at `enough` bytes; needs 1 MiB."""
     inflater, size = zlib.decompressobj(), 0
-    for block in blocks:
-        while block and size < enough:
-            size += len(inflater.decompress(block, 1 << 20))
-            block = inflater.unconsumed_tail
+    for kind, length in _png_chunks(file):
+        if kind != b"IDAT":
+            continue
+        for start in range(0, length, 1 << 16):
+            block = file.read(min(1 << 16, length - start))
+            while block and size < enough:
+                size += len(inflater.decompress(block, 1 << 20))
+                block = inflater.unconsumed_tail
     return size
 
 

@@ -13,7 +13,7 @@ OVERSHOOT = 0.5
 
 
 class PixelNormalization:
-    """Normalize pixels with `pixel_mean` and `pixel_std` of a config, and check that images fit the model.
+    """Normalize pixels with the constants of a config, and check that images fit it.
 
     Args:
         config: A config with `pixel_mean`, `pixel_std`, `num_channels` and `image_size` (pixels).
@@ -28,14 +28,16 @@ class PixelNormalization:
 
         Args:
             pixel_values: Images `b c h w`, floats in [0, 1].
-            check_range: Raise an error for NaN, infinity and values far from [0, 1]. For inputs whose codes are kept:
-                a model encodes anything, and nothing in the codes would show the mistake.
+            check_range: Raise an error for NaN, infinity and values far from [0, 1]. For inputs
+                whose codes are kept: a model encodes anything, and nothing in the codes would show
+                the mistake.
 
         Returns:
             Normalized images `b c h w`, float32.
 
         Raises:
-            ValueError: For another shape or dtype, and with `check_range` for pixels that cannot be in [0, 1].
+            ValueError: For another shape or dtype, and with `check_range` for pixels that cannot be
+                in [0, 1].
         """
         if not isinstance(pixel_values, Tensor):
             raise ValueError(f"pixel_values must be a tensor of floats in [0, 1], got a {type(pixel_values).__name__}")
@@ -47,7 +49,7 @@ class PixelNormalization:
         return (pixel_values.float() - self.config.pixel_mean) / self.config.pixel_std
 
     def check_shape(self, pixel_values: Tensor) -> None:
-        """Raise a ValueError unless images are `b c h w` of the config's channels and size, or of multiples of `stride`."""
+        """Raise a ValueError unless images `b c h w` have the channels and a size of the config."""
         channels, side = self.config.num_channels, self.config.image_size
         shape = tuple(pixel_values.shape)
         expected = (channels, "h", "w") if self.stride else (channels, side, side)
@@ -62,14 +64,15 @@ class PixelNormalization:
         return (normalized.float() * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
     def squared_error(self, normalized: Tensor, target: Tensor) -> Tensor:
-        """Return the mean squared error of two normalized batches `b c h w` in pixel units, a detached scalar."""
+        """Return the mean squared error of normalized `b c h w` in pixel units, detached."""
         return (normalized.detach() - target).square().mean() * self.config.pixel_std**2
 
 
 def check_pixel_range(pixel_values: Tensor) -> None:
-    """Raise a ValueError for NaN, infinity, or values that cannot be meant for [0, 1], such as 0..255 or -1..1.
+    """Raise a ValueError for NaN, infinity, or values that cannot be meant for [0, 1].
 
-    Resampling may leave [0, 1] a little. Values are read only where `should_validate` allows it.
+    Those are pixels in 0..255 or -1..1, for example. Resampling may leave [0, 1] a little. Values
+    are read only where `should_validate` allows it.
     """
     if not should_validate(pixel_values):
         return
@@ -82,7 +85,7 @@ def check_pixel_range(pixel_values: Tensor) -> None:
 
 
 def check_divisible(height: int, width: int, stride: int) -> None:
-    """Raise a ValueError with the nearest valid sizes unless `stride` divides height and width, and neither is 0."""
+    """Raise a ValueError with the nearest sizes unless `stride` divides height and width."""
     if height % stride or width % stride or not height * width:
         sizes = zip(nearest_multiples(height, stride), nearest_multiples(width, stride), strict=True)
         nearest = ", ".join(f"{rows} x {columns}" for rows, columns in sizes if rows and columns)

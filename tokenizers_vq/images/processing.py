@@ -87,6 +87,7 @@ def _center_square(image: Image.Image, image_size: int, mode: Literal["L", "RGB"
     box = (left, top, left + side, top + side)
     if side == image_size:
         return image if image.size == (side, side) else image.crop(box)
-    # Integer factors are plain box averages, as in downsampled ImageNet (Chrabaszcz et al. 2017). Measured, 256 -> 64:
-    # 115 us per image; F.interpolate on uint8 takes 240 including conversion, and Pillow's full filter 400.
+    # Integer factors are plain box averages, as in downsampled ImageNet (Chrabaszcz et al. 2017).
+    # Measured, 256 -> 64: 115 us per image; F.interpolate on uint8 takes 240 including conversion,
+    # and Pillow's full filter 400.
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box, reducing_gap=1.0)

@@ -18,8 +18,9 @@ MAX_ADAPTIVE_WEIGHT = 1e4  # as in VQGAN's published code
 class EqualizedConv2d(nn.Module):
     """4x4 convolution with equalized learning rate (Karras et al. 2018, section 4.1).
 
-    Weights have variance 1 and are scaled at runtime, so that a step of Adam changes every layer by the same fraction.
-    The discriminator can then share the tokenizer's learning rate, about ten times what discriminators usually take.
+    Weights have variance 1 and are scaled at runtime, so that a step of Adam changes every layer by
+    the same fraction. The discriminator can then share the tokenizer's learning rate, about ten
+    times what discriminators usually take.
 
     Args:
         in_channels: Channels of the input.
@@ -40,15 +41,17 @@ class EqualizedConv2d(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Discriminator that scores every patch of an image (PatchGAN, Isola et al. 2017, section 3.2.2).
+    """Discriminator that scores patches (PatchGAN, Isola et al. 2017, section 3.2.2).
 
-    Up to three downsamplings leave a grid of at least 4x4 cells; three of them give patches of 70x70 pixels, as in the
-    paper. Group norms replace its batch norms, so that the score of an image does not depend on its batch.
+    Up to three downsamplings leave a grid of at least 4x4 cells; three of them give patches of
+    70x70 pixels, as in the paper. Group norms replace its batch norms, so that the score of an
+    image does not depend on its batch.
 
     Args:
         image_size: Height and width of the images in pixels.
         num_channels: Channels of the images.
-        hidden_channels: Channels after the first downsampling; every further layer has twice as many.
+        hidden_channels: Channels after the first downsampling; every further layer has twice as
+            many.
 
     Raises:
         ValueError: For an `image_size` below 8.
@@ -75,26 +78,28 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, EqualizedConv2d(width, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return a score for each patch of normalized images `b c h w`, `b 1 h' w'`; above 0 means real."""
+        """Score the patches of normalized images `b c h w`, `b 1 h' w'`; above 0 means real."""
         return self.layers(images)
 
 
 class AdversarialLoss(nn.Module):
-    """Reconstruction loss plus, from a step on, the hinge losses of VQGAN (Esser et al. 2021, equations 6 and 7).
+    """Reconstruction loss plus VQGAN's hinge losses (Esser et al. 2021, equations 6 and 7).
 
-    One optimizer and one backward pass train generator and discriminator on a sum of their losses. Each gets exactly the
-    gradient of its own loss. The generator's term treats the discriminator's parameters as constants, and the
-    discriminator's term treats the reconstruction as a constant.
+    One optimizer and one backward pass train generator and discriminator on a sum of their losses.
+    Each gets exactly the gradient of its own loss. The generator's term treats the discriminator's
+    parameters as constants, and the discriminator's term treats the reconstruction as a constant.
 
-    Equation 7 compares gradients with respect to the last layer's weight. Here they are taken with respect to the
-    reconstruction, from which those follow by a linear map that both terms share. So the decoder need not be known, and
-    its weights may be compiled or sharded. Gradient norms are over the local batch.
+    Equation 7 compares gradients with respect to the last layer's weight. Here they are taken with
+    respect to the reconstruction, from which those follow by a linear map that both terms share. So
+    the decoder need not be known, and its weights may be compiled or sharded. Gradient norms are
+    over the local batch.
 
-    In eval mode only the reconstruction loss is returned. Held-out losses then stay comparable while the discriminator
-    learns.
+    In eval mode only the reconstruction loss is returned. Held-out losses then stay comparable
+    while the discriminator learns.
 
     Args:
-        discriminator: Maps normalized images `b c h w` to scores of any shape. It is trained with the tokenizer.
+        discriminator: Maps normalized images `b c h w` to scores of any shape. It is trained with
+            the tokenizer.
         start_step: Number of training batches without the discriminator. It does not learn before.
         weight: Multiplies the adaptive weight; 0.8 is VQGAN's value.
         reconstruction_loss: Loss to add to, e.g. a `PerceptualLoss`.
@@ -125,11 +130,12 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         self.discriminator, self.reconstruction_loss = discriminator, reconstruction_loss
         self.start_step, self.weight = start_step, weight
-        self.register_buffer("steps", torch.tensor(0))  # a buffer, so that resuming continues the count
+        # A buffer, so that resuming continues the count.
+        self.register_buffer("steps", torch.tensor(0))
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of normalized images `b c h w`, a scalar, and keep its terms in `terms`."""
+        """Return the loss of normalized images `b c h w`, a scalar; keep its terms in `terms`."""
         error = self.reconstruction_loss(reconstruction, target)
         self.terms = {**loss_terms(self.reconstruction_loss), "reconstruction_loss": error.detach()}
         if not self.training:
@@ -152,7 +158,7 @@ class AdversarialLoss(nn.Module):
         return weight * generator_loss + discriminator_loss
 
     def _zero_loss(self) -> Tensor:
-        """Return 0 with a zero gradient for the discriminator: DDP waits for a gradient of every parameter."""
+        """Return 0 with a zero gradient: DDP waits for a gradient of every parameter."""
         return 0 * torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum()
 
 
@@ -167,7 +173,7 @@ def hinge_loss(real: Tensor, reconstructed: Tensor) -> Tensor:
 
 
 def adaptive_weight(error: Tensor, generator_loss: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the weight that makes the gradient of the generator's loss as long as that of the error (equation 7).
+    """Return the weight that gives two losses gradients of equal length (equation 7).
 
     Args:
         error: Reconstruction loss, a scalar.

@@ -1,7 +1,7 @@
 """Reconstruction losses: pixel by pixel, and in the features of a network.
 
-A reconstruction loss is any callable of normalized images `b c h w`, the reconstruction and its target, to a scalar. It
-may leave its detached terms for the log in an attribute `terms`.
+A reconstruction loss is any callable of normalized images `b c h w`, the reconstruction and its
+target, to a scalar. It may leave its detached terms for the log in an attribute `terms`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
 def squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of images `b c h w`: the negative log-likelihood of Gaussian noise."""
+    """Return the mean squared error of images `b c h w`, a log-likelihood for Gaussian noise."""
     return (reconstruction - target).square().mean()
 
 
 def absolute_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the mean absolute error of images `b c h w`.
 
-    Its optimum is a median, which keeps edges that the mean, the optimum of the squared error, blurs.
+    Its optimum is a median, which keeps edges that the mean, the optimum of the squared error,
+    blurs.
     """
     return (reconstruction - target).abs().mean()
 
@@ -32,16 +33,18 @@ PIXEL_LOSSES: dict[str, ReconstructionLoss] = {"mse": squared_error, "l1": absol
 
 
 class PerceptualLoss(nn.Module):
-    """Pixel loss plus a distance in the features of a network (Zhang et al. 2018, equation 1 with all w = 1).
+    """Pixel loss plus a distance of features (Zhang et al. 2018, equation 1, all w = 1).
 
     Args:
-        features: Maps images `b c h w` to one tensor or several, with channels on axis 1. A module is frozen and kept in
-            eval mode. Any other callable must itself keep gradients from its weights.
+        features: Maps images `b c h w` to one tensor or several, with channels on axis 1. A module
+            is frozen and kept in eval mode. Any other callable must itself keep gradients from its
+            weights.
         weight: Weight of the feature distance.
-        pixel_loss: Loss to add it to. Without one, images that the network cannot distinguish would be equally good.
-        pixel_mean: The tokenizer's `pixel_mean`, and
-        pixel_std: its `pixel_std`: features see `normalized * pixel_std + pixel_mean`, pixels in [0, 1]. With the
-            defaults they see normalized pixels.
+        pixel_loss: Loss to add it to. Without one, images that the network cannot distinguish would
+            be equally good.
+        pixel_mean: Added to normalized images times `pixel_std` before features see them. With both
+            constants of the tokenizer's config they see pixels in [0, 1].
+        pixel_std: See `pixel_mean`. With the defaults features see normalized images.
 
     Attributes:
         terms: Detached terms of the last loss, for the log.
@@ -81,7 +84,7 @@ class PerceptualLoss(nn.Module):
         return self
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of normalized images `b c h w`, a scalar, and keep its terms in `terms`."""
+        """Return the loss of normalized images `b c h w`, a scalar; keep its terms in `terms`."""
         with torch.no_grad():
             target_features = self._extract_features(target)
         layers = zip(self._extract_features(reconstruction), target_features, strict=True)
@@ -96,11 +99,11 @@ class PerceptualLoss(nn.Module):
 
 
 def feature_distance(features: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance of features `b c ...`, scaled to length 1 at each position; a mean, scalar."""
+    """Return the mean squared distance of features `b c ...` of length 1 per position."""
     difference = F.normalize(features.float(), dim=1) - F.normalize(target.float(), dim=1)
     return difference.square().sum(dim=1).mean()
 
 
 def loss_terms(loss: Any) -> dict[str, Tensor]:
-    """Return the detached terms of a loss's last value; empty for a loss that does not keep them."""
+    """Return the detached terms of a loss's last value; empty if it does not keep them."""
     return getattr(loss, "terms", {})

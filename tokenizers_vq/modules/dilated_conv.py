@@ -8,7 +8,7 @@ from .stage_conditioning import StageNorm
 
 
 def concat_neighbors(x: Tensor, dilation: int) -> Tensor:
-    """Concatenate each position with its neighbors at a distance, `b t c` -> `b t (3 c)`; zeros outside.
+    """Concatenate each position with its two neighbors, `b t c` -> `b t (3 c)`; zeros outside.
 
     A linear layer on the result is a convolution of width 3 with this dilation.
 
@@ -23,8 +23,8 @@ def concat_neighbors(x: Tensor, dilation: int) -> Tensor:
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply a linear layer and ReLU, `b t i` -> `b t o`.
 
-    Batch and time are flattened first. For a 3-D input torch returns a view of the 2-D product, and an in-place ReLU on a
-    view makes autograd copy slices.
+    Batch and time are flattened first. For a 3-D input torch returns a view of the 2-D product, and
+    an in-place ReLU on a view makes autograd copy slices.
     """
     return F.linear(x.flatten(0, 1), weight, bias).relu_().unflatten(0, x.shape[:2])
 
@@ -32,7 +32,8 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class DilatedBlock(nn.Module):
     """Residual block that sees `dilation` positions back and ahead, `b t c` -> `b t c`.
 
-    With channels last, a convolution of width 3 is a matrix product with three shifted copies of the input.
+    With channels last, a convolution of width 3 is a matrix product with three shifted copies of
+    the input.
 
     Args:
         num_stages: Number of stages, each with a scale and shift of the norm.

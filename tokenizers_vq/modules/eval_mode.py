@@ -6,7 +6,7 @@ from torch import nn
 
 
 class eval_mode:  # noqa: N801 - lower case like `torch.no_grad`
-    """Put a module and all its submodules into eval mode for a `with` block, and restore each one's mode after it.
+    """Put a module and its submodules into eval mode for a `with` block.
 
     Args:
         module: The module. Its submodules may be in different modes.

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 
 class StageGain(nn.Module):
-    """A scale per stage and channel, applied by folding it into the layer before it where that is less work.
+    """Scale per stage and channel, folded into the layer before it where that is less work.
 
     Args:
         num_stages: Number of stages.
         num_channels: Number of channels.
-        init: Makes the initial scales from these two sizes; the original VQ-DRAW uses `torch.randn`.
+        init: Makes the initial scales from these two sizes; the original VQ-DRAW uses
+            `torch.randn`.
     """
 
     def __init__(self, num_stages: int, num_channels: int, *, init: Callable[[int, int], Tensor] = torch.ones):

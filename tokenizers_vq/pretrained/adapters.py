@@ -1,8 +1,8 @@
-"""Adapters for image tokenizers of transformers and diffusers: from pixels to vectors, and from vectors to pixels.
+"""Adapters for image tokenizers of transformers and diffusers.
 
-All of them descend from VQ-GAN (Esser et al. 2021): an encoder computes a grid of vectors, the nearest codebook entry of
-each is its code, and a decoder turns the entries into an image. The classes differ in what comes between these parts.
-An adapter holds just that.
+All of them descend from VQ-GAN (Esser et al. 2021): an encoder computes a grid of vectors, the
+nearest codebook entry of each is its code, and a decoder turns the entries into an image. The
+classes differ in what comes between these parts. An adapter holds just that.
 """
 
 import importlib
@@ -30,9 +30,11 @@ class VQModelAdapter:
     Attributes:
         library: Package that the class is imported from.
         saved_as: Its `model_type` or `_class_name` in a config.json.
-        widths_field: Setting that lists the channels of the encoder's grids, each half as fine as the one before.
+        widths_field: Setting that lists the channels of the encoder's grids, each half as fine as
+            the one before.
         codebook_size_field: Setting with the number of codebook entries.
-        encode: Function of the model and normalized images `b c h w` to the vectors `b d h w` that are quantized.
+        encode: Function of the model and normalized images `b c h w` to the vectors `b d h w` that
+            are quantized.
         codebook: Function of the model to the entries `k d` that the vectors are compared with.
         decode: Function of the model and entries `b d h w` to normalized images `b c h w`.
     """
@@ -75,13 +77,13 @@ def unit_length_codebook(model: Any) -> Tensor:
 
 
 def decode_spatial(model: Any, entries: Tensor) -> Tensor:
-    """Decode entries, which "spatial" norms (MoVQ, Zheng et al. 2022) read again at every grid of the decoder."""
+    """Decode entries, which "spatial" norms (MoVQ, Zheng et al. 2022) read at every grid."""
     modulation = entries if model.config.norm_type == "spatial" else None
     return model.decoder(model.post_quant_conv(entries), modulation)
 
 
 def encode_as_video(model: Any, normalized: Tensor) -> Tensor:
-    """Encode images `b c h w` as still videos, with as many frames as the model merges into one grid `b d h w`."""
+    """Encode images as still videos, of as many frames as the model merges into a grid."""
     video = repeat(normalized, "b c h w -> b t c h w", t=model.config.temporal_downsample_factor)
     vectors = model.quant_conv(rearrange(model.encoder(video), "b t c h w -> b c t h w"))
     return rearrange(vectors, "b d 1 h w -> b d h w")
@@ -141,8 +143,8 @@ ADAPTERS = {
         decode=decode_spatial,
     ),
 }
-# Where whole models of transformers (Janus, Emu3, Chameleon) keep their image tokenizer: a key of config.json, and a
-# pattern of tensor names.
+# Where whole models of transformers (Janus, Emu3, Chameleon) keep their image tokenizer: a key of
+# config.json, and a pattern of tensor names.
 VQ_CONFIG_KEY, VQ_TENSOR_PREFIX = "vq_config", r"^(model\.)?vqmodel\."
 
 
@@ -172,7 +174,7 @@ def adapter_name(model: nn.Module) -> str:
 
 
 def config_class(name: str) -> Any:
-    """Return the config class of a model of transformers, or None for diffusers, whose models take plain arguments."""
+    """Return a model's config class, or None for diffusers, whose models take arguments."""
     return getattr(import_model_class(name), "config_class", None)
 
 
@@ -192,7 +194,8 @@ def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         settings: Values by name; those left out get their defaults.
 
     Returns:
-        All settings, in the form that JSON gives back: tuples become lists, so that a saved config equals the original.
+        All settings, in the form that JSON gives back: tuples become lists, so that a saved config
+        equals the original.
 
     Raises:
         ValueError: For an unknown setting, and a value of the wrong type.
@@ -225,11 +228,12 @@ def load_original(name: str | Path, *, subfolder: str = "") -> nn.Module:
         subfolder: Folder inside it that holds the model.
 
     Raises:
-        ValueError: For a folder without such a model, a class that is not in `ADAPTERS`, and missing or misshapen tensors.
+        ValueError: For a folder without such a model, a class that is not in `ADAPTERS`, and
+            missing or misshapen tensors.
     """
     try:
         model, info = _load_with_report(resolve_model_folder(name, subfolder=subfolder))
-    except Exception as error:  # each library and class raises its own types for what it does not know
+    except Exception as error:  # each library and class raises its own types
         raise ValueError(f"cannot load an image tokenizer from {name}: {first_line(error)}") from error
     if keys := missing_or_mismatched_keys(info):
         raise ValueError(
@@ -248,7 +252,8 @@ def _load_with_report(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if name is None:
         raise ValueError(f"expected one of {', '.join(ADAPTERS)}, but the folder holds a {saved_as}")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-    # transformers then reports misshapen tensors; otherwise its error does not name them. That of diffusers does.
+    # transformers then reports misshapen tensors; otherwise its error does not name them. That of
+    # diffusers does.
     options["ignore_mismatched_sizes"] = config_class(name) is not None
     if settings is not config:
         options |= {"config": config_class(name)(**settings), "key_mapping": {VQ_TENSOR_PREFIX: ""}}

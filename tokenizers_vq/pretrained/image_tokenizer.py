@@ -30,10 +30,12 @@ class PretrainedImageTokenizerConfig(DiscreteTokenizerConfig):
         model_settings: Settings that this class is built from; those left out get their defaults.
         image_size: Height and width of the images in pixels, a multiple of `stride`.
         pixel_mean: Subtracted from pixels in [0, 1].
-        pixel_std: Divides the difference. The defaults normalize to [-1, 1], which all of these models expect.
+        pixel_std: Divides the difference. The defaults normalize to [-1, 1], which all of these
+            models expect.
 
     Raises:
-        ValueError: For an unknown class or setting, and an `image_size` that `stride` does not divide.
+        ValueError: For an unknown class or setting, and an `image_size` that `stride` does not
+            divide.
 
     Example:
         >>> from tokenizers_vq import PretrainedImageTokenizerConfig
@@ -73,11 +75,12 @@ class PretrainedImageTokenizerConfig(DiscreteTokenizerConfig):
 
 
 class PretrainedImageTokenizer(DiscreteTokenizer):
-    """Image tokenizer around a model of one of the classes in `ADAPTERS`, with a grid of codes per image.
+    """Image tokenizer around a model of a class in `ADAPTERS`, with a grid of codes.
 
-    The nearest-neighbor search is our own. It takes a few megabytes at a time, whereas the libraries' search holds the
-    distance of every vector to every entry. The loss is our own too: the squared error of normalized pixels, plus
-    |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 between vectors and entries (van den Oord et al. 2017, equation 3).
+    The nearest-neighbor search is our own. It takes a few megabytes at a time, whereas the
+    libraries' search holds the distance of every vector to every entry. The loss is our own too:
+    the squared error of normalized pixels, plus |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 between vectors
+    and entries (van den Oord et al. 2017, equation 3).
 
     A ChameleonVQVAE can only encode; `decode` and `forward` raise a ValueError.
 
@@ -108,7 +111,7 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
 
     @classmethod
     def wrap(cls, model: nn.Module, *, image_size: int, pixel_mean: float = 0.5, pixel_std: float = 0.5) -> Self:
-        """Wrap a model without copying it. The model itself is converted to float32 and put into eval mode.
+        """Wrap a model in place: it is converted to float32 and put into eval mode.
 
         Args:
             model: A model of one of the classes in `ADAPTERS`.
@@ -117,8 +120,8 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
             pixel_std: Divides the difference.
 
         Raises:
-            ValueError: For a model of another class, weights that are not finite, and an `image_size` that the stride
-                does not divide.
+            ValueError: For a model of another class, weights that are not finite, and an
+                `image_size` that the stride does not divide.
         """
         name, source = adapter_name(model), cast("Any", model)
         config = PretrainedImageTokenizerConfig(
@@ -136,7 +139,9 @@ class PretrainedImageTokenizer(DiscreteTokenizer):
 
     @classmethod
     def from_source(cls, name: str | Path, *, image_size: int, subfolder: str = "", **normalization: float) -> Self:
-        """Load and wrap a model that transformers or diffusers saved, or that of a whole Janus, Emu3 or Chameleon.
+        """Load and wrap a model that transformers or diffusers saved.
+
+        Of a whole Janus, Emu3 or Chameleon model, its image tokenizer is loaded.
 
         Args:
             name: Folder, or name of a hub repository.

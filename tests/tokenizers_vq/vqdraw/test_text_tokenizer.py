@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tokenizers_vq import VQDrawForText, VQDrawTextConfig
-from tokenizers_vq.text_base import IGNORE_INDEX, drop_partial_character
+from tokenizers_vq.text_base import IGNORE_INDEX
 from tokenizers_vq.vqdraw.losses import CrossEntropyLoss
 from tokenizers_vq.vqdraw.options import BiasedOptions, DenseOptions, EmbeddedOptions, SharedOptions
 
@@ -138,7 +138,7 @@ class TestError:
 class TestText:
     @given(st.lists(st.text(max_size=30), max_size=3))
     def test_symbols_give_back_what_fits(self, model, texts):
-        expected = [drop_partial_character(text.encode()[:18]).decode() for text in texts]
+        expected = [text.encode()[:18].decode(errors="ignore") for text in texts]
         assert model.symbols_to_texts(model.texts_to_symbols(texts)) == expected
 
     @given(st.text(max_size=30))
@@ -173,7 +173,7 @@ class TestWordSpans:
 
     @given(st.text(max_size=30))
     def test_symbols_give_back_what_fits(self, words, text):
-        fitting = drop_partial_character(b"".join(list(words.iter_chunks(text.encode()))[:6])).decode()
+        fitting = b"".join(list(words.iter_chunks(text.encode()))[:6]).decode(errors="ignore")
         assert words.symbols_to_texts(words.texts_to_symbols([text])) == [fitting]
 
     @given(st.text(max_size=24))
