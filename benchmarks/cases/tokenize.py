@@ -38,7 +38,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
         processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
         work = TokenizeBatch(processor)
         read = work.read(rows[:], range(num), skip=False)
-        batches = pixels_from_uint8(torch.from_numpy(read.levels)).split(BATCH_SIZE)
+        batches = pixels_from_uint8(torch.from_numpy(read.pixels)).split(BATCH_SIZE)
         cases = [Case("tokenize", Tokenizing(rows, work)), Case("encode", Encoding(processor, batches))]
         yield Comparison(f"{num} images, {name}", cases, "encode")
 

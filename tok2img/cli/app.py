@@ -72,7 +72,7 @@ def tokenize(
 
     from ..data.streaming import stream_captioned_images
     from ..recipes.build_processor import build_processor, set_encode_search
-    from ..tokenization.token_dataset import part_of, save_tokens, shard_from_env
+    from ..tokenization.token_dataset import parse_shard, save_tokens, shard_from_env
 
     image_tokenizer = load_image_tokenizer(tokenizer)
     set_encode_search(image_tokenizer, beam_size=beam_size, search_steps=search_steps)
@@ -87,10 +87,18 @@ def tokenize(
         vocab_size=vocab_size,
         text_length=text_length,
     )
-    part = part_of(shard) if shard else shard_from_env()
-    manifest = save_tokens(rows, processor, out, num_proc=num_proc, on_error=on_error, part=part)
+    shard_index, num_shards = parse_shard(shard) if shard else shard_from_env()
+    manifest = save_tokens(
+        rows,
+        processor,
+        out,
+        num_proc=num_proc,
+        on_error=on_error,
+        shard_index=shard_index,
+        num_shards=num_shards,
+    )
     if manifest is None:
-        print(f"shard {part[0]}/{part[1]} is done; {out} appears when the last shard is done")
+        print(f"shard {shard_index}/{num_shards} is done; {out} appears when the last shard is done")
         return
     layout = processor.layout
     print(f"{manifest['rows']} rows of {layout.text_length} text tokens and {layout.num_codes} image codes: {out}")

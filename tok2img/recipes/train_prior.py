@@ -61,7 +61,11 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         tokens = source
     else:
         tokenize_all_ranks(
-            Path(recipe.out, TOKENS), source, processor, part=(settings.process_index, settings.world_size)
+            Path(recipe.out, TOKENS),
+            source,
+            processor,
+            shard_index=settings.process_index,
+            num_shards=settings.world_size,
         )
         tokens = load_tokens(Path(recipe.out, TOKENS))[0]
     pipeline = TextToImagePipeline(prior, processor)
@@ -190,13 +194,15 @@ def export_prior(
 
 
 def tokenize_all_ranks(
-    folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, part: tuple[int, int]
+    folder: Path, data: CaptionedRows, processor: Tok2ImgProcessor, *, shard_index: int, num_shards: int
 ) -> None:
     """Make tokens of captioned images in a folder, each process its part, and wait until all is there; say which rows were skipped."""
-    manifest = save_tokens(data, processor, folder, part=part)
+    manifest = save_tokens(data, processor, folder, shard_index=shard_index, num_shards=num_shards)
     PartialState().wait_for_everyone()
-    if part[0] == 0 and manifest is None:
-        manifest = save_tokens(data, processor, folder, part=part)  # all parts are done now, and put together
+    if shard_index == 0 and manifest is None:
+        manifest = save_tokens(
+            data, processor, folder, shard_index=shard_index, num_shards=num_shards
+        )  # all files are complete now
     PartialState().wait_for_everyone()
     if manifest and manifest["skipped"]:
         first = manifest["skipped"][0]

@@ -1,6 +1,8 @@
-"""A tokenized data set on disk: Parquet, the processor that made it, and a manifest that says which.
+"""A tokenized data set on disk: Parquet shards, the processor that made them, and a manifest with checksums.
 
-tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  text_tokenizer/
+    tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  text_tokenizer/
+
+While a job runs, its shards lie in the hidden folder `.tokens.partial` beside it, which is renamed at the end.
 """
 
 import json
@@ -38,60 +40,70 @@ def save_tokens(
     *,
     num_proc: int = 1,
     on_error: str = "skip",
-    part: tuple[int, int] = (0, 1),
+    shard_index: int = 0,
+    num_shards: int = 1,
 ) -> dict[str, Any] | None:
-    """Tokenize columns `image` and `caption` into a folder, which appears whole or not at all; a job that was killed goes on.
+    """Tokenize captioned images into a folder, which appears complete or not at all.
 
-    What the same job has made of the same rows before is left as it is, unless it is damaged.
+    A killed job resumes where it stopped. A folder that the same job has finished is left as it is, unless it is
+    damaged.
 
     Args:
-        data: a data set of `datasets`, or what `stream_captioned_images` opens.
-        on_error: "skip" leaves rows out that cannot be read, and lists them in the manifest; "raise" is a ValueError with the first.
-        part: (i, n) does every n-th shard from the i-th on, in one of n jobs with the same folder. The last of them puts all together;
-            of processes in a torch.distributed group only the first does, so it calls again after a barrier.
+        data: A data set with columns `image` and `caption`, or the result of `stream_captioned_images`.
+        processor: Tokenizes both columns.
+        folder: Output folder.
+        num_proc: Number of worker processes.
+        on_error: "skip" leaves out rows that cannot be read and lists them in the manifest; "raise" stops at the first.
+        shard_index: Number of this process among those that share the job, as in `datasets.Dataset.shard`. It does
+            every `num_shards`-th Parquet file.
+        num_shards: Number of processes or machines that share the job. The last to finish completes the folder. In a
+            torch.distributed group only rank 0 does that, so it calls again after a barrier.
 
     Returns:
-        The manifest: rows, rows skipped, captions cut, fingerprint of the processor, sha256 of each shard. None while other parts are
-        still to be done.
+        The manifest: rows, skipped rows, truncated captions, fingerprint of the processor and checksum of each
+        Parquet file. None while other processes have files to do.
+
+    Raises:
+        ValueError: If the folder is used for something else, the data is empty, or a row cannot be read.
     """
     check_output_folder(folder)
     if not len(data):
         raise ValueError("the data set is empty")
-    target, alone = Path(folder), part == (0, 1)
+    target, alone = Path(folder), num_shards == 1
     rows = DatasetRows(data) if isinstance(data, Dataset) else data
-    job = TokenizationJob(
-        rows, TokenizeBatch(processor), target.parent / f".{target.name}.partial", ROWS_PER_SHARD, on_error
-    )
+    work_folder = target.parent / f".{target.name}.partial"
+    job = TokenizationJob(rows, TokenizeBatch(processor), work_folder, ROWS_PER_SHARD, on_error)
     settings = {"data": rows.fingerprint, "rows": len(data), "rows_per_shard": ROWS_PER_SHARD, "on_error": on_error}
     settings["fingerprint"] = processor.fingerprint()
-    if alone:
+    if alone:  # with other processes at work, these could be theirs
         remove_stale_temporaries(target.parent, f"{target.name}.*")
         remove_stale_temporaries(job.folder)
-    if (made := manifest_of(target, settings)) is not None:
-        return made
-    begin(job, settings, alone=alone)
+    if (manifest := manifest_if_complete(target, settings)) is not None:
+        return manifest
+    open_work_folder(job, settings, alone=alone)
     if not (job.folder / MANIFEST).is_file():
         try:
-            tokenize_shards(job, range(part[0], job.num_shards, part[1]), num_proc=num_proc)
+            tokenize_shards(job, range(shard_index, job.num_files, num_shards), num_proc=num_proc)
         except BaseException:
-            if alone and not any(map(job.load_if_complete, range(job.num_shards))):
-                remove_folder(job.folder)  # there is nothing in it to go on from
+            if alone and not any(map(job.load_if_complete, range(job.num_files))):
+                remove_folder(job.folder)  # there is nothing in it to resume from
             raise
-    if get_rank():  # transformers saves models from the first of processes that train together alone
+    if get_rank():  # `save_pretrained` writes on rank 0 only
         return None
-    with try_lock(job.folder) as is_ours:
-        return finalize(job, target, settings) if is_ours else None
+    with try_lock(job.folder) as is_locked:
+        return finalize(job, target, settings) if is_locked else None
 
 
 def finalize(job: TokenizationJob, target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Give the folder of a job that is done its place: its manifest; None where shards are missing."""
+    """Move a job whose shards are all complete to its target; returns its manifest, or None if shards are missing."""
     if not (job.folder / MANIFEST).is_file():
-        shards = job.shards()
-        if len(shards) < job.num_shards:
+        shards = job.complete_shards()
+        if len(shards) < job.num_files:
             return None
         manifest = build_manifest(job, shards) | {"fingerprint": settings["fingerprint"], "job": settings}
         job.work.processor.save_pretrained(job.folder)
         write_atomically(job.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    # From here on the manifest stands for the records: a kill while they are removed is resumed from it.
     manifest = json.loads((job.folder / MANIFEST).read_bytes())
     remove_job_files(job, manifest["shards"])
     (job.folder / JOB_FILE).unlink(missing_ok=True)
@@ -99,9 +111,9 @@ def finalize(job: TokenizationJob, target: Path, settings: dict[str, Any]) -> di
     return manifest
 
 
-def manifest_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a job with these settings that is done, whose tokens are whole; None where there is none."""
-    if read_json(folder / MANIFEST).get("job") != settings:
+def manifest_if_complete(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of a finished job with these settings if its tokens are undamaged, else None."""
+    if read_json_or_empty(folder / MANIFEST).get("job") != settings:
         return None
     try:
         return open_tokens(folder)[0]
@@ -109,21 +121,35 @@ def manifest_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
         return None
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """`i/n` as two numbers; ValueError for what is none."""
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse `i/n` into `shard_index` and `num_shards`.
+
+    Raises:
+        ValueError: If the text is not two numbers with 0 <= i < n.
+    """
     first, _, count = text.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise ValueError(f"a part must be i/n with i from 0 to n - 1, got {text!r}")
+        raise ValueError(f"Expected a shard i/n with i from 0 to n - 1, got {text!r}.")
     return int(first), int(count)
 
 
 def shard_from_env() -> tuple[int, int]:
-    """The part of this process among those that torchrun starts; all of it where it is alone."""
+    """Return this process's rank and the number of processes that torchrun started; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def begin(job: TokenizationJob, settings: dict[str, Any], *, alone: bool) -> None:
-    """Prepare the folder of a job: shards of the same job stay, those of another go, unless jobs beside this one may be making them."""
+def open_work_folder(job: TokenizationJob, settings: dict[str, Any], *, alone: bool) -> None:
+    """Create the folder of a job, or keep it with its shards if it belongs to the same job.
+
+    Args:
+        job: The job to prepare.
+        settings: Everything that the shards depend on.
+        alone: True if no other process shares the job. Shards of another job are then removed; otherwise they are an
+            error, because another process may be writing them.
+
+    Raises:
+        ValueError: If the folder belongs to another job.
+    """
     if is_same_job(job.folder, settings):
         return
     if alone:
@@ -132,19 +158,24 @@ def begin(job: TokenizationJob, settings: dict[str, Any], *, alone: bool) -> Non
     write_atomically(building / JOB_FILE, json.dumps(settings).encode())
     try:
         building.rename(job.folder)
-    except OSError as error:  # a job beside this one was quicker
+    except OSError as error:  # another process was faster
         remove_folder(building)
         if not is_same_job(job.folder, settings):
-            raise ValueError(f"{job.folder} holds parts of another job: remove it, or give another folder") from error
+            raise ValueError(
+                f"{job.folder} holds shards of another job. Remove it, or choose another folder."
+            ) from error
 
 
 def is_same_job(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a folder is that of a job with these settings."""
-    return settings in (read_json(folder / JOB_FILE), read_json(folder / MANIFEST).get("job"))
+    """Return True if a folder belongs to a job with these settings."""
+    return settings in (
+        read_json_or_empty(folder / JOB_FILE),
+        read_json_or_empty(folder / MANIFEST).get("job"),
+    )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The mapping in a file; empty where there is none."""
+def read_json_or_empty(file: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if the file is missing or damaged."""
     try:
         return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -152,16 +183,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_tokens(folder: str | Path) -> tuple[Dataset, Tok2ImgProcessor]:
-    """Read a folder of tokens and the processor that made them; ValueError as in `open_tokens`."""
+    """Load a folder of tokens and the processor that made them; ValueError as in `open_tokens`."""
     manifest, processor = open_tokens(folder)
     return Dataset.from_parquet([str(Path(folder, name)) for name in manifest["shards"]]), processor  # type: ignore[reportReturnType]
 
 
 def open_tokens(folder: str | Path) -> tuple[dict[str, Any], Tok2ImgProcessor]:
-    """The manifest of a folder of tokens, all of which are there and whole, and the processor that made them.
+    """Verify a folder of tokens and load its manifest and processor.
 
     Raises:
-        ValueError: for a folder that is none, a damaged shard, or tokenizers that are not those that made the tokens.
+        ValueError: If the manifest is missing, a shard is damaged, or the tokenizers are not those that made the
+            tokens.
     """
     path = Path(folder, MANIFEST)
     try:
@@ -182,7 +214,7 @@ def open_tokens(folder: str | Path) -> tuple[dict[str, Any], Tok2ImgProcessor]:
 
 
 def check_output_folder(folder: str | Path) -> None:
-    """ValueError for a path that holds anything but tokens."""
+    """Check that a path is free, an empty folder, or a folder of tokens."""
     target = Path(folder)
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise ValueError(f"{folder} is in use for something else: give another folder, or empty it")
+        raise ValueError(f"{folder} exists and does not contain tokens. Choose another folder or empty it.")

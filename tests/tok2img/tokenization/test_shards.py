@@ -11,7 +11,7 @@ from datasets import Dataset
 from tok2img.atomic_io import try_lock
 from tok2img.tokenization import shards as token_shards
 from tok2img.tokenization import token_dataset as tokenized
-from tok2img.tokenization.token_dataset import load_tokens, part_of, save_tokens
+from tok2img.tokenization.token_dataset import load_tokens, parse_shard, save_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def two_rows_a_shard(monkeypatch):
 
 @pytest.fixture
 def whole(processor, rows, tmp_path) -> dict[str, bytes]:
-    """What an undisturbed job writes."""
+    """Files that an undisturbed job writes."""
     save_tokens(rows, processor, tmp_path / "whole")
     return contents(tmp_path / "whole")
 
@@ -45,7 +45,7 @@ def done(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def stopped(processor, rows, tmp_path, monkeypatch) -> Path:
-    """Where a job was killed after its first shard."""
+    """Folder of a job that was killed after its first shard."""
     plain = token_shards.tokenize_shard
 
     def tokenize_shard(job, number, bar=None):
@@ -61,44 +61,44 @@ def stopped(processor, rows, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_any_number_of_workers_writes_the_same_bytes(processor, rows, whole, tmp_path, num_proc):
+def test_save_tokens_with_any_num_proc_writes_the_same_bytes(processor, rows, whole, tmp_path, num_proc):
     manifest = save_tokens(rows, processor, tmp_path / "again", num_proc=num_proc)
     assert contents(tmp_path / "again") == whole
     assert len(manifest["shards"]) == 3 and manifest["rows"] == 6 and manifest["skipped"] == []
 
 
-def test_a_job_that_was_killed_goes_on_where_it_was(processor, rows, whole, stopped, done):
+def test_save_tokens_resumes_a_killed_job(processor, rows, whole, stopped, done):
     save_tokens(rows, processor, stopped)
     assert done == [1, 2] and contents(stopped) == whole
     assert sorted(path.name for path in stopped.parent.iterdir() if "tokens" in path.name) == ["tokens"]
 
 
-def test_a_damaged_shard_is_done_again(processor, rows, whole, stopped, done):
+def test_save_tokens_repeats_a_damaged_shard(processor, rows, whole, stopped, done):
     shard = stopped.parent / ".tokens.partial" / "train-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     save_tokens(rows, processor, stopped)
     assert done == [0, 1, 2] and contents(stopped) == whole
 
 
-def test_a_job_that_is_done_is_not_done_again(processor, rows, whole, tmp_path, done):
+def test_save_tokens_keeps_a_finished_folder(processor, rows, whole, tmp_path, done):
     manifest = save_tokens(rows, processor, tmp_path / "whole")
     assert not done and manifest["rows"] == 6 and contents(tmp_path / "whole") == whole
 
 
 @pytest.mark.parametrize("file", ["train-00001.parquet", "image_tokenizer/model.safetensors"])
-def test_tokens_that_are_damaged_are_made_again(processor, rows, whole, tmp_path, done, file):
+def test_save_tokens_repeats_damaged_tokens(processor, rows, whole, tmp_path, done, file):
     (tmp_path / "whole" / file).write_bytes(whole[file][:-1] + b"?")
     save_tokens(rows, processor, tmp_path / "whole")
     assert done == [0, 1, 2] and contents(tmp_path / "whole") == whole
 
 
-def test_shards_of_another_tokenizer_are_not_taken_over(processor, rows, stopped, done):
+def test_save_tokens_does_not_reuse_shards_of_another_tokenizer(processor, rows, stopped, done):
     processor.image_tokenizer.quantizer.codebook.data[0] += 1
     save_tokens(rows, processor, stopped)
     assert done == [0, 1, 2]
 
 
-def test_rows_that_cannot_be_read_are_skipped_and_listed(processor, rows, tmp_path):
+def test_unreadable_rows_are_skipped_and_listed(processor, rows, tmp_path):
     spoiled = rows.select(range(5)).to_dict()
     spoiled["caption"][1], spoiled["image"][4] = None, {"bytes": b"no image", "path": None}
     data = Dataset.from_dict(spoiled)
@@ -112,61 +112,63 @@ def test_rows_that_cannot_be_read_are_skipped_and_listed(processor, rows, tmp_pa
         save_tokens(data, processor, tmp_path / "other", on_error="raise")
 
 
-def test_nothing_but_rows_that_cannot_be_read_is_an_error(processor, rows, tmp_path):
+def test_data_with_only_unreadable_rows_is_an_error(processor, rows, tmp_path):
     data = Dataset.from_dict({"image": [{"bytes": b"none", "path": None}] * 3, "caption": ["a"] * 3})
-    with pytest.raises(ValueError, match="no row of the data can be read: row 0: "):
+    with pytest.raises(ValueError, match="none of the rows can be read; row 0: "):
         save_tokens(data, processor, tmp_path / "tokens")
     assert not list(tmp_path.glob("*tokens*")) + list(tmp_path.glob(".*tokens*"))
 
 
-def test_parts_done_by_several_jobs_make_the_same_folder(processor, rows, whole, tmp_path):
-    manifests = [save_tokens(rows, processor, tmp_path / "tokens", part=(part, 3)) for part in (2, 0, 1)]
+def test_several_processes_with_a_shard_each_write_the_same_folder(processor, rows, whole, tmp_path):
+    manifests = [
+        save_tokens(rows, processor, tmp_path / "tokens", shard_index=index, num_shards=3) for index in (2, 0, 1)
+    ]
     assert manifests[:2] == [None, None] and manifests[2]["rows"] == 6
     assert contents(tmp_path / "tokens") == whole
 
 
-def test_a_part_that_comes_when_all_is_done_leaves_it_at_that(processor, rows, whole, tmp_path):
-    for part in (0, 2, 1, 3):
-        manifest = save_tokens(rows, processor, tmp_path / "tokens", part=(part, 4))
+def test_a_process_that_comes_after_the_last_shard_changes_nothing(processor, rows, whole, tmp_path):
+    for index in (0, 2, 1, 3):
+        manifest = save_tokens(rows, processor, tmp_path / "tokens", shard_index=index, num_shards=4)
     assert manifest["rows"] == 6 and contents(tmp_path / "tokens") == whole
     assert not (tmp_path / ".tokens.partial").exists()
 
 
-def test_only_one_of_several_jobs_puts_all_together(processor, rows, whole, tmp_path):
-    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
+def test_only_the_process_that_holds_the_lock_finalizes(processor, rows, whole, tmp_path):
+    save_tokens(rows, processor, tmp_path / "tokens", shard_index=0, num_shards=2)
     with try_lock(tmp_path / ".tokens.partial") as is_ours:
-        assert is_ours and save_tokens(rows, processor, tmp_path / "tokens", part=(1, 2)) is None
-    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
+        assert is_ours and save_tokens(rows, processor, tmp_path / "tokens", shard_index=1, num_shards=2) is None
+    save_tokens(rows, processor, tmp_path / "tokens", shard_index=0, num_shards=2)
     assert contents(tmp_path / "tokens") == whole
 
 
-def test_a_part_leaves_alone_what_another_is_writing(processor, rows, tmp_path):
-    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 3))
+def test_a_process_keeps_temporary_files_of_another(processor, rows, tmp_path):
+    save_tokens(rows, processor, tmp_path / "tokens", shard_index=0, num_shards=3)
     theirs = tmp_path / ".tokens.partial" / ".train-00001.parquet.0123456789ab.tmp"
     theirs.touch()
-    save_tokens(rows, processor, tmp_path / "tokens", part=(2, 3))
+    save_tokens(rows, processor, tmp_path / "tokens", shard_index=2, num_shards=3)
     assert theirs.exists()
 
 
-def test_a_part_of_another_job_is_refused(processor, rows, tmp_path):
-    save_tokens(rows, processor, tmp_path / "tokens", part=(0, 2))
-    with pytest.raises(ValueError, match="parts of another job"):
-        save_tokens(rows.select(range(4)), processor, tmp_path / "tokens", part=(1, 2))
+def test_a_shard_of_another_job_is_refused(processor, rows, tmp_path):
+    save_tokens(rows, processor, tmp_path / "tokens", shard_index=0, num_shards=2)
+    with pytest.raises(ValueError, match="shards of another job"):
+        save_tokens(rows.select(range(4)), processor, tmp_path / "tokens", shard_index=1, num_shards=2)
 
 
 @pytest.mark.parametrize("text", ["", "3", "2/2", "-1/2", "a/b", "1/0"])
-def test_parts_that_are_none_are_refused(text):
+def test_parse_shard_refuses_what_is_not_i_of_n(text):
     with pytest.raises(ValueError, match="i/n"):
-        part_of(text)
-    assert part_of("1/4") == (1, 4)
+        parse_shard(text)
+    assert parse_shard("1/4") == (1, 4)
 
 
-def test_an_unknown_policy_is_refused(processor, rows, tmp_path):
+def test_an_unknown_on_error_is_refused(processor, rows, tmp_path):
     with pytest.raises(ValueError, match="on_error must be one of skip, raise"):
         save_tokens(rows, processor, tmp_path / "tokens", on_error="ignore")
 
 
-def test_a_worker_that_is_killed_is_replaced(processor, rows, whole, tmp_path, monkeypatch, caplog):
+def test_a_killed_worker_is_replaced(processor, rows, whole, tmp_path, monkeypatch, caplog):
     plain, parent = token_shards.tokenize_shard, os.getpid()
 
     def tokenize_shard(job, number, bar=None):
@@ -181,7 +183,7 @@ def test_a_worker_that_is_killed_is_replaced(processor, rows, whole, tmp_path, m
     assert "A worker process was killed" in caplog.text and contents(tmp_path / "tokens") == whole
 
 
-def test_workers_that_are_killed_again_and_again_end_the_job(processor, rows, tmp_path, monkeypatch):
+def test_workers_killed_three_times_in_a_row_end_the_job(processor, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(token_shards, "tokenize_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match="killed 3 times in a row, probably by too little memory for 2"):
         save_tokens(rows, processor, tmp_path / "tokens", num_proc=2)

@@ -128,7 +128,7 @@ def test_a_failure_while_writing_leaves_the_old_tokens(processor, folder, rows, 
 
 def test_a_folder_in_use_for_something_else_is_left_alone(processor, rows, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="in use for something else"):
+    with pytest.raises(ValueError, match="exists and does not contain tokens"):
         save_tokens(rows, processor, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -136,13 +136,13 @@ def test_a_folder_in_use_for_something_else_is_left_alone(processor, rows, tmp_p
 def test_a_folder_in_use_is_refused_before_any_work(processor, rows, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.setattr(Tok2ImgProcessor, "encode_images", lambda *_, **__: pytest.fail("tokenized first"))
-    with pytest.raises(ValueError, match="in use for something else"):
+    with pytest.raises(ValueError, match="exists and does not contain tokens"):
         save_tokens(rows, processor, tmp_path)
 
 
 def test_a_file_in_the_place_of_the_folder_is_left_alone(processor, rows, tmp_path):
     (tmp_path / "tokens").write_text("mine")
-    with pytest.raises(ValueError, match="in use for something else"):
+    with pytest.raises(ValueError, match="exists and does not contain tokens"):
         save_tokens(rows, processor, tmp_path / "tokens")
     assert (tmp_path / "tokens").read_text() == "mine"
 
