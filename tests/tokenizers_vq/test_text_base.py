@@ -1,4 +1,4 @@
-"""What all models of text promise, in the words of `DiscreteTokenizer`."""
+"""What all text tokenizers promise, in terms of `DiscreteTokenizer`."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ def saved(model, tmp_path):
     return tmp_path
 
 
-def test_decoding_the_codes_gives_the_reconstruction(model):
+def test_decode_of_encoded_texts_equals_the_reconstruction(model):
     symbols = model.texts_to_symbols(TEXTS)
     with torch.no_grad():
         output = model(symbols)
@@ -67,7 +67,7 @@ def test_decoding_the_codes_gives_the_reconstruction(model):
     assert model.decode(codes) == model.symbols_to_texts(output.reconstruction)
 
 
-def test_codes_are_int64_of_the_promised_length_and_range(model):
+def test_encode_returns_int64_codes_of_the_promised_length_and_range(model):
     codes = model.encode(TEXTS)
     assert codes.dtype == torch.int64 and codes.shape == (len(TEXTS), model.num_codes)
     assert codes.min() >= 0 and codes.max() < model.codebook_size
@@ -75,23 +75,23 @@ def test_codes_are_int64_of_the_promised_length_and_range(model):
     assert sum(model.positions_per_codebook) == model.num_codes == torch.Size(model.code_shape).numel()
 
 
-def test_codes_past_the_end_of_a_text_are_zero(model):
+def test_encode_gives_zeros_past_the_end_of_a_text(model):
     live = model.valid_spans(model.texts_to_symbols(TEXTS)).repeat(1, model.code_shape[0])
     codes = model.encode(TEXTS)
     assert not codes[~live].any() and codes[live].any()
 
 
-def test_one_text_codes_as_it_does_in_a_batch(model):
+def test_encode_of_one_text_equals_its_codes_in_a_batch(model):
     alone = torch.cat([model.encode([text]) for text in TEXTS])
     assert torch.equal(alone, model.encode(TEXTS))
 
 
-def test_no_texts_give_no_codes_and_back(model):
+def test_encode_and_decode_of_no_texts_are_empty(model):
     codes = model.encode([])
     assert codes.shape == (0, model.num_codes) and model.decode(codes) == []
 
 
-def test_bfloat16_autocast_does_not_change_codes_or_texts(model):
+def test_encode_and_decode_of_texts_under_bfloat16_autocast_are_unchanged(model):
     codes = model.encode(TEXTS)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode(TEXTS), codes)
@@ -99,12 +99,12 @@ def test_bfloat16_autocast_does_not_change_codes_or_texts(model):
     assert torch.equal(symbols, model.decode_symbols(codes))
 
 
-def test_every_parameter_gets_a_gradient(model):
+def test_backward_gives_every_parameter_a_gradient(model):
     model.train()(model.texts_to_symbols(TEXTS)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_a_few_training_steps_lower_the_loss(model):
+def test_training_for_a_few_steps_lowers_the_loss(model):
     symbols = model.texts_to_symbols(TEXTS)
     before = model(symbols).loss.item()
     optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3)
@@ -116,7 +116,7 @@ def test_a_few_training_steps_lower_the_loss(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_encoding_and_decoding_change_nothing_in_the_model(model, training):
+def test_encode_and_decode_leave_the_model_unchanged(model, training):
     model.train(training)
     before = copy.deepcopy(dict(model.named_buffers()) | dict(model.named_parameters()))
     model.decode(model.encode(TEXTS))
@@ -125,7 +125,7 @@ def test_encoding_and_decoding_change_nothing_in_the_model(model, training):
     assert all(module.training == training for module in model.modules())
 
 
-def test_stages_end_in_the_whole_and_prefixes_decode_to_them(model):
+def test_decode_progressively_equals_decoding_each_prefix(model):
     codes = model.encode(TEXTS)
     stages = list(model.decode_progressively(codes))
     assert len(stages) == model.code_shape[0] and stages[-1] == model.decode(codes)
@@ -138,7 +138,7 @@ def test_stages_end_in_the_whole_and_prefixes_decode_to_them(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_codes_of_every_stored_integer_type_decode_alike(model, dtype):
+def test_decode_accepts_every_stored_integer_type(model, dtype):
     codes = model.encode(TEXTS)
     assert model.decode(codes.to(dtype)) == model.decode(codes)
 
@@ -154,7 +154,7 @@ def test_codes_of_every_stored_integer_type_decode_alike(model, dtype):
         (lambda codes: codes + 24, "codes must lie in 0"),
     ],
 )
-def test_codes_that_are_none_are_refused(model, change, message):
+def test_decode_of_invalid_codes_raises(model, change, message):
     with pytest.raises(ValueError, match=message):
         model.decode(change(model.encode(TEXTS)))
 
@@ -163,18 +163,18 @@ def test_codes_that_are_none_are_refused(model, change, message):
 @pytest.mark.parametrize(
     "symbols", [torch.zeros(2, 17, dtype=torch.long), torch.full((2, 18), 300), torch.zeros(2, 18), torch.zeros(18)]
 )
-def test_symbols_that_are_none_are_refused(model, method, symbols):
+def test_methods_with_invalid_symbols_raise(model, method, symbols):
     with pytest.raises(ValueError, match="symbols must"):
         getattr(model, method)(symbols)
 
 
 @pytest.mark.parametrize("texts", [[1], [None], ["\ud800"]])
-def test_what_is_no_text_is_refused(model, texts):
+def test_encode_of_values_that_are_not_texts_raises(model, texts):
     with pytest.raises(ValueError, match="text 0"):
         model.encode(texts)
 
 
-def test_one_text_in_no_list_is_refused_rather_than_coded_by_its_letters(model):
+def test_encode_of_a_single_string_raises(model):
     with pytest.raises(ValueError, match="texts must be a list of texts, got one: 'a cat'"):
         model.encode("a cat")
 
@@ -191,12 +191,12 @@ def test_one_text_in_no_list_is_refused_rather_than_coded_by_its_letters(model):
         ({"codebook_size": 2.5}, "codebook_size must be a whole number"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(config_class, settings, message):
+def test_config_with_invalid_settings_raises(config_class, settings, message):
     with pytest.raises(ValueError, match=message):
         config_class(**{"max_length": 18} | settings)
 
 
-def test_codes_settings_and_weights_survive_save_and_load(model, saved):
+def test_from_pretrained_restores_codes_settings_and_weights(model, saved):
     loaded = AutoModel.from_pretrained(saved)
     assert type(loaded) is type(model) and not loaded.training
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
@@ -205,7 +205,7 @@ def test_codes_settings_and_weights_survive_save_and_load(model, saved):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_settings_of_another_kind_of_text_model_are_refused(model, saved):
+def test_config_with_settings_of_another_model_raises(model, saved):
     settings = json.loads((saved / "config.json").read_text())
     stranger = "fsq_levels" if isinstance(model, VQDrawForText) else "num_biased_stages"
     (saved / "config.json").write_text(json.dumps(settings | {stranger: 2}))
@@ -213,7 +213,7 @@ def test_settings_of_another_kind_of_text_model_are_refused(model, saved):
         type(model).from_pretrained(saved)
 
 
-def test_a_missing_tensor_is_refused(model, saved):
+def test_from_pretrained_with_a_missing_tensor_raises(model, saved):
     weights = load_file(saved / "model.safetensors")
     name = next(iter(weights))
     del weights[name]

@@ -66,7 +66,7 @@ def assert_quadrants(image: Image.Image, tolerance: int = 0) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_lossless_formats_load_exactly(tmp_path: Path, image_format: str) -> None:
+def test_load_image_of_lossless_formats_is_exact(tmp_path: Path, image_format: str) -> None:
     path = tmp_path / "named.jpg"
     options = {"lossless": True} if image_format == "WEBP" else {}
     path.write_bytes(encoded(quadrants(), image_format, **options))
@@ -75,7 +75,7 @@ def test_lossless_formats_load_exactly(tmp_path: Path, image_format: str) -> Non
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "JPEG"])
-def test_images_come_upright(orientation: int, image_format: str) -> None:
+def test_load_image_applies_exif_orientation(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = quadrants()
@@ -86,63 +86,63 @@ def test_images_come_upright(orientation: int, image_format: str) -> None:
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 30, b"Exif\0\0nonsense"])
-def test_unreadable_exif_turns_nothing(exif: bytes) -> None:
+def test_load_image_with_unreadable_exif_keeps_the_orientation(exif: bytes) -> None:
     assert_quadrants(load_image(encoded(quadrants(), "PNG", exif=exif)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
-def test_transparency_shows_white(mode: str) -> None:
+def test_load_image_shows_white_behind_transparency(mode: str) -> None:
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert("LA" if mode == "La" else "RGBA").convert(mode)
     assert load_image(image).getpixel((1, 1)) == WHITE
     assert load_image(Image.new("RGBA", (4, 4), (255, 0, 0, 128))).getpixel((1, 1)) == (255, 127, 127)
 
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\0"])
-def test_transparent_palette_entries_show_white(transparency: int | bytes) -> None:
+def test_load_image_shows_white_for_transparent_palette_entries(transparency: int | bytes) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
     assert load_image(encoded(image, "PNG", transparency=transparency)).getpixel((1, 1)) == WHITE
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_16_bit_gray_is_scaled(image_format: str) -> None:
+def test_load_image_scales_16_bit_gray(image_format: str) -> None:
     levels = np.array([[0, 128, 129, 0x4C00, 65535]], dtype=np.uint16)
     loaded = load_image(encoded(Image.fromarray(levels), image_format))
     assert np.asarray(loaded)[0, :, 0].tolist() == [0, 0, 1, 76, 255]
 
 
-def test_transparent_16_bit_gray_shows_white() -> None:
+def test_load_image_shows_white_for_transparent_16_bit_gray() -> None:
     rows = b"\0" + struct.pack(">2H", 0x4C00, 0x9600)
     data = png(2, 1, rows, depth=16, colour=0, extra=chunk(b"tRNS", struct.pack(">H", 0x4C00)))
     assert np.asarray(load_image(data))[0, :, 0].tolist() == [255, 149]
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP"])
-def test_an_animation_shows_its_first_frame(image_format: str) -> None:
+def test_load_image_of_an_animation_returns_the_first_frame(image_format: str) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {}
     frames = [Image.new("RGB", (64, 48), colour) for colour in (GREEN, RED)]
     assert_quadrants(load_image(encoded(quadrants(), image_format, save_all=True, append_images=frames, **options)))
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_modes_without_a_known_range_are_refused(mode: str) -> None:
+def test_load_image_of_modes_without_a_known_range_raises(mode: str) -> None:
     assert code_of(encoded(quadrants().convert("L").convert(mode), "TIFF")) == "unsupported_mode"
     assert code_of(Image.new(mode, (4, 4))) == "unsupported_mode"
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_half_a_file_is_truncated(image_format: str) -> None:
+def test_load_image_of_half_a_file_reports_truncated(image_format: str) -> None:
     data = encoded(noise().quantize(64) if image_format == "GIF" else noise(), image_format)
     assert code_of(data[: len(data) // 2]) == "truncated"
 
 
-def test_a_png_without_its_last_rows_is_truncated_but_not_one_whose_rows_are_black() -> None:
+def test_load_image_of_a_png_distinguishes_missing_rows_from_black_ones() -> None:
     assert code_of(png(8, 8, (b"\0" + b"\x80" * 24) * 5)) == "truncated"
     assert load_image(png(8, 8, (b"\0" + b"\0" * 24) * 8)).getpixel((0, 7)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 9), (8, 8)])
-def test_a_whole_interlaced_png_is_whole(size: tuple[int, int]) -> None:
+def test_load_image_of_an_interlaced_png_detects_a_missing_byte(size: tuple[int, int]) -> None:
     width, height = size
     grid = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     passes = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in grid]
@@ -151,7 +151,7 @@ def test_a_whole_interlaced_png_is_whole(size: tuple[int, int]) -> None:
     assert code_of(png(width, height, rows[:-1], interlaced=1)) == "truncated"
 
 
-def test_too_many_pixels_are_refused_from_the_header() -> None:
+def test_load_image_rejects_too_many_pixels_by_the_header() -> None:
     side = int(MAX_PIXELS**0.5) + 1
     start = time.perf_counter()
     for width, height in ((side, side), (9_000, 9_000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)):
@@ -161,7 +161,7 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
 
 @pytest.mark.parametrize("num_chunks", [MAX_PNG_TEXTS, 60])
 @pytest.mark.parametrize("num_bytes", [900_000, 2_000_000])
-def test_inflating_text_costs_little_memory(num_chunks: int, num_bytes: int) -> None:
+def test_load_image_of_a_png_text_bomb_needs_little_memory(num_chunks: int, num_bytes: int) -> None:
     bomb = zlib.compress(b"A" * num_bytes)
     extra = b"".join(chunk(b"zTXt", b"key%d\0\0" % i + bomb) for i in range(num_chunks))
     data = png(8, 8, (b"\0" + b"\x80" * 24) * 8, extra=extra)
@@ -175,7 +175,7 @@ def test_inflating_text_costs_little_memory(num_chunks: int, num_bytes: int) -> 
     assert peak < 50e6
 
 
-def test_missing_empty_and_irregular_files_are_told_apart(tmp_path: Path) -> None:
+def test_load_image_distinguishes_missing_empty_and_irregular_files(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
     os.mkfifo(tmp_path / "pipe.png")
@@ -186,7 +186,7 @@ def test_missing_empty_and_irregular_files_are_told_apart(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("image_format", ["PPM", "JPEG2000", "AVIF", "EPS", "PDF", "ICO"])
-def test_other_formats_are_refused_by_name(image_format: str) -> None:
+def test_load_image_of_other_formats_reports_unsupported_format(image_format: str) -> None:
     try:
         data = encoded(quadrants(), image_format)
     except (KeyError, OSError) as error:
@@ -195,12 +195,12 @@ def test_other_formats_are_refused_by_name(image_format: str) -> None:
 
 
 @pytest.mark.parametrize("source", [None, 3, [b""], {"bytes": "text"}, {"path": 3}, b"\0", b"\x89"])
-def test_what_is_no_image_is_said_to_be_none(source: object) -> None:
+def test_load_image_of_other_values_reports_not_image(source: object) -> None:
     assert code_of(source) == "not_image"
     assert code_of({"bytes": None, "path": None}) == "missing"
 
 
-def test_messages_name_the_file_in_one_line(tmp_path: Path) -> None:
+def test_image_error_names_the_file_in_one_line(tmp_path: Path) -> None:
     for source in (str(tmp_path / "a.png"), {"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "dir/a.png"}):
         with pytest.raises(ImageError, match=r"a\.png: "):
             load_image(source)
@@ -211,12 +211,12 @@ def test_messages_name_the_file_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_errors_survive_the_way_back_from_a_worker() -> None:
+def test_image_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(ImageError("a.png: zero bytes", "empty")))
     assert (str(error), error.code) == ("a.png: zero bytes", "empty")
 
 
-def test_a_pil_image_is_left_as_it_is() -> None:
+def test_load_image_does_not_modify_a_pil_image() -> None:
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     load_image(image).putpixel((0, 0), RED)
     assert (image.mode, image.getpixel((0, 0))) == ("RGBA", (0, 0, 0, 0))
@@ -233,7 +233,7 @@ def smooth(width: int, height: int) -> Image.Image:
     ("size", "read"),
     [((256, 256), (64, 64)), ((300, 131), (150, 66)), ((130, 900), (65, 450)), ((127, 500), (127, 500))],
 )
-def test_a_large_jpeg_is_read_smaller_where_that_is_enough(size: tuple[int, int], read: tuple[int, int]) -> None:
+def test_load_image_with_min_side_decodes_a_large_jpeg_smaller(size: tuple[int, int], read: tuple[int, int]) -> None:
     data = encoded(smooth(*size), "JPEG", quality=95)
     small, whole = load_image(data, min_side=64), load_image(data)
     assert (small.size, whole.size, small.mode) == (read, size, "RGB")
@@ -241,7 +241,7 @@ def test_a_large_jpeg_is_read_smaller_where_that_is_enough(size: tuple[int, int]
     assert (ours - plain).abs().mean() < 4 / 255 and (ours - plain).abs().max() < 20 / 255
 
 
-def test_a_turned_jpeg_is_upright_when_it_is_read_smaller() -> None:
+def test_load_image_with_min_side_applies_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = quadrants(256, 192).transpose(Image.Transpose.ROTATE_90)
@@ -251,13 +251,13 @@ def test_a_turned_jpeg_is_upright_when_it_is_read_smaller() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP"])
-def test_other_formats_are_read_whole(image_format: str) -> None:
+def test_load_image_with_min_side_decodes_other_formats_in_full(image_format: str) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = encoded(noise(256, 128), image_format, **options)
     assert load_image(data, min_side=16).tobytes() == noise(256, 128).tobytes()
 
 
-def test_threads_leave_the_warning_filters_as_they_were() -> None:
+def test_load_image_in_threads_restores_the_warning_filters() -> None:
     data, filters = encoded(quadrants(), "PNG"), list(warnings.filters)
     threads = [threading.Thread(target=lambda: [load_image(data) for _ in range(30)]) for _ in range(4)]
     for thread in threads:
@@ -268,7 +268,7 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_pixels_give_back_the_same_image(num_channels: int) -> None:
+def test_images_from_pixels_inverts_pixels_from_images(num_channels: int) -> None:
     images = [noise(32, 32, "L" if num_channels == 1 else "RGB"), quadrants(32, 32).convert("L").convert("RGB")]
     pixels = pixels_from_images(images, image_size=32, num_channels=num_channels)  # type: ignore[arg-type]
     assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((2, num_channels, 32, 32), torch.float32, True)
@@ -277,13 +277,13 @@ def test_pixels_give_back_the_same_image(num_channels: int) -> None:
     assert [image.tobytes() for image in images_from_pixels(pixels)] == expected
 
 
-def test_the_middle_of_the_image_is_kept_exactly() -> None:
+def test_pixels_from_images_crops_the_center_exactly() -> None:
     image = noise(39, 32)
     pixels = pixels_from_images([image], image_size=32, num_channels=3)
     assert images_from_pixels(pixels)[0].tobytes() == image.crop((3, 0, 35, 32)).tobytes()
 
 
-def test_a_whole_factor_averages_boxes() -> None:
+def test_pixels_from_images_by_an_integer_factor_averages_boxes() -> None:
     image = noise(64, 64)
     boxes = np.asarray(image, dtype=np.float32).reshape(16, 4, 16, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 255
     pixels = pixels_from_images([image], image_size=16, num_channels=3)
@@ -291,13 +291,13 @@ def test_a_whole_factor_averages_boxes() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (300, 20)])
-def test_any_size_becomes_the_square_asked_for(size: tuple[int, int]) -> None:
+def test_pixels_from_images_of_any_size_returns_the_requested_square(size: tuple[int, int]) -> None:
     pixels = pixels_from_images([Image.new("RGB", size, RED)], image_size=16, num_channels=3)
     assert pixels.shape == (1, 3, 16, 16)
     assert pixels.mean((0, 2, 3)).tolist() == [1, 0, 0]  # red, green, blue
 
 
-def test_pixels_refuse_what_they_would_have_to_guess() -> None:
+def test_pixels_from_images_with_invalid_arguments_raises() -> None:
     image = Image.new("RGB", (4, 4))
     for images, image_size, num_channels in (
         ([], 4, 3),
@@ -309,13 +309,13 @@ def test_pixels_refuse_what_they_would_have_to_guess() -> None:
             pixels_from_images(images, image_size=image_size, num_channels=num_channels)  # type: ignore[arg-type]
 
 
-def test_pixels_are_clamped_and_rounded() -> None:
+def test_images_from_pixels_clamps_and_rounds() -> None:
     pixels = torch.tensor([-3.0, 0.5 / 255 + 1e-4, 1.4 / 255, float("inf")]).reshape(1, 1, 2, 2)
     assert list(images_from_pixels(pixels)[0].tobytes()) == [0, 1, 1, 255]
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 2, 4, 4), (1, 3, 4, 4)])
-def test_pixels_that_are_no_images_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_from_pixels_of_another_shape_or_nan_raises(shape: tuple[int, ...]) -> None:
     pixels = torch.full(shape, torch.nan)
     with pytest.raises(ValueError, match="expected floats|NaN"):
         images_from_pixels(pixels)

@@ -37,18 +37,18 @@ def all_equal(some: dict, others: dict) -> bool:
 
 @pytest.mark.parametrize("image_size", [8, 12, 16, 28, 32, 64, 256])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_an_image_of_any_size_gets_a_score_for_each_patch(image_size, num_channels):
+def test_discriminator_of_any_image_size_scores_each_patch(image_size, num_channels):
     discriminator = PatchDiscriminator(image_size, num_channels, hidden_channels=2)
     scores = discriminator(torch.rand(2, num_channels, image_size, image_size))
     assert scores.shape[:2] == (2, 1) and min(scores.shape[2:]) >= 2
 
 
-def test_an_image_without_room_for_patches_is_refused():
+def test_discriminator_of_a_too_small_image_size_raises():
     with pytest.raises(ValueError, match="image_size of at least 8, got 4"):
         PatchDiscriminator(4)
 
 
-def test_a_patch_is_as_large_as_in_the_paper():
+def test_discriminator_has_the_receptive_field_of_the_paper():
     images = torch.zeros(1, 3, 256, 256, requires_grad=True)
     convolutions = PatchDiscriminator(256, hidden_channels=2).double()
     for layer in convolutions.modules():  # what a score depends on is more than a patch with norms of whole images
@@ -59,17 +59,17 @@ def test_a_patch_is_as_large_as_in_the_paper():
     assert rows.max() - rows.min() + 1 == 70
 
 
-def test_a_score_does_not_depend_on_the_other_images(images):
+def test_discriminator_score_does_not_depend_on_the_batch(images):
     discriminator = small_discriminator().train()
     torch.testing.assert_close(discriminator(images)[2:3], discriminator(images[2:3]))
 
 
-def test_the_discriminator_pays_for_scores_on_the_wrong_side_of_one():
+def test_hinge_loss_counts_scores_on_the_wrong_side_of_one():
     real, fake = torch.tensor([3.0, 0.5]), torch.tensor([-4.0, 0.0])
     assert hinge_loss(real, fake) == (0.25 + 0.5) / 2
 
 
-def test_both_terms_pull_equally_hard_under_the_adaptive_weight(normalized):
+def test_adaptive_weight_makes_both_gradients_equally_long(normalized):
     reconstruction, target = normalized
     error, generator = squared_error(*normalized), -small_discriminator()(reconstruction).mean()
     weight = adaptive_weight(error, generator, reconstruction)
@@ -78,12 +78,12 @@ def test_both_terms_pull_equally_hard_under_the_adaptive_weight(normalized):
     assert not weight.requires_grad
 
 
-def test_the_adaptive_weight_has_a_limit(normalized):
+def test_adaptive_weight_is_clamped(normalized):
     error, generator = squared_error(*normalized), 0 * normalized[0].sum()
     assert adaptive_weight(1e6 * error, generator, normalized[0]) == MAX_ADAPTIVE_WEIGHT
 
 
-def test_the_factor_multiplies_the_adaptive_weight(normalized):
+def test_adversarial_loss_weight_multiplies_the_adaptive_weight(normalized):
     discriminator = small_discriminator()
     losses = [AdversarialLoss(discriminator, start_step=0, weight=weight).train() for weight in (1.0, 0.25)]
     for loss in losses:
@@ -92,7 +92,7 @@ def test_the_factor_multiplies_the_adaptive_weight(normalized):
     torch.testing.assert_close(quarter, whole / 4)
 
 
-def test_the_loss_is_the_sum_of_its_parts(normalized):
+def test_adversarial_loss_is_the_sum_of_its_terms(normalized):
     loss = AdversarialLoss(small_discriminator(), start_step=0, reconstruction_loss=absolute_error).train()
     value, parts = loss(*normalized), loss.terms
     assert parts["reconstruction_loss"] == absolute_error(*normalized)
@@ -101,7 +101,7 @@ def test_the_loss_is_the_sum_of_its_parts(normalized):
     assert not any(part.requires_grad for part in parts.values())
 
 
-def test_one_backward_pass_gives_both_networks_the_gradients_of_their_own_losses(model, images):
+def test_adversarial_loss_backward_gives_both_networks_their_own_gradients(model, images):
     tokenizer, discriminator = copy.deepcopy(model.tokenizer), copy.deepcopy(model.reconstruction_loss.discriminator)
     model(images).loss.backward()
     weight = model.reconstruction_loss.terms["disc_weight"]
@@ -119,7 +119,7 @@ def test_one_backward_pass_gives_both_networks_the_gradients_of_their_own_losses
     assert all_equal(gradients(model.reconstruction_loss.discriminator), gradients(discriminator))
 
 
-def test_before_its_first_step_the_discriminator_does_nothing(tiny_vqvae, images):
+def test_adversarial_loss_before_start_step_ignores_the_discriminator(tiny_vqvae, images):
     plain = copy.deepcopy(tiny_vqvae).train()
     loss = AdversarialLoss(small_discriminator(), start_step=2)
     model = TokenizerWithLoss(tiny_vqvae, loss).train()
@@ -137,20 +137,20 @@ def test_before_its_first_step_the_discriminator_does_nothing(tiny_vqvae, images
     assert all(gradient.any() for name, gradient in gradients(loss.discriminator).items() if name.endswith("weight"))
 
 
-def test_steps_are_counted_in_training_alone(model, images):
+def test_adversarial_loss_counts_steps_only_in_training(model, images):
     model(images)
     model.eval()(images)
     model.train()(images)
     assert model.reconstruction_loss.steps == 2
 
 
-def test_held_out_images_cost_what_they_cost_without_a_discriminator(model, images):
+def test_adversarial_loss_in_eval_mode_is_the_reconstruction_loss(model, images):
     output = model.eval()(images)
     assert output.loss == model.tokenizer(images).loss
     assert output.metrics["reconstruction_loss"] < output.loss and "generator_loss" not in output.metrics
 
 
-def test_a_discriminator_learns_to_tell_images_from_blurred_ones():
+def test_discriminator_learns_to_distinguish_images_from_blurred_ones():
     sharp = torch.rand(64, 3, 8, 8).round()
     real, blurred = sharp, F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     discriminator = small_discriminator()
@@ -164,7 +164,7 @@ def test_a_discriminator_learns_to_tell_images_from_blurred_ones():
     assert (unseen[0] > unseen[1].max()).float().mean() > 0.9
 
 
-def test_one_optimizer_trains_both(model, images):
+def test_adversarial_loss_with_one_optimizer_trains_both_networks(model, images):
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(3):
@@ -176,21 +176,21 @@ def test_one_optimizer_trains_both(model, images):
     assert not [name for name in before if name.endswith("weight") and model.state_dict()[name].equal(before[name])]
 
 
-def test_the_adversarial_loss_is_finite_in_bfloat16(model, images):
+def test_adversarial_loss_under_bfloat16_is_finite(model, images):
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images).loss
     loss.backward()
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_the_saved_model_knows_of_no_discriminator(model, images, tmp_path):
+def test_save_pretrained_leaves_out_the_discriminator(model, images, tmp_path):
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == model.tokenizer.state_dict().keys()
     codes = model.eval().tokenizer.encode(images)
     assert torch.equal(VQVAE.from_pretrained(tmp_path).encode(images), codes)
 
 
-def test_what_the_loss_has_learned_comes_back_from_a_file_of_its_own(model, images, tmp_path):
+def test_load_loss_restores_the_discriminator_from_its_own_file(model, images, tmp_path):
     model(images)
     model.save_pretrained(tmp_path)
     again = TokenizerWithLoss(model.tokenizer, AdversarialLoss(small_discriminator(), start_step=0))

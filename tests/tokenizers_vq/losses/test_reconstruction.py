@@ -23,13 +23,13 @@ def pair(images):
     return (images + 0.1 * torch.randn_like(images)).requires_grad_(), images
 
 
-def test_each_pixel_loss_is_the_mean_of_its_formula():
+def test_pixel_losses_equal_the_means_of_their_formulas():
     reconstruction, target = torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[[2.0, 2.0]]]])
     assert squared_error(reconstruction, target) == (1 + 9) / 2
     assert absolute_error(reconstruction, target) == (1 + 3) / 2
 
 
-def test_the_config_names_the_loss_that_training_lowers(tiny_vqvae, images):
+def test_config_selects_the_reconstruction_loss(tiny_vqvae, images):
     normalized, quantized = reconstruct(tiny_vqvae, images)
     difference = normalized - (images - 0.5) / 0.25
     for name, error in {"mse": difference.square().mean(), "l1": difference.abs().mean()}.items():
@@ -37,12 +37,12 @@ def test_the_config_names_the_loss_that_training_lowers(tiny_vqvae, images):
         torch.testing.assert_close(tiny_vqvae(images).loss, error + quantized.loss)
 
 
-def test_a_loss_that_is_not_known_is_refused_by_name():
+def test_config_with_an_unknown_reconstruction_loss_raises():
     with pytest.raises(ValueError, match="reconstruction_loss must be one of mse, l1, got 'l2'"):
         VQVAEConfig(reconstruction_loss="l2")
 
 
-def test_the_loss_survives_save_and_load(tmp_path):
+def test_from_pretrained_restores_the_reconstruction_loss(tmp_path):
     config = VQVAEConfig(
         image_size=8, hidden_channels=16, num_decoder_blocks=1, codebook_size=16, reconstruction_loss="l1"
     )
@@ -50,20 +50,20 @@ def test_the_loss_survives_save_and_load(tmp_path):
     assert VQVAE.from_pretrained(tmp_path).config.reconstruction_loss == "l1"
 
 
-def test_a_loss_given_to_a_call_takes_the_place_of_the_configs(tiny_vqvae, images):
+def test_forward_with_a_loss_overrides_the_config(tiny_vqvae, images):
     normalized, quantized = reconstruct(tiny_vqvae, images)
     loss = tiny_vqvae(images, lambda reconstruction, target: (reconstruction * target).sum()).loss
     torch.testing.assert_close(loss, (normalized * tiny_vqvae.normalize(images)).sum() + quantized.loss)
 
 
-def test_features_are_compared_by_direction_at_every_place(images):
+def test_feature_distance_compares_directions_at_each_position(images):
     found, wanted = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     cosine = torch.cosine_similarity(found, wanted, dim=1)
     torch.testing.assert_close(feature_distance(found, wanted), (2 - 2 * cosine).mean())
     torch.testing.assert_close(feature_distance(7 * found, wanted), feature_distance(found, wanted))
 
 
-def test_the_perceptual_loss_adds_up_its_layers_and_the_pixels(pair):
+def test_perceptual_loss_is_the_sum_over_layers_plus_the_pixel_loss(pair):
     features = Edges()
     loss = PerceptualLoss(features, 0.5, absolute_error)
     layers = zip(features(pair[0]), features(pair[1]), strict=True)
@@ -72,24 +72,24 @@ def test_the_perceptual_loss_adds_up_its_layers_and_the_pixels(pair):
     assert loss(*pair) == loss.terms["pixel_loss"] + 0.5 * loss.terms["perceptual_loss"]
 
 
-def test_one_tensor_of_features_will_do(pair):
+def test_perceptual_loss_accepts_a_single_feature_tensor(pair):
     loss = PerceptualLoss(lambda images: images.flatten(1), pixel_loss=absolute_error)
     flat = pair[0].flatten(1), pair[1].flatten(1)
     torch.testing.assert_close(loss(*pair), absolute_error(*pair) + feature_distance(*flat))
 
 
-def test_an_image_is_no_distance_from_itself(images):
+def test_perceptual_loss_of_equal_images_is_zero(images):
     assert PerceptualLoss(Edges())(images, images) == 0
 
 
-def test_features_see_pixels_where_the_normalisation_is_told(images):
+def test_perceptual_loss_with_pixel_constants_shows_pixels_to_features(images):
     seen = []
     loss = PerceptualLoss(lambda pixels: seen.append(pixels) or pixels, pixel_mean=0.5, pixel_std=0.25)
     loss((images - 0.5) / 0.25, (images - 0.5) / 0.25)
     torch.testing.assert_close(seen[0], images)
 
 
-def test_gradients_reach_the_reconstruction_and_not_the_features(pair):
+def test_perceptual_loss_gives_gradients_to_the_reconstruction_only(pair):
     loss = PerceptualLoss(Edges()).train()
     before = {name: tensor.clone() for name, tensor in loss.features.state_dict().items()}
     loss(*pair).backward()
@@ -98,12 +98,12 @@ def test_gradients_reach_the_reconstruction_and_not_the_features(pair):
     assert all(tensor.equal(before[name]) for name, tensor in loss.features.state_dict().items())
 
 
-def test_features_that_see_nothing_have_a_finite_gradient(pair):
+def test_perceptual_loss_of_zero_features_has_a_finite_gradient(pair):
     PerceptualLoss(lambda images: torch.relu(images - 100))(*pair).backward()
     assert pair[0].grad.isfinite().all()
 
 
-def test_a_tokenizer_trains_on_the_loss_beside_it(tiny_vqvae, images):
+def test_tokenizer_with_loss_adds_the_perceptual_loss(tiny_vqvae, images):
     model = TokenizerWithLoss(tiny_vqvae, PerceptualLoss(Edges())).eval()
     output = model(images)
     torch.testing.assert_close(output.loss, tiny_vqvae(images, model.reconstruction_loss).loss)
@@ -111,7 +111,7 @@ def test_a_tokenizer_trains_on_the_loss_beside_it(tiny_vqvae, images):
     assert torch.equal(output.codes, tiny_vqvae.encode(images))
 
 
-def test_a_plain_function_is_a_loss_too(tiny_vqvae, images):
+def test_tokenizer_with_loss_accepts_a_function(tiny_vqvae, images):
     tiny_vqvae.config.reconstruction_loss = "l1"
     assert TokenizerWithLoss(tiny_vqvae, absolute_error)(images).loss == tiny_vqvae(images).loss
 

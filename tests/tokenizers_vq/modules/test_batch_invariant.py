@@ -1,4 +1,4 @@
-"""Bits of latents, which decide codes where two entries are nearly as near."""
+"""Latents do not depend on the batch, bit for bit: a bit decides codes between almost equally near entries."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SIZES = {"image_size": 16, "hidden_channels": 32, "code_dim": 16, "codebook_size
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
-def test_a_projection_has_the_same_bits_in_every_batch(batch_size):
+def test_batch_invariant_conv1x1_is_bit_equal_in_every_batch(batch_size):
     layer, x = nn.Conv2d(128, 64, 1).eval(), torch.randn(64, 128, 8, 8)
     assert torch.cat([batch_invariant_conv1x1(layer, some) for some in x.split(batch_size)]).equal(
         batch_invariant_conv1x1(layer, x)
@@ -19,13 +19,13 @@ def test_a_projection_has_the_same_bits_in_every_batch(batch_size):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_plain_one_to_the_last_bits_and_in_training_to_all(bias):
+def test_batch_invariant_conv1x1_equals_the_plain_convolution(bias):
     layer, x = nn.Conv2d(32, 16, 1, bias=bias), torch.randn(8, 32, 4, 4)
     torch.testing.assert_close(batch_invariant_conv1x1(layer.eval(), x), layer(x))
     assert batch_invariant_conv1x1(layer.train(), x).equal(layer(x))
 
 
-def test_one_example_goes_beside_a_copy_of_itself_and_several_as_they_are():
+def test_batch_invariant_encode_duplicates_a_single_example():
     seen = []
 
     def encode(x):
@@ -43,7 +43,7 @@ def test_one_example_goes_beside_a_copy_of_itself_and_several_as_they_are():
 @pytest.mark.parametrize(
     "settings", [{"num_grids": 2}, {"num_encoder_blocks": 2}, {"num_grids": 3, "num_encoder_blocks": 1}]
 )
-def test_latents_of_every_grid_have_the_same_bits_in_every_batch(settings, batch_size):
+def test_latents_of_every_grid_are_bit_equal_in_every_batch(settings, batch_size):
     model, seen = VQVAE(VQVAEConfig(**SIZES, **settings)).eval(), []
     for grid in model.grids():
         grid.quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""Codes are those of the example, whatever it is coded together with; `codes_in_any_batch.py` looks at 100,000 of each."""
+"""Codes do not depend on the batch. `codes_in_any_batch.py` tests 100,000 of each model."""
 
 import runpy
 from pathlib import Path
@@ -10,6 +10,6 @@ TORTURE = runpy.run_path(str(Path(__file__).parents[2] / "robustness" / "codes_i
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", TORTURE["MODELS"])
-def test_codes_depend_neither_on_batch_size_nor_order_threads_or_process(kind):
+def test_codes_do_not_depend_on_batch_order_threads_or_process(kind):
     (flips,) = TORTURE["main"](200, kinds=[kind]).values()
     assert len(flips) == 7 and set(flips.values()) == {0}
