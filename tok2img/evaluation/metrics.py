@@ -1,6 +1,6 @@
-"""Numbers about image tokenizers, and about the images that a prior draws and the captions that it writes.
+"""Metrics of image tokenizers, and of the images and captions that a prior generates.
 
-Sums stay on the device until the last batch is through, so measuring never waits for a single step.
+Sums stay on the device until the last batch, so measuring does not synchronize after every batch.
 """
 
 import importlib.util
@@ -26,22 +26,28 @@ if TYPE_CHECKING:
 def evaluate_tokenizer(
     image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
 ) -> dict[str, float | list[float]]:
-    """Measure how well images survive their codes, and how well the codes are used.
+    """Measure the reconstruction error and the code usage of an image tokenizer.
 
     Args:
-        image_tokenizer: in eval mode
-        batches: pixel values `b c h w` in [0, 1]; moved to the tokenizer's device
+        image_tokenizer: Tokenizer in eval mode.
+        batches: Pixel values, `b c h w` in [0, 1]. They are moved to the tokenizer's device.
 
     Returns:
-        mse: mean squared error of a pixel, in units of the full range [0, 1]
-        psnr: dB, from that mean; infinite when the mse is 0
-        ssim: structural similarity (Wang et al. 2004); only with torchmetrics, of the extra `[eval]`
-        bits_per_image: `num_codes * log2(codebook_size)`
-        code_usage: share of the codes used at least once
-        perplexity: exp of the entropy of the codes; like the usage a mean over groups of positions with codes of their own
-        entropy_per_position: nats; used_per_position: codes used at least once; only when each position has codes of its own
-        entropy_per_group, used_per_group: the same where groups of several positions do
-        mse_per_stage, psnr_per_stage: after each code; only where an image sharpens code by code
+        A dictionary with these entries.
+
+        - `mse`: Mean squared error of a pixel, in units of the full range [0, 1].
+        - `psnr`: Peak signal-to-noise ratio in dB, from that mean; infinite if the MSE is 0.
+        - `ssim`: Structural similarity (Wang et al. 2004). Only with torchmetrics, of the extra `[eval]`.
+        - `bits_per_image`: `num_codes * log2(codebook_size)`.
+        - `code_usage`: Fraction of the codes used at least once, averaged over codebooks.
+        - `perplexity`: Exponential of the entropy of the codes, averaged over codebooks.
+        - `entropy_per_position` (nats), `used_per_position` (codes used at least once): Only if each position has its own
+          codebook.
+        - `entropy_per_group`, `used_per_group`: The same, if groups of several positions share a codebook.
+        - `mse_per_stage`, `psnr_per_stage`: After each code. Only if prefixes of the codes decode.
+
+    Raises:
+        ValueError: For a tokenizer in training mode, no batch, or pixel values that are not finite.
     """
     return measure_tokenizer(image_tokenizer, batches)[0]
 
@@ -50,21 +56,26 @@ def evaluate_tokenizer(
 def measure_tokenizer(
     image_tokenizer: "DiscreteTokenizer", batches: Iterable[Tensor]
 ) -> tuple[dict[str, float | list[float]], Tensor]:
-    """What `evaluate_tokenizer` returns, and the counts behind it: how often each code was used, as `code_histogram` has them."""
+    """Return the report of `evaluate_tokenizer`, and the code counts `g k` of `code_histogram`."""
     if image_tokenizer.training:
-        raise ValueError("got an image tokenizer in training mode; call its .eval() before measuring it")
+        raise ValueError("Expected an image tokenizer in eval mode, got one in training mode. Call its .eval() first.")
     groups, device = image_tokenizer.positions_per_codebook, image_tokenizer.device
     histogram = torch.zeros(len(groups), image_tokenizer.codebook_size, dtype=torch.int64, device=device)
     starts = range_starts(groups, image_tokenizer.codebook_size, device)
     fidelities, sizes = [], []
     for pixel_values in batches:
-        check_pixel_range(pixel_values)  # here, where those that wait on the CPU can be looked at for nothing
+        check_pixel_range(
+            pixel_values
+        )  # before the move to the device, because on a CPU the check needs no synchronization
         with skip_validation():
             fidelities.append(_fidelity(image_tokenizer, pixel_values.to(device), histogram, starts))
         sizes.append(len(pixel_values))
     if not sizes:
-        raise ValueError("got no batch of images to evaluate")
-    means = {name: _weighted_mean([fidelity[name] for fidelity in fidelities], sizes) for name in fidelities[0]}
+        raise ValueError("Expected at least one batch of images, got no batch.")
+    # Each batch counts by its size, so that the batching does not change the result.
+    weights = torch.tensor(sizes).double()
+    values = {name: torch.stack([each[name] for each in fidelities]).cpu().double() for name in fidelities[0]}
+    means = {name: (weights @ value / sum(sizes)).tolist() for name, value in values.items()}
     errors = means.pop("mse_per_stage")
     psnrs = [-10 * math.log10(error) if error > 0 else math.inf for error in errors]
     bits = image_tokenizer.num_codes * math.log2(image_tokenizer.codebook_size)
@@ -74,33 +85,51 @@ def measure_tokenizer(
 
 
 def code_histogram(codes: Tensor, *, codebook_size: int, groups: tuple[int, ...]) -> Tensor:
-    """Count each code of `codes` (`b n`): a row for each group of positions that share codes, `g k`."""
+    """Count how often each code is used, for each group of positions that share a codebook.
+
+    Args:
+        codes: Codes, `b n`.
+        codebook_size: Number of values that a code can take.
+        groups: Number of positions in each group, see `DiscreteTokenizer.positions_per_codebook`.
+
+    Returns:
+        Counts, `g k` int64.
+    """
     if codes.min() < 0 or codes.max() >= codebook_size:
-        raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {codebook_size - 1}")
+        raise ValueError(f"Expected codes from 0 to {codebook_size - 1}, got {codes.min()} to {codes.max()}.")
     histogram = torch.zeros(len(groups), codebook_size, dtype=torch.int64, device=codes.device)
     _count(histogram, codes, range_starts(groups, codebook_size, codes.device))
     return histogram
 
 
 def unigram_entropy(codes: Tensor, *, codebook_size: int, groups: tuple[int, ...]) -> float:
-    """Mean entropy in nats of a code of `codes` (`b n`): the loss of a prior that sees nothing but the position's group."""
+    """Return the mean entropy of a code in nats: the loss of a prior that knows only the position's group.
+
+    Args:
+        codes: Codes, `b n`.
+        codebook_size: Number of values that a code can take.
+        groups: Number of positions in each group that shares a codebook.
+    """
     entropies = _entropies(code_histogram(codes, codebook_size=codebook_size, groups=groups))
     lengths = torch.tensor(groups).double()
     return (entropies @ lengths / lengths.sum()).item()
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Distance of the gaussians fitted to two sets of features (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+    """Compute the Fréchet distance of two sets of features (Dowson & Landau 1982; Heusel et al. 2017, equation 6).
 
-    With covariances R^T R, the eigenvalues of their product are the squared singular values of R_a R_b^T, so the
-    trace of its square root is their sum: no matrix root, and exactly 0 distance survives rounding.
+    It is the distance of the Gaussians fitted to them. No matrix root is computed: with covariances R^T R, the
+    eigenvalues of their product are the squared singular values of R_a R_b^T. The trace of its square root is the sum
+    of these singular values, and equal sets have a distance of 0 up to rounding.
 
     Args:
-        features_a: `n d`
-        features_b: `m d`; both need at least two rows, and many more than d to mean anything
+        features_a: Features, `n d` with n at least 2, and much larger than d for a meaningful result.
+        features_b: Features, `m d`, likewise.
     """
     if min(len(features_a), len(features_b)) < 2:
-        raise ValueError(f"got {len(features_a)} and {len(features_b)} feature rows, each side needs at least 2")
+        raise ValueError(
+            f"Expected at least 2 rows of features on each side, got {len(features_a)} and {len(features_b)}."
+        )
     mean_a, root_a = _gaussian(features_a)
     mean_b, root_b = _gaussian(features_b)
     trace_of_root = torch.linalg.svdvals(root_a @ root_b.T).sum()
@@ -109,56 +138,83 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def memorization_rate(codes: Tensor, training_codes: Tensor) -> float:
-    """Share of the rows of `codes` (`b n`) that occur exactly in `training_codes` (`m n`)."""
+    """Return the fraction of images whose codes repeat those of a training image exactly.
+
+    Args:
+        codes: Codes of generated images, `b n`.
+        training_codes: Codes of the training images, `m n`.
+    """
     if codes.shape[1:] != training_codes.shape[1:] or len(codes) == 0:
         shapes = f"codes {tuple(codes.shape)} and training codes {tuple(training_codes.shape)}"
-        raise ValueError(f"got {shapes}, expected rows of one length, and at least one row of codes")
+        raise ValueError(f"Expected rows of one length and at least one row of codes, got {shapes}.")
     dtype = torch.promote_types(codes.dtype, training_codes.dtype)
-    known = set(_rows_as_bytes(training_codes, dtype))
-    return sum(row in known for row in _rows_as_bytes(codes, dtype)) / len(codes)
+    training_rows = set(_rows_as_bytes(training_codes, dtype))
+    return sum(row in training_rows for row in _rows_as_bytes(codes, dtype)) / len(codes)
 
 
 def caption_accuracy(
     images: Sequence[Image.Image], captions: Sequence[str], verify: Callable[[Image.Image, str], bool]
 ) -> float:
-    """Share of the images that `verify` finds to show what their caption says."""
+    """Return the fraction of images that show their caption.
+
+    Args:
+        images: Generated images.
+        captions: The caption of each image.
+        verify: Function of an image and a caption; returns True if the image shows the caption.
+    """
     if len(images) != len(captions) or not images:
-        raise ValueError(f"got {len(images)} images and {len(captions)} captions, expected equally many, at least 1")
+        raise ValueError(
+            f"Expected as many images as captions, at least 1, got {len(images)} images and {len(captions)} captions."
+        )
     return sum(verify(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
 
 
 def caption_agreement(text_ids: Tensor, written: Tensor, *, pad_id: int) -> dict[str, float]:
-    """How far captions that a prior wrote, `b t`, are those of the data, `b t`, both filled with [PAD].
+    """Compare captions that a prior wrote with those of the data.
+
+    Args:
+        text_ids: Captions of the data, `b t`, right-padded.
+        written: Captions of the prior for the same images, `b t`, right-padded.
+        pad_id: Id of [PAD].
 
     Returns:
-        caption_exact_match: share of the captions that are the same to the last token
-        caption_token_accuracy: share of the data's tokens, with the [PAD] that ends a caption, that stand at their place
+        `caption_exact_match`, the fraction of captions with the same tokens, and `caption_token_accuracy`, the fraction
+        of the data's tokens that are predicted at their position. The first [PAD] after a caption counts as a token.
     """
     if text_ids.shape != written.shape or len(text_ids) == 0:
         raise ValueError(
-            f"got captions {tuple(text_ids.shape)} and written ones {tuple(written.shape)}, expected alike"
+            f"Expected captions of one shape, got captions {tuple(text_ids.shape)} and written ones {tuple(written.shape)}."
         )
-    right, is_pad = text_ids == written, text_ids == pad_id
+    is_right, is_pad = text_ids == written, text_ids == pad_id
+    # Up to and including the first [PAD], which says where the caption ends.
     counted = is_pad.cumsum(dim=1) - is_pad.long() == 0
     return {
-        "caption_exact_match": right.all(dim=1).double().mean().item(),
-        "caption_token_accuracy": right[counted].double().mean().item(),
+        "caption_exact_match": is_right.all(dim=1).double().mean().item(),
+        "caption_token_accuracy": is_right[counted].double().mean().item(),
     }
 
 
 def _count(histogram: Tensor, codes: Tensor, starts: Tensor) -> None:
-    """Add `codes` (`b n`) to `histogram` (`g k`), each in the row that starts at `starts` (`n`); `bincount` would wait for the device."""
+    """Add codes to a histogram in place.
+
+    Args:
+        histogram: Counts, `g k`.
+        codes: Codes, `b n`.
+        starts: Index in the flat histogram at which the row of each position starts, `n`.
+    """
+    # `bincount` would synchronize with the device, to learn the size of its result.
     flat = rearrange(codes + starts, "b n -> (b n)")
     histogram.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _entropies(histogram: Tensor) -> Tensor:
-    """Entropy of each row of counts `p k`, in nats: `p`, float64 on the CPU."""
+    """Return the entropy of each row of counts `g k` in nats, `g` float64 on the CPU."""
     counts = histogram.cpu().double()
-    return torch.special.entr(counts / reduce(counts, "p k -> p 1", "sum")).sum(dim=1)
+    return torch.special.entr(counts / reduce(counts, "g k -> g 1", "sum")).sum(dim=1)
 
 
 def _usage(histogram: Tensor, groups: tuple[int, ...]) -> dict[str, float | list[float]]:
+    """Return the entries of `evaluate_tokenizer` about code usage, from counts `g k`."""
     entropies = _entropies(histogram)
     used = (histogram > 0).double().mean().item()
     usage: dict[str, float | list[float]] = {"code_usage": used, "perplexity": entropies.exp().mean().item()}
@@ -172,7 +228,17 @@ def _usage(histogram: Tensor, groups: tuple[int, ...]) -> dict[str, float | list
 def _fidelity(
     image_tokenizer: "DiscreteTokenizer", pixel_values: Tensor, histogram: Tensor, starts: Tensor
 ) -> dict[str, Tensor]:
-    """Measure one batch `b c h w` and add its codes to `histogram`, see `_count`."""
+    """Measure the error of one batch, and add its codes to `histogram`.
+
+    Args:
+        image_tokenizer: The tokenizer.
+        pixel_values: Images, `b c h w`.
+        histogram: Counts, `g k`.
+        starts: As in `_count`, `n`.
+
+    Returns:
+        `mse_per_stage`, `s`, and if torchmetrics is installed `ssim`, `1`.
+    """
     codes = image_tokenizer.encode(pixel_values)
     reconstruction, errors = pixel_values, []
     for stage in image_tokenizer.decode_progressively(codes):
@@ -189,13 +255,8 @@ def _fidelity(
     return fidelity
 
 
-def _weighted_mean(values: list[Tensor], weights: list[int]) -> list[float]:
-    """Mean over batches of their values `s`, each by the size of its batch."""
-    return (torch.tensor(weights).double() @ torch.stack(values).cpu().double() / sum(weights)).tolist()
-
-
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `d` of features `n d`, and an R with R^T R their covariance; float64 on the CPU."""
+    """Return the mean `d` of features `n d`, and R `d d` with R^T R their covariance, in float64 on the CPU."""
     features = features.cpu().double()
     mean = reduce(features, "n d -> d", "mean")
     _, root = torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r")
@@ -203,6 +264,7 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_as_bytes(codes: Tensor, dtype: torch.dtype) -> list[bytes]:
+    """Return each row of codes `b n` as bytes, which are hashable."""
     content = codes.to(dtype).cpu().numpy().tobytes()
     row_size = codes.shape[1] * dtype.itemsize
     return [content[start : start + row_size] for start in range(0, len(content), row_size)]

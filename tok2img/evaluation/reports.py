@@ -1,4 +1,4 @@
-"""Reports on a trained tokenizer or model: the numbers that tell whether it is good, none of them alone."""
+"""Reports on trained tokenizers and models: metrics as a dictionary, and figures on request."""
 
 import json
 import math
@@ -39,11 +39,20 @@ from .text_metrics import measure_text_tokenizer
 from .verifiers import CaptionVerifier, batches, find_verifier
 
 Report = dict[str, Any]
-Draw = Callable[[Path], list[str]]  # draws into a folder and names the files
+SaveFigures = Callable[[Path], list[str]]  # saves figures to a folder and returns the paths
 
 
 def load_eval_split(data: str, *, split: str = "", **columns: Any) -> Dataset:
-    """The rows of a split; of the test split, or else the validation split, where none is named. Errors as in `load_captioned_images`."""
+    """Load the rows to evaluate on.
+
+    Args:
+        data: Data set, as in `load_captioned_images`.
+        split: Name of a split; "": the test split, or the validation split if the data set has none.
+        columns: Further arguments of `load_captioned_images`.
+
+    Raises:
+        ValueError: As in `load_captioned_images`.
+    """
     if split:
         return load_captioned_images(data, split=split, **columns)
     try:
@@ -52,10 +61,15 @@ def load_eval_split(data: str, *, split: str = "", **columns: Any) -> Dataset:
         return load_captioned_images(data, split="validation", **columns)
 
 
-def report_on_tokenizer(folder: str | Path, rows: Dataset) -> tuple[Report, Draw]:
-    """Errors and code usage of a saved tokenizer on the images, or the captions, of some rows; and what draws it.
+def report_on_tokenizer(folder: str | Path, rows: Dataset) -> tuple[Report, SaveFigures]:
+    """Report the reconstruction error and the code usage of a saved tokenizer.
 
-    See `evaluate_tokenizer` and `evaluate_text_tokenizer`, and `save_tokenizer_figures`.
+    Args:
+        folder: Folder of an image tokenizer or a VQ text tokenizer.
+        rows: Held-out rows with an `image`, or for a text tokenizer a `caption`.
+
+    Returns:
+        The metrics of `evaluate_tokenizer` or `evaluate_text_tokenizer`, and a function that saves the figures.
     """
     log = load_log(folder)
     if is_text_model(folder):
@@ -82,10 +96,21 @@ def report_on_model(
     num_images: int = 1000,
     seed: int = 0,
     **columns: Any,
-) -> tuple[Report, Draw]:
-    """Losses of a saved model on rows it has not seen, what its images of their captions are worth, and its captions where it writes any.
+) -> tuple[Report, SaveFigures]:
+    """Report the losses of a saved model, the quality of its images, and that of its captions if it can caption.
 
-    Beside these what draws them, see `save_model_figures`. `columns` name those of the data that a verifier learns from.
+    Args:
+        folder: Folder of the model.
+        rows: Held-out rows with an `image` and a `caption`.
+        data: Data set whose training split a new verifier learns from.
+        tokens: Folder of the training tokens, for the memorization rate; "": it is not measured.
+        verifier_folder: Folder of a caption classifier, see `find_verifier`.
+        num_images: Number of images to generate.
+        seed: Seed of the images.
+        columns: Names of the image and caption columns of `data`.
+
+    Returns:
+        The metrics, and a function that saves the figures, see `save_model_figures`.
     """
     log, training_codes = load_log(folder), load_image_codes(tokens) if tokens else None
     pipeline = to_device(TextToImagePipeline.from_pretrained(folder))
@@ -103,9 +128,22 @@ def report_on_model(
 
 
 def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
-    """Nats a token on held-out rows, beside what knowing nothing costs (ln K) and what knowing code frequencies costs.
+    """Report the losses of a model on held-out rows, with reference values, all in nats.
 
-    `caption_information_nats` is what the caption takes off an image's loss; where there are C equally frequent captions it is ln C at best.
+    Args:
+        pipeline: The model.
+        rows: Held-out rows with an `image` and a `caption`.
+
+    Returns:
+        A dictionary with these entries.
+
+        - `text_loss`, `image_loss`: Mean loss of a text token and of an image code.
+        - `image_loss_without_caption`: Loss of an image code when the caption is empty.
+        - `uniform_loss`: ln K, the loss of uniform predictions over K codes.
+        - `unigram_entropy`: Loss of a prior that knows only how frequent each code is.
+        - `information_gain_nats`: Reduction of an image's loss, summed over its codes, below that of uniform predictions.
+        - `caption_information_nats`: Reduction of an image's loss by its caption; with C equally frequent captions at most
+          ln C.
     """
     processor, layout = pipeline.processor, pipeline.processor.layout
     model = PriorWithLoss(pipeline.prior, layout).eval()
@@ -114,12 +152,12 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
     for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
         text_ids, image_codes = tokenize_batch(processor, captions, images)
         with torch.no_grad():
-            informed = model(text_ids.to(pipeline.prior.device), image_codes.to(pipeline.prior.device)).metrics
-            blind_text = layout.null_text_ids(len(text_ids), pipeline.prior.device)
-            blind = model(blind_text, image_codes.to(pipeline.prior.device)).metrics
-        sums["text_loss"] += informed["text_loss"].item() * len(text_ids)
-        sums["image_loss"] += informed["image_loss"].item() * len(text_ids)
-        sums["image_loss_without_caption"] += blind["image_loss"].item() * len(text_ids)
+            conditional = model(text_ids.to(pipeline.prior.device), image_codes.to(pipeline.prior.device)).metrics
+            null_text = layout.null_text_ids(len(text_ids), pipeline.prior.device)
+            unconditional = model(null_text, image_codes.to(pipeline.prior.device)).metrics
+        sums["text_loss"] += conditional["text_loss"].item() * len(text_ids)
+        sums["image_loss"] += conditional["image_loss"].item() * len(text_ids)
+        sums["image_loss_without_caption"] += unconditional["image_loss"].item() * len(text_ids)
         codes.append(image_codes)
     losses = {name: total / len(rows) for name, total in sums.items()}
     entropy = unigram_entropy(torch.cat(codes), codebook_size=layout.codebook_size, groups=layout.image.groups)
@@ -132,7 +170,7 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
 
 
 def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
-    """How often the likeliest caption of a held-out image is the row's own; see `caption_agreement`."""
+    """Compare the most likely captions of held-out images with those of the data; see `caption_agreement`."""
     processor, layout = pipeline.processor, pipeline.processor.layout
     texts, written = [], []
     for images, captions in zip(batches(rows["image"]), batches(rows["caption"]), strict=True):
@@ -145,7 +183,14 @@ def report_on_captions(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
 def report_on_images(
     images: Sequence[Image.Image], captions: list[str], *, verifier: CaptionVerifier | None, real_images: Sequence[Any]
 ) -> Report:
-    """How many images of captions are right, and how far all are from real ones."""
+    """Report how many generated images show their caption, and how far all are from real images.
+
+    Args:
+        images: Generated images.
+        captions: The caption of each.
+        verifier: Verifier of the captions; None: caption accuracy and Fréchet distance are left out.
+        real_images: Held-out real images, in any form.
+    """
     report: Report = {"num_images": len(captions)}
     if verifier is not None:
         report["caption_accuracy"] = caption_accuracy(images, captions, verifier.verify)
@@ -156,27 +201,33 @@ def report_on_images(
 
 
 def load_image_codes(folder: str | Path) -> Tensor:
-    """The image codes of a folder of tokens, `n s`."""
+    """Load the image codes `b n` of a folder of tokens."""
     tokens, _ = load_tokens(folder)
     return torch.from_numpy(np.stack(tokens.with_format("numpy")["image_codes"][:]).astype(np.int64))
 
 
 def save_report(report: Report, path: str | Path) -> str:
-    """Write a report as JSON, in which a number that is not finite is null, and return that."""
+    """Save a report as JSON, with null for non-finite numbers, and return the JSON text."""
     text = json.dumps(finite(report), indent=2)
     write_atomically(path, f"{text}\n".encode())
     return text
 
 
 def balanced_prompts(captions: Sequence[str], num: int, *, seed: int) -> list[str]:
-    """`num` captions: each different one equally often where they are few, else those of randomly chosen rows."""
-    different = sorted(set(captions))
-    if len(different) <= num:
-        return sorted(different[number % len(different)] for number in range(num))
+    """Choose prompts: each distinct caption equally often if there are at most `num`, else those of random rows.
+
+    Args:
+        captions: Captions of a data set.
+        num: Number of prompts.
+        seed: Seed of the choice of rows.
+    """
+    distinct = sorted(set(captions))
+    if len(distinct) <= num:
+        return sorted(distinct[number % len(distinct)] for number in range(num))
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
     return [captions[int(row)] for row in order[:num]]
 
 
 def tokenize_batch(processor: Tok2ImgProcessor, captions: list[str], images: list[Any]) -> tuple[Tensor, Tensor]:
-    """Captions and images -> text ids `b t` and codes `b n`."""
+    """Tokenize captions and images: text ids `b t` and image codes `b n`."""
     return processor.encode_text(captions), processor.encode_images(images)

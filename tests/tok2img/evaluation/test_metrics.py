@@ -185,7 +185,7 @@ def test_a_histogram_has_a_row_for_each_group() -> None:
 
 @pytest.mark.parametrize("code", [-1, 3])
 def test_codes_out_of_range_are_refused(code: int) -> None:
-    with pytest.raises(ValueError, match="expected 0 to 2"):
+    with pytest.raises(ValueError, match="Expected codes from 0 to 2"):
         code_histogram(torch.tensor([[0, code]]), codebook_size=3, groups=(1, 1))
 
 
