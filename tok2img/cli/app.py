@@ -157,9 +157,9 @@ def generate(
 ) -> None:
     """Generate images from captions."""
     silence_transformers()
-    from ..visualization.image_sheets import check_suffix
+    from ..visualization.image_sheets import infer_image_format
 
-    check_suffix(out)
+    infer_image_format(out)
     if bool(captions) == random_codes:
         raise ValueError("give either captions or --random-codes")
     settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -189,20 +189,20 @@ def generate_images(model: str, out: str, prompts: list[str], *, stages: bool, r
     from ..device import to_device
     from ..pipelines.clip_ranker import ClipRanker
     from ..pipelines.text_to_image import TextToImagePipeline
-    from ..visualization.image_sheets import captioned_sheet, save_image
-    from ..visualization.tokenizer_sheets import stages_sheet
+    from ..visualization.image_sheets import make_captioned_sheet, save_image
+    from ..visualization.tokenizer_sheets import render_stages
 
     pipeline = to_device(TextToImagePipeline.from_pretrained(model))
     clip_ranker = ClipRanker.from_pretrained(ranker) if ranker else None
     output = pipeline(prompts, ranker=clip_ranker, progress=True, **settings)
     images: Any = output.images
     if stages:
-        sheet = stages_sheet(pipeline.processor.image_tokenizer, output.codes)
+        sheet = render_stages(pipeline.processor.image_tokenizer, output.codes)
     elif len(images) == 1:
         sheet = images[0]
     else:
         labels = [caption for caption in prompts for _ in range(len(images) // len(prompts))]
-        sheet = captioned_sheet(images, labels, columns=min(8, len(images)))
+        sheet = make_captioned_sheet(images, labels, columns=min(8, len(images)))
     save_image(sheet, out)
 
 
@@ -212,16 +212,16 @@ def render_random_codes(model: str, out: str, *, num_images: int, stages: bool, 
     from tokenizers_vq.images.processing import images_from_pixels
 
     from ..tokenization.processor import IMAGE_TOKENIZER_FOLDER
-    from ..visualization.image_sheets import image_grid, save_image
-    from ..visualization.tokenizer_sheets import random_codes, stages_sheet
+    from ..visualization.image_sheets import make_image_grid, save_image
+    from ..visualization.tokenizer_sheets import render_stages, sample_random_codes
 
     inner = Path(model, IMAGE_TOKENIZER_FOLDER)
     image_tokenizer = load_image_tokenizer(inner if inner.is_dir() else model)
-    codes = random_codes(image_tokenizer, num_images, seed=seed)
+    codes = sample_random_codes(image_tokenizer, num_images, seed=seed)
     if stages:
-        sheet = stages_sheet(image_tokenizer, codes)
+        sheet = render_stages(image_tokenizer, codes)
     else:
-        sheet = image_grid(images_from_pixels(image_tokenizer.decode(codes)), min(8, num_images))
+        sheet = make_image_grid(images_from_pixels(image_tokenizer.decode(codes)), min(8, num_images))
     save_image(sheet, out)
 
 
@@ -293,22 +293,22 @@ def reconstruct(
     from ..data.loading import load_images_or_paths
     from ..device import to_device
     from ..tokenization.span_text_tokenizer import is_text_model
-    from ..visualization.image_sheets import check_suffix, save_image
-    from ..visualization.text_sheets import write_text_sheet
-    from ..visualization.tokenizer_sheets import reconstructions_sheet, stages_sheet
+    from ..visualization.image_sheets import infer_image_format, save_image
+    from ..visualization.text_sheets import save_text_sheet
+    from ..visualization.tokenizer_sheets import render_reconstructions, render_stages
 
     if is_text_model(tokenizer):
-        write_text_sheet(tokenizer, sources, out, split=split, num_texts=num_images)
+        save_text_sheet(tokenizer, sources, out, split=split, num_texts=num_images)
         print(out)
         return
     image_tokenizer = to_device(load_image_tokenizer(tokenizer))
-    check_suffix(out)
+    infer_image_format(out)
     images = load_images_or_paths(sources, split=split, num_images=num_images)
     if stages:
         codes = image_tokenizer.encode(load_pixels(images, image_tokenizer).to(image_tokenizer.device))
-        save_image(stages_sheet(image_tokenizer, codes), out)
+        save_image(render_stages(image_tokenizer, codes), out)
     else:
-        save_image(reconstructions_sheet(image_tokenizer, images), out)
+        save_image(render_reconstructions(image_tokenizer, images), out)
     print(out)
 
 

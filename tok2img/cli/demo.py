@@ -25,8 +25,8 @@ from ..pipelines.text_to_image import TextToImagePipeline
 from ..recipes.config import PriorRecipe, RunSettings, TokenizerRecipe
 from ..recipes.train_prior import train_prior
 from ..recipes.train_tokenizer import train_tokenizer
-from ..visualization.image_sheets import captioned_sheet, save_image
-from ..visualization.tokenizer_sheets import reconstructions_sheet, stages_sheet
+from ..visualization.image_sheets import make_captioned_sheet, save_image
+from ..visualization.tokenizer_sheets import render_reconstructions, render_stages
 from .output import silence_transformers
 
 SPLITS = {"seen": "train", "held_out": "held_out", "unseen_pairs": "unseen_pairs"}
@@ -163,10 +163,10 @@ def save_sheets(out: Path, pipeline: TextToImagePipeline, vqdraw: DiscreteTokeni
     """Save samples.png, reconstructions.png and stages.png."""
     captions = [caption for split in SPLITS.values() for caption in shapes_dataset(split, 16, seed=1)["caption"]]
     images: Any = pipeline(captions, seed=1).images
-    save_image(captioned_sheet(images, captions), out / "samples.png")
+    save_image(make_captioned_sheet(images, captions), out / "samples.png")
     originals = shapes_dataset("validation", 16)["image"][:]
-    save_image(reconstructions_sheet(pipeline.processor.image_tokenizer, originals), out / "reconstructions.png")
-    save_image(stages_sheet(vqdraw, vqdraw.encode(load_pixels(originals[:8], vqdraw))), out / "stages.png")
+    save_image(render_reconstructions(pipeline.processor.image_tokenizer, originals), out / "reconstructions.png")
+    save_image(render_stages(vqdraw, vqdraw.encode(load_pixels(originals[:8], vqdraw))), out / "stages.png")
 
 
 def print_summary(out: Path, metrics: dict[str, Any], seconds: float) -> None:

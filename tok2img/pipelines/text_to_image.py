@@ -21,7 +21,7 @@ from ..generation.generate import generate, max_batch_size
 from ..generation.likelihood import argmax_per_group, pointwise_mutual_information
 from ..generation.sampling import Guidance, Sampling, random_seed, slerp_noise, uniform_noise
 from ..tokenization.processor import Tok2ImgProcessor
-from ..visualization.image_sheets import captioned_sheet, save_image
+from ..visualization.image_sheets import make_captioned_sheet, save_image
 from .clip_ranker import Ranker
 from .image_conditioning import Keep, encode_init_images, keep_mask
 from .loading import batches, load_components, move_to
@@ -99,7 +99,7 @@ class TextToImagePipeline:
         self.processor.save_pretrained(folder)
         if sample_prompts:
             images: Any = self(sample_prompts, seed=0).images
-            save_image(captioned_sheet(images, sample_prompts), Path(folder, SAMPLES_FILE))
+            save_image(make_captioned_sheet(images, sample_prompts), Path(folder, SAMPLES_FILE))
         card = model_card(
             self.processor.layout,
             self.default_sampling,

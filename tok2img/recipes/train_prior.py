@@ -28,7 +28,7 @@ from ..prior.position_embeddings import AxialPositionEmbeddings, build_position_
 from ..tokenization.processor import Tok2ImgProcessor
 from ..tokenization.token_dataset import load_tokens, save_tokens
 from ..trainer.trainer import Trainer
-from ..visualization.image_sheets import captioned_sheet
+from ..visualization.image_sheets import make_captioned_sheet
 from ..visualization.tokenizer_sheets import NUM_SAMPLES
 from .build_processor import build_processor, set_encode_search
 from .config import PriorRecipe, require
@@ -42,7 +42,7 @@ TOKENS = "tokens"
 def draw_samples(pipeline: TextToImagePipeline, prompts: list[str], *, seed: int = 0) -> Image.Image:
     """A sheet of images with their captions."""
     images: Any = pipeline(prompts, seed=seed).images
-    return captioned_sheet(images, prompts)
+    return make_captioned_sheet(images, prompts)
 
 
 def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:

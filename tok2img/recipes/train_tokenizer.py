@@ -9,7 +9,7 @@ from ..data.augmentation import Augmentation
 from ..tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
 from ..trainer.datasets import ImageDataset, TextDataset
 from ..trainer.trainer import Trainer
-from ..visualization.tokenizer_sheets import draw_held_out
+from ..visualization.tokenizer_sheets import render_held_out
 from .build_tokenizer import TEXT_TOKENIZERS, build_model
 from .config import TokenizerRecipe, require
 from .run_folder import goes_on
@@ -35,7 +35,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> DiscreteTokenizer | TextTokenize
         train_dataset=training_dataset(tokenizer, training_rows),
         eval_dataset=training_dataset(tokenizer, held_out),
         augment=augment,
-        draw=lambda: draw_held_out(tokenizer, held_out),
+        draw=lambda: render_held_out(tokenizer, held_out),
         draw_every=recipe.sample_steps,
         starts_from_data=not recipe.init_from,
         optimizer=recipe.optimizer,

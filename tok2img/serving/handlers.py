@@ -16,7 +16,7 @@ from ..data.images import load_pixels
 from ..generation.sampling import Guidance, random_seed
 from ..pipelines.image_to_text import ImageToTextPipeline
 from ..pipelines.text_to_image import TextToImagePipeline
-from ..visualization.tokenizer_sheets import images_by_stage
+from ..visualization.tokenizer_sheets import decode_images_by_stage
 
 MAX_STAGES = 12
 END_OF_RESULTS = object()
@@ -96,7 +96,7 @@ class Handlers:
         """
         processor = self.pipeline.processor
         codes = processor.encode_images([require_file(image)])
-        stages = images_by_stage(processor.image_tokenizer, codes)
+        stages = decode_images_by_stage(processor.image_tokenizer, codes)
         selected = torch.linspace(0, len(stages) - 1, min(len(stages), MAX_STAGES)).round().int().tolist()
         labeled = [(stages[each][0], f"stage {each + 1} of {len(stages)}") for each in selected]
         yield labeled, " ".join(map(str, codes[0].tolist()))

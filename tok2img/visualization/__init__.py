@@ -1,1 +1,1 @@
-"""Sheets of images and charts."""
+"""Make sheets of images and charts."""

@@ -1,6 +1,6 @@
-"""Charts of code usage, codebooks and training curves, drawn with matplotlib of the extra `[eval]`.
+"""Charts of code usage, codebooks and training curves, with matplotlib of the extra `[eval]`.
 
-They use no pyplot, so nothing is shared, shown or left open.
+They use `Figure` instead of pyplot, which would keep global state and leave figures open.
 """
 
 import io
@@ -23,35 +23,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, RED, PALE_RED, GREY = "#2f6db3", "#d1495b", "#f3c9ce", "#8a8a8a"
-MAP_BACKGROUND = "#d8d8d8"  # neither white nor black, which patches often are
+MAP_BACKGROUND = "#d8d8d8"  # gray, because patches are often white or black
 CROSS: dict[str, Any] = {"marker": "X", "color": RED, "edgecolors": "white", "linewidths": 0.7}
 MAX_STEPPED_LINES = 4
-CELLS_PER_CODE = 1.5  # of an embedding map: room for the shape of the cloud to show
-NOT_DRAWN = {"step", "epoch", "grad_norm", "learning_rate", "total_flos"}
+CELLS_PER_CODE = 1.5  # of a map of patches; the empty cells let the shape of the distribution show
+NOT_PLOTTED = {"step", "epoch", "grad_norm", "learning_rate", "total_flos"}
 
 
 def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
-    """Save a chart of how often each code is used, the most frequent first, and of how many are never used.
+    """Plot how often each code is used, the most frequent first, and how many are never used.
 
     Args:
-        histogram: counts `k`, or `g k` with a row for each codebook; more than four are drawn as a map
-        path: image file to write
+        histogram: Counts, `k`, or `g k` with a row for each codebook. More than four codebooks are plotted as a heat map.
+        path: Image file to write.
+
+    Raises:
+        ValueError: For an empty row, or another shape.
     """
     counts = torch.atleast_2d(histogram).cpu().double()
     if counts.ndim != 2 or (counts.sum(dim=1) == 0).any():
-        raise ValueError(f"got a histogram {tuple(histogram.shape)}, expected counts `k` or `g k` without an empty row")
+        raise ValueError(f"Expected counts `k` or `g k` without an empty row, got shape {tuple(histogram.shape)}.")
     share = (counts / counts.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
-    figure = _figure()
+    figure = _create_figure()
     axes = figure.subplots()
     if len(share) <= MAX_STEPPED_LINES:
-        _draw_usage_lines(axes, share)
+        _plot_usage_lines(axes, share)
     else:
-        _draw_usage_map(figure, axes, share)
-    of_each = "mean " if len(share) > 1 else ""
+        _plot_usage_map(figure, axes, share)
+    prefix = "mean " if len(share) > 1 else ""
     axes.set_title(
-        f"{int((counts > 0).sum())} of {counts.numel()} codes in use, {of_each}perplexity {perplexity(counts).mean():.1f}"
+        f"{int((counts > 0).sum())} of {counts.numel()} codes in use, {prefix}perplexity {perplexity(counts).mean():.1f}"
     )
-    save_image(_image(figure), path)
+    save_image(_render(figure), path)
 
 
 def plot_codebook(
@@ -61,88 +64,115 @@ def plot_codebook(
     *,
     patches: Sequence[Image.Image] = (),
 ) -> None:
-    """Save a map of codebooks: their vectors on the plane of their first two principal components, unused ones crossed out.
+    """Plot codebooks: their vectors projected onto the first two principal components, with dead codes crossed out.
 
     Args:
-        vectors: the vectors `k d` of each codebook
-        usage: how often each code is used, `g k`
-        path: image file to write
-        patches: of a single codebook, what each code looks like; they are laid out beside it, each as near to its place as others let it
+        vectors: Vectors of each codebook, `k d`.
+        usage: How often each code is used, `g k`.
+        path: Image file to write.
+        patches: For a single codebook, an image of each code. They are laid out in a second panel, each in a grid cell near
+            its projected position.
+
+    Raises:
+        ValueError: If the numbers of vectors, counts and patches do not match.
     """
     if len(vectors) != len(usage) or not len(vectors):
-        raise ValueError(f"got vectors of {len(vectors)} codebooks and usage of {len(usage)}, expected as many of both")
+        raise ValueError(
+            f"Expected vectors and usage of the same codebooks, got {len(vectors)} codebooks and usage of {len(usage)}."
+        )
     if patches and (len(vectors) > 1 or len(patches) != usage.shape[1]):
-        raise ValueError(f"got {len(patches)} patches for {len(vectors)} codebooks of {usage.shape[1]} codes")
-    figure, panels = _panels(len(vectors) + bool(patches), width=6, height=5.4)
+        raise ValueError(
+            f"Expected a patch for each code of a single codebook, got {len(patches)} patches for {len(vectors)} codebooks "
+            f"of {usage.shape[1]} codes."
+        )
+    figure, panels = _create_panels(len(vectors) + bool(patches), width=6, height=5.4)
     for number, (axes, each, counts) in enumerate(zip(panels, vectors, usage.cpu(), strict=False), start=1):
         points, shares = principal_plane(each)
-        _draw_points(figure, axes, points, counts)
-        axes.set_title(f"codebook {number}" if len(vectors) > 1 else f"the vectors of {len(each)} codes")
-        axes.set_xlabel(f"first component, {_percent(round(shares[0], 2))} of the variance")
-        axes.set_ylabel(f"second component, {_percent(round(shares[1], 2))}")
+        _plot_points(figure, axes, points, counts)
+        axes.set_title(f"codebook {number}" if len(vectors) > 1 else f"vectors of {len(each)} codes")
+        axes.set_xlabel(f"first component, {_format_percent(round(shares[0], 2))} of the variance")
+        axes.set_ylabel(f"second component, {_format_percent(round(shares[1], 2))}")
         if patches:
-            _draw_patches(panels[1], points, counts, patches)
-    save_image(_image(figure), path)
+            _plot_patches(panels[1], points, counts, patches)
+    save_image(_render(figure), path)
 
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Save the curves of a run: a panel for its loss and for each number logged beside it, in training and on held-out data.
+    """Plot the training curves of a run: the loss and every other logged number, in training and on held-out data.
 
     Args:
-        log_history: of a `transformers.Trainer`, or what `load_log` read
-        path: image file to write
+        log_history: The `log_history` of a `transformers.Trainer`, or the result of `load_log`.
+        path: Image file to write.
+
+    Raises:
+        ValueError: For a log without a loss.
     """
     names = curve_names(log_history)
     if not names:
-        raise ValueError(f"got a log of {len(log_history)} entries, none of which has a loss or an eval_loss")
-    figure, panels = _panels(len(names), width=4.8, height=3.2)
+        raise ValueError(
+            f"Expected a log with a loss or an eval_loss, got {len(log_history)} entries, none of which has a loss."
+        )
+    figure, panels = _create_panels(len(names), width=4.8, height=3.2)
     for axes, name in zip(panels, names, strict=False):
-        _draw_curve(axes, log_history, name)
+        _plot_curve(axes, log_history, name)
     panels[0].legend(frameon=False)
-    save_image(_image(figure), path)
+    save_image(_render(figure), path)
 
 
 def curve_names(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """`loss`, and what else is logged beside it or beside `eval_loss`, in the order of the log."""
+    """List the numbers that are logged together with `loss` or `eval_loss`, in the order of the log."""
     names: list[str] = []
     for entry in log_history:
         if "loss" in entry or "eval_loss" in entry:
-            names += [name.removeprefix("eval_") for name in entry if name not in NOT_DRAWN]
+            names += [name.removeprefix("eval_") for name in entry if name not in NOT_PLOTTED]
     return list(dict.fromkeys(names))
 
 
 def principal_plane(vectors: Tensor) -> tuple[Tensor, list[float]]:
-    """Vectors `k d` -> their places `k 2` along the two directions in which they vary most, and the share of the variance of each."""
-    centred = (vectors - vectors.mean(dim=0)).cpu().double()
-    centred = torch.nn.functional.pad(centred, (0, max(0, 2 - centred.shape[1])))
-    _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
+    """Project vectors onto their first two principal components.
+
+    Args:
+        vectors: Vectors, `k d`.
+
+    Returns:
+        The projections, `k 2`, and the fraction of the variance that each component explains.
+    """
+    centered = (vectors - vectors.mean(dim=0)).cpu().double()
+    # Zeros fill up what is missing: a dimension where d is 1, a component where k is 1.
+    centered = torch.nn.functional.pad(centered, (0, max(0, 2 - centered.shape[1])))
+    _, strengths, directions = torch.linalg.svd(centered, full_matrices=False)
     variances = torch.nn.functional.pad(strengths.square(), (0, 1))[:2]
     directions = torch.nn.functional.pad(directions, (0, 0, 0, 1))[:2]
     explained = variances / strengths.square().sum().clamp_min(1e-12)
-    return centred @ directions.T, explained.tolist()
+    return centered @ directions.T, explained.tolist()
 
 
 def assign_to_grid(points: Tensor, order: Tensor, *, side: int) -> Tensor:
-    """Spread points `k 2` over a square grid: each, in the `order` `k` given, takes the free cell nearest to it.
+    """Assign points to different cells of a square grid: one after another, each takes the nearest free cell.
+
+    Args:
+        points: Points, `k 2`.
+        order: Order in which they choose, `k` indices.
+        side: Number of rows and columns of the grid.
 
     Returns:
         Column and row of each point, `k 2`.
     """
     low, high = points.min(dim=0).values, points.max(dim=0).values
-    wanted = (points - low) / (high - low).clamp_min(1e-12) * (side - 1)
+    targets = (points - low) / (high - low).clamp_min(1e-12) * (side - 1)
     cells = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    free = torch.ones(len(cells), dtype=torch.bool)
-    taken = torch.zeros(len(points), 2, dtype=torch.long)
+    is_free = torch.ones(len(cells), dtype=torch.bool)
+    assigned = torch.zeros(len(points), 2, dtype=torch.long)
     for index in order.tolist():
-        distances = (cells - wanted[index]).square().sum(dim=1).masked_fill(~free, math.inf)
+        distances = (cells - targets[index]).square().sum(dim=1).masked_fill(~is_free, math.inf)
         nearest = int(distances.argmin())
-        free[nearest] = False
-        taken[index] = cells[nearest]
-    return taken
+        is_free[nearest] = False
+        assigned[index] = cells[nearest]
+    return assigned
 
 
-def _draw_usage_lines(axes: "Axes", share: Tensor) -> None:
-    """Shares `g k`, sorted, as steps; a single codebook's are filled."""
+def _plot_usage_lines(axes: "Axes", share: Tensor) -> None:
+    """Plot sorted code frequencies `g k` as steps; those of a single codebook are filled."""
     num_codes = share.shape[1]
     for number, row in enumerate(share, start=1):
         used = row[row > 0].numpy()
@@ -157,15 +187,15 @@ def _draw_usage_lines(axes: "Axes", share: Tensor) -> None:
     num_unused = int((share[0] == 0).sum())
     if len(share) == 1 and num_unused:
         axes.axvspan(num_codes - num_unused, num_codes, color=PALE_RED, lw=0, label=f"{num_unused} never used")
-    axes.axhline(1 / num_codes, color=GREY, linestyle="--", linewidth=1, label="if all were used alike")
+    axes.axhline(1 / num_codes, color=GREY, linestyle="--", linewidth=1, label="uniform usage")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_percent)
-    axes.set(xlim=(0, num_codes), xlabel="codes, most used first", ylabel="share of all codes")
+    axes.yaxis.set_major_formatter(_format_percent)
+    axes.set(xlim=(0, num_codes), xlabel="codes, most frequent first", ylabel="fraction of all codes")
     axes.legend(loc="upper right", framealpha=1)
 
 
-def _draw_usage_map(figure: "Figure", axes: "Axes", share: Tensor) -> None:
-    """Shares `g k`, sorted, a row for each codebook."""
+def _plot_usage_map(figure: "Figure", axes: "Axes", share: Tensor) -> None:
+    """Plot sorted code frequencies `g k` as a heat map with a row for each codebook."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
 
@@ -178,15 +208,15 @@ def _draw_usage_map(figure: "Figure", axes: "Axes", share: Tensor) -> None:
         extent=(0, num_codes, num_groups + 0.5, 0.5),
     )
     axes.set_facecolor(PALE_RED)
-    figure.colorbar(image, label="share of the codes of a codebook", format=_percent)
-    axes.set(xlabel="codes, most used first", ylabel="codebook")
+    figure.colorbar(image, label="fraction of the codes of a codebook", format=_format_percent)
+    axes.set(xlabel="codes, most frequent first", ylabel="codebook")
     axes.locator_params(axis="y", integer=True)
     if (share == 0).any():
         axes.legend(handles=[Patch(color=PALE_RED, label="never used")], loc="lower right")
 
 
-def _draw_points(figure: "Figure", axes: "Axes", points: Tensor, counts: Tensor) -> None:
-    """Codes as dots at `k 2`, coloured by their counts `k`; those of count 0 as crosses."""
+def _plot_points(figure: "Figure", axes: "Axes", points: Tensor, counts: Tensor) -> None:
+    """Plot codes as dots at `k 2`, colored by their counts `k`; dead codes are crosses."""
     from matplotlib.colors import LogNorm
 
     used = counts > 0
@@ -194,7 +224,7 @@ def _draw_points(figure: "Figure", axes: "Axes", points: Tensor, counts: Tensor)
     x, y = points.unbind(dim=1)
     size = min(22, 12_000 / len(points))
     dots = axes.scatter(x[used], y[used], c=share, norm=LogNorm(), s=size, linewidths=0)
-    figure.colorbar(dots, ax=axes, label="share of all codes", format=_percent)
+    figure.colorbar(dots, ax=axes, label="fraction of all codes", format=_format_percent)
     if not used.all():
         label = f"{int((~used).sum())} never used"
         axes.scatter(x[~used], y[~used], **CROSS, label=label, s=2 * size)
@@ -202,9 +232,10 @@ def _draw_points(figure: "Figure", axes: "Axes", points: Tensor, counts: Tensor)
     axes.grid(alpha=0.3)
 
 
-def _draw_patches(axes: "Axes", points: Tensor, counts: Tensor, patches: Sequence[Image.Image]) -> None:
-    """Patches spread over a grid, each near its point `k 2`; those of count 0 crossed out."""
+def _plot_patches(axes: "Axes", points: Tensor, counts: Tensor, patches: Sequence[Image.Image]) -> None:
+    """Plot patches on a grid, each near its point `k 2`; those of dead codes are crossed out."""
     side = math.ceil(math.sqrt(CELLS_PER_CODE * len(points)))
+    # Frequent codes choose first, so that they lie nearest to their points.
     cells = assign_to_grid(points, counts.argsort(descending=True, stable=True), side=side)
     width, height = patches[0].size
     scale = max(1, -(-24 // width))
@@ -216,12 +247,12 @@ def _draw_patches(axes: "Axes", points: Tensor, counts: Tensor, patches: Sequenc
     axes.imshow(np.asarray(canvas), extent=(-0.5, side - 0.5, -0.5, side - 0.5), interpolation="antialiased")
     unused = cells[counts == 0]
     axes.scatter(*unused.unbind(dim=1), s=min(44, (160 / side) ** 2), **CROSS)
-    axes.set(xticks=[], yticks=[], title="the same codes as patches, near their places")
+    axes.set(xticks=[], yticks=[], title="the same codes as patches, near their positions")
 
 
-def _draw_curve(axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: str) -> None:
-    """One number over the steps; gaps where it was not finite."""
-    drawn: list[float] = []
+def _plot_curve(axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Plot one number over the steps, with gaps where it is not finite."""
+    plotted: list[float] = []
     for key, label, color in ((name, "training", BLUE), (f"eval_{name}", "held out", RED)):
         points = [
             (entry["step"], math.nan if entry[key] is None else entry[key]) for entry in log_history if key in entry
@@ -229,11 +260,11 @@ def _draw_curve(axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: st
         if points:
             few = len(points) < 30
             axes.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if few else None, ms=3, lw=1.3)
-        drawn += [value for _, value in points if math.isfinite(value)]
+        plotted += [value for _, value in points if math.isfinite(value)]
     if name.endswith(("usage", "accuracy")):
         axes.set_ylim(0, 1.05)
-        axes.yaxis.set_major_formatter(_percent)
-    elif name.endswith(("loss", "mse")) and drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+        axes.yaxis.set_major_formatter(_format_percent)
+    elif name.endswith(("loss", "mse")) and plotted and min(plotted) > 0 and max(plotted) > 10 * min(plotted):
         axes.set_yscale("log", subs=())
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # type: ignore[reportCallIssue]
         axes.yaxis.set_major_formatter("{x:g}")
@@ -241,11 +272,13 @@ def _draw_curve(axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: st
     axes.grid(alpha=0.3)
 
 
-def _percent(value: float, _: float = 0) -> str:
+def _format_percent(value: float, _: float = 0) -> str:
+    """Format a fraction as a percentage; the second argument is the tick position of matplotlib formatters."""
     return f"{100 * value:.3g} %"
 
 
-def _figure(*, width: float = 8, height: float = 4.5) -> "Figure":
+def _create_figure(*, width: float = 8, height: float = 4.5) -> "Figure":
+    """Create a figure of a size in inches; ImportError with the way out if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -253,18 +286,25 @@ def _figure(*, width: float = 8, height: float = 4.5) -> "Figure":
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _panels(num: int, *, width: float, height: float) -> tuple["Figure", list["Axes"]]:
-    """A figure of panels of `width` by `height` inches, up to three in one row, else in about a square; those left over stay blank."""
+def _create_panels(num: int, *, width: float, height: float) -> tuple["Figure", list["Axes"]]:
+    """Create a figure of panels: up to three in one row, more in about a square, with unused cells blank.
+
+    Args:
+        num: Number of panels.
+        width: Width of a panel, in inches.
+        height: Height of a panel, in inches.
+    """
     columns = num if num <= 3 else math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
-    figure = _figure(width=width * columns, height=height * rows)
+    figure = _create_figure(width=width * columns, height=height * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[num:]:
         axes.set_axis_off()
     return figure, panels
 
 
-def _image(figure: "Figure") -> Image.Image:
+def _render(figure: "Figure") -> Image.Image:
+    """Render a figure as an image."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return Image.open(content).convert("RGB")

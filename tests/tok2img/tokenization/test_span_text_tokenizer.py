@@ -19,7 +19,7 @@ from tok2img.tokenization.map_function import tokenize_dataset
 from tok2img.tokenization.processor import Tok2ImgProcessor
 from tok2img.tokenization.span_text_tokenizer import DiscreteTextTokenizer, load_text_model, load_text_tokenizer
 from tok2img.tokenization.text_tokenizer import SubwordTokenizer
-from tok2img.visualization.text_sheets import write_text_sheet
+from tok2img.visualization.text_sheets import save_text_sheet
 from tokenizers_vq import TextSpanTokenizer, VQDrawForText, VQDrawTextConfig, VQVAEForText, VQVAETextConfig
 from tokenizers_vq.auto import load_image_tokenizer
 
@@ -201,18 +201,18 @@ def test_the_command_line_shows_and_measures_texts(model, rows, tmp_path):
 
 def test_one_long_text_is_no_file(model, tmp_path):
     model.save_pretrained(tmp_path / "text")
-    write_text_sheet(tmp_path / "text", ["a red square " * 30], tmp_path / "sheet.txt", split="train", num_texts=1)
+    save_text_sheet(tmp_path / "text", ["a red square " * 30], tmp_path / "sheet.txt", split="train", num_texts=1)
     assert (tmp_path / "sheet.txt").read_text().count("text  '") == 1
-    with pytest.raises(ValueError, match=r"sheet\.png: a sheet of texts is a \.txt file"):
-        write_text_sheet(tmp_path / "text", ["a red square"], tmp_path / "sheet.png", split="train", num_texts=1)
+    with pytest.raises(ValueError, match=r"Expected a \.txt file for a sheet of texts, got .*sheet\.png"):
+        save_text_sheet(tmp_path / "text", ["a red square"], tmp_path / "sheet.png", split="train", num_texts=1)
 
 
 def test_one_word_is_a_text_and_a_path_is_a_data_set(model, tmp_path):
     model.save_pretrained(tmp_path / "text")
-    write_text_sheet(tmp_path / "text", ["hello"], tmp_path / "sheet.txt", split="train", num_texts=1)
+    save_text_sheet(tmp_path / "text", ["hello"], tmp_path / "sheet.txt", split="train", num_texts=1)
     assert (tmp_path / "sheet.txt").read_text().startswith("text  'hello'\n")
     with pytest.raises(ValueError, match="nowhere/rows.parquet: no such file"):
-        write_text_sheet(
+        save_text_sheet(
             tmp_path / "text", ["nowhere/rows.parquet"], tmp_path / "sheet.txt", split="train", num_texts=1
         )
 
@@ -229,7 +229,7 @@ class TestReport:
         right = (model.decode_symbols(codes) == symbols)[symbols != model.pad_symbol].sum().item()
         assert report["byte_accuracy"][-1] == pytest.approx(right / sum(lengths))
         assert report["bits_per_byte"][-1] == pytest.approx(3 * 3 * (4 + 1 + 1 + 4) / sum(lengths))
-        assert report["texts_cut"] == 1 and report["bytes_per_text"] == sum(lengths) / 4
+        assert report["num_truncated_texts"] == 1 and report["bytes_per_text"] == sum(lengths) / 4
         assert all(1 <= used <= 8 for used in report["used_per_stage"])
 
     def test_rates_spend_what_they_may(self, model):

@@ -7,8 +7,8 @@ from PIL import Image
 from tok2img.evaluation.metrics import measure_tokenizer
 from tok2img.evaluation.text_metrics import measure_text_tokenizer
 from tok2img.visualization.report_figures import (
-    code_patches,
-    evenly_spaced,
+    choose_evenly_spaced,
+    render_code_patches,
     save_model_figures,
     save_text_tokenizer_figures,
     save_tokenizer_figures,
@@ -68,7 +68,7 @@ def test_a_run_too_short_to_log_a_loss_has_no_curves(pil_images, captions, tmp_p
 
 
 def test_a_code_is_shown_as_the_middle_of_the_image_that_has_it_everywhere(tiny_vqvae):
-    patches = code_patches(tiny_vqvae)
+    patches = render_code_patches(tiny_vqvae)
     assert len(patches) == 16 and {patch.size for patch in patches} == {(4, 4)}
     whole = tiny_vqvae.decode(torch.full((1, 4), 5))
     middle = whole[0, :, 4:, 4:].clamp(0, 1).mul(255).round().permute(1, 2, 0).flatten().tolist()
@@ -76,8 +76,8 @@ def test_a_code_is_shown_as_the_middle_of_the_image_that_has_it_everywhere(tiny_
 
 
 def test_codes_that_are_no_grid_have_no_patches(tiny_vqdraw):
-    assert code_patches(tiny_vqdraw) == []
+    assert render_code_patches(tiny_vqdraw) == []
 
 
 def test_what_is_shown_is_spread_over_all_rows():
-    assert evenly_spaced(range(100), 4) == [0, 25, 50, 75] and evenly_spaced("ab", 4) == ["a", "b"]
+    assert choose_evenly_spaced(range(100), 4) == [0, 25, 50, 75] and choose_evenly_spaced("ab", 4) == ["a", "b"]
