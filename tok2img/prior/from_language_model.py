@@ -1,7 +1,8 @@
-"""Makes a prior of a pretrained language model: text keeps its ids and what was learned of them, marks and image codes get rows after.
+"""Extend a pretrained language model to a prior.
 
-The layout's text ids are all rows that the model has, also those that its tokenizer never gives, so no row changes its meaning and the
-loss of text stays what it was.
+Text keeps its ids and embeddings; special tokens and image codes get rows after them. The layout's text ids
+are all rows of the model, including those that its tokenizer never uses. So no row changes its meaning, and
+the loss on text is unchanged.
 """
 
 from pathlib import Path
@@ -17,8 +18,15 @@ from ..tokenization.layout import SequenceLayout
 from .model import causal_lm_config, check_context, check_fits, generation_config_for, load_causal_lm
 
 
-def base_config(base: str | Path) -> PreTrainedConfig:
-    """The config of a saved causal language model; ValueError for a folder or hub name that holds none."""
+def load_base_config(base: str | Path) -> PreTrainedConfig:
+    """Load the config of a pretrained causal language model.
+
+    Args:
+        base: A local folder, or the name of a repository on the hub.
+
+    Raises:
+        ValueError: If there is no causal language model.
+    """
     try:
         return causal_lm_config(resolve_model_folder(base))
     except OSError as error:
@@ -26,32 +34,49 @@ def base_config(base: str | Path) -> PreTrainedConfig:
 
 
 def base_vocab_size(base: str | Path) -> int:
-    """How many ids a language model has rows for, used by its tokenizer or not."""
-    return base_config(base).vocab_size
+    """Return the number of embedding rows of a language model, which its tokenizer need not use up."""
+    return load_base_config(base).vocab_size
 
 
 def extend_prior(base: str | Path, layout: SequenceLayout, *, seed: int = 0) -> PreTrainedModel:
-    """A pretrained language model with rows for the marks and image codes of a layout.
+    """Load a pretrained language model and add rows for special tokens and image codes.
 
-    New rows, of the embeddings and of a head that is not tied to them, start at the mean of the old ones, spread as those are. Weights are
-    in float32, whatever they were saved in.
+    The new rows of the embeddings, and of an untied head, are sampled from a normal distribution with the
+    mean and standard deviation of the old rows. Weights are float32, whatever they were saved in.
 
     Args:
-        base: folder or hub name.
-        seed: of the new rows.
+        base: A local folder, or the name of a repository on the hub.
+        layout: A layout whose `text_vocab_size` is the model's vocabulary size.
+        seed: Seed of the new rows.
+
+    Returns:
+        The prior, in eval mode.
 
     Raises:
-        ValueError: for a base that is no causal language model or not whole, and for a layout with other text ids or more positions.
+        ValueError: If the base is not a complete causal language model, or does not fit the layout.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tok2img import SequenceLayout, extend_prior
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> layout = SequenceLayout(text_vocab_size=32, text_length=3, num_codes=4, codebook_size=6)
+        >>> with TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder)
+        ...     prior = extend_prior(folder, layout)
+        >>> prior.get_input_embeddings().weight.shape[0] == layout.vocab_size
+        True
     """
-    config = base_config(base)
+    config = load_base_config(base)
     if layout.text_vocab_size != config.vocab_size:
         raise ValueError(
             f"{base} has {config.vocab_size} ids, but the layout keeps {layout.text_vocab_size} for text: "
             f"tokenize for this model, with `tok2img tokenize ... --base-model {base}`"
         )
     check_context(config, layout)
-    refused = ("missing_keys", "mismatched_keys")  # published weights often hold more than the language model
-    prior = load_causal_lm(base, what="language model", refused_keys=refused, dtype=torch.float32)
+    # Published weights often hold more than the language model, so unexpected tensors are allowed.
+    forbidden_keys = ("missing_keys", "mismatched_keys")
+    prior = load_causal_lm(base, role="language model", forbidden_keys=forbidden_keys, dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         prior.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
@@ -65,17 +90,18 @@ def extend_prior(base: str | Path, layout: SequenceLayout, *, seed: int = 0) -> 
 
 @torch.no_grad()
 def init_added_embeddings(prior: PreTrainedModel, layout: SequenceLayout) -> None:
-    """Draw the rows after those of text from the normal distribution of the rows of text, number by number."""
+    """Sample the rows after those of text from a normal distribution fitted to each column of the text rows.
+
+    Args:
+        prior: The prior, changed in place.
+        layout: Its layout.
+    """
     embeddings: Any = prior.get_input_embeddings()
     head: Any = prior.get_output_embeddings()
     tables = [embeddings.weight] if head.weight is embeddings.weight else [embeddings.weight, head.weight]
     for table in tables:
-        normal_like(table[: layout.text_vocab_size], table[layout.text_vocab_size :])
+        old, new = table[: layout.text_vocab_size], table[layout.text_vocab_size :]
+        new.copy_(old.mean(dim=0) + old.std(dim=0) * torch.randn_like(new))
     bias: Tensor | None = getattr(head, "bias", None)
     if bias is not None:
         bias[layout.text_vocab_size :] = bias[: layout.text_vocab_size].mean()
-
-
-def normal_like(old: Tensor, new: Tensor) -> None:
-    """Fill `m d` with numbers of the mean and spread that each column of `n d` has."""
-    new.copy_(old.mean(dim=0) + old.std(dim=0) * torch.randn_like(new))

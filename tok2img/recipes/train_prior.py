@@ -18,7 +18,7 @@ from ..device import to_device
 from ..generation.captioning import CAPTION_KEY
 from ..generation.sampling import Sampling
 from ..pipelines.text_to_image import TextToImagePipeline
-from ..prior.codebook_init import codebooks_of, init_from_codebook
+from ..prior.codebook_init import get_codebooks, init_from_codebook
 from ..prior.float32_attention import attend_in_float32
 from ..prior.from_language_model import extend_prior
 from ..prior.lora import LoraPriorWithLoss, add_lora, merge_lora
@@ -79,7 +79,9 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
         settings,
         train_dataset=training_rows,
         eval_dataset=held_out,
-        draw=lambda: draw_samples(TextToImagePipeline(*export_prior(prior, processor, model.places)), prompts),
+        draw=lambda: draw_samples(
+            TextToImagePipeline(*export_prior(prior, processor, model.position_embeddings)), prompts
+        ),
         draw_every=0 if settings.fsdp else recipe.sample_steps,  # with parts of a prior nobody can draw
         optimizer=recipe.optimizer,
         adamw_lr_scale=recipe.adamw_lr_scale,
@@ -91,7 +93,7 @@ def train_prior(recipe: PriorRecipe) -> TextToImagePipeline:
             merge_lora(adapted)
         model.eval()
         trained = trained.to(trainer.args.device).eval()
-        pipeline.prior, pipeline.processor = export_prior(trained, processor, model.places)
+        pipeline.prior, pipeline.processor = export_prior(trained, processor, model.position_embeddings)
         pipeline.save_pretrained(folder, sample_prompts=prompts, name=Path(recipe.out).name)
 
     finish(trainer, recipe, save)
@@ -152,7 +154,7 @@ def check_same_tokenizers(processor: Tok2ImgProcessor, made_by: Tok2ImgProcessor
 def init_prior(recipe: PriorRecipe, processor: Tok2ImgProcessor) -> PreTrainedModel:
     """The prior as it starts: a trained one, a base extended or random weights; codes from the codebook, where the recipe says so."""
     layout = processor.layout
-    codebooks = codebooks_of(processor.image_tokenizer) if recipe.init_from_codebook else None
+    codebooks = get_codebooks(processor.image_tokenizer) if recipe.init_from_codebook else None
     if recipe.init_from:
         prior = load_prior(recipe.init_from, layout)
     elif recipe.base_model:
@@ -177,18 +179,20 @@ def with_loss(recipe: PriorRecipe, prior: PreTrainedModel, processor: Tok2ImgPro
         caption_dropout=recipe.caption_dropout,
         image_loss_weight=recipe.image_loss_weight,
         image_to_text_fraction=recipe.image_to_text_fraction,
-        places=build_position_embeddings(prior, processor.layout) if recipe.axial_position_embeddings else None,
+        position_embeddings=build_position_embeddings(prior, processor.layout)
+        if recipe.axial_position_embeddings
+        else None,
         compile=recipe.torch_compile,
     )
 
 
 def export_prior(
-    prior: PreTrainedModel, processor: Tok2ImgProcessor, places: AxialPositionEmbeddings | None
+    prior: PreTrainedModel, processor: Tok2ImgProcessor, position_embeddings: AxialPositionEmbeddings | None
 ) -> tuple[PreTrainedModel, Tok2ImgProcessor]:
     """A prior and processor that draw as the prior has learned to; one that has learned with places is copied, and they with it."""
-    if places is None:
+    if position_embeddings is None:
         return prior, processor
-    return with_position_specific_ids(prior, processor.layout, places), processor.with_layout(
+    return with_position_specific_ids(prior, processor.layout, position_embeddings), processor.with_layout(
         processor.layout.with_position_specific_ids()
     )
 

@@ -118,7 +118,7 @@ class Trainer(FaultTolerantTrainer):
 
         model = self.unwrapped()
         if isinstance(model, PriorWithLoss):
-            batches = model.prepare(batches, chance)
+            batches = model.prepare_step(batches, chance)
         if self.augment:
             sizes = [len(batch["pixel_values"]) for batch in batches]
             drawn = chance(get_world_size() * sum(sizes), self.augment.num_draws)

@@ -46,14 +46,14 @@ def train(
     layout = layout.with_position_specific_ids() if with_position_specific_ids else layout
     prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
     places = build_position_embeddings(prior, layout) if with_places else None
-    model = PriorWithLoss(prior, layout, caption_dropout=0.1, places=places)
+    model = PriorWithLoss(prior, layout, caption_dropout=0.1, position_embeddings=places)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     generator, rows = torch.Generator().manual_seed(seed), tokens[:]
     seconds = 0.0
     for step in range(num_steps):
         started = time.process_time()
         chosen = NUM_HELD_OUT + torch.randint(len(tokens) - NUM_HELD_OUT, (BATCH_SIZE,), generator=generator)
-        (batch,) = model.prepare(
+        (batch,) = model.prepare_step(
             [{name: rows[name][chosen] for name in rows}], lambda num: torch.rand(num, generator=generator)
         )
         set_rate(optimizer, LEARNING_RATE, step=step, share=step / num_steps)

@@ -74,7 +74,7 @@ class TestShares:
 
     def test_about_the_wanted_share_of_rows_captions(self, prior, layout):
         model = PriorWithLoss(prior, layout, image_to_text_fraction=0.3).train()
-        numbers = [model.num_captioning(4, torch.rand(())) for _ in range(500)]
+        numbers = [model.sample_num_captioning(4, torch.rand(())) for _ in range(500)]
         assert set(numbers) == {1, 2} and 1.1 < sum(numbers) / 500 < 1.3
 
     @pytest.mark.parametrize("share", [0.001, 0.999])

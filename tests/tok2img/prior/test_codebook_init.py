@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tok2img.prior.codebook_init import codebooks_of, init_from_codebook
+from tok2img.prior.codebook_init import get_codebooks, init_from_codebook
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe
 from tok2img.recipes.train_prior import train_prior
@@ -91,8 +91,8 @@ def test_a_codebook_of_one_code_leaves_no_nan():
 
 
 def test_a_tokenizer_without_vectors_is_refused_by_its_name(tiny_vqdraw):
-    with pytest.raises(ValueError, match="codes of a VQDrawForImages are no vectors .* those of a VQVAE are"):
-        codebooks_of(tiny_vqdraw)
+    with pytest.raises(ValueError, match="codebook vectors, such as a VQVAE, got a VQDrawForImages"):
+        get_codebooks(tiny_vqdraw)
 
 
 class TestRecipe:
@@ -119,7 +119,7 @@ class TestRecipe:
     def test_a_recipe_starts_from_the_codebook(self, recipe, tiny_vqvae):
         pipeline = train_prior(recipe)
         (rows,) = image_rows(pipeline.prior, pipeline.processor.layout)
-        (vectors,) = codebooks_of(tiny_vqvae)
+        (vectors,) = get_codebooks(tiny_vqvae)
         assert correlation(torch.pdist(rows.cpu()), torch.pdist(vectors)) > 0.99
 
     def test_a_tokenizer_without_vectors_is_refused_before_anything_is_tokenized(self, recipe, tiny_vqdraw, tmp_path):

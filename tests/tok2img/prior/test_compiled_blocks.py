@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from tok2img.prior.compiled_blocks import layers_of
+from tok2img.prior.compiled_blocks import get_blocks
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe
@@ -52,7 +52,7 @@ def build_like(prior):
 
 
 def test_every_layer_is_found(architecture, layout):
-    assert len(layers_of(build_prior(layout, architecture=architecture, depth=2))) == 2
+    assert len(get_blocks(build_prior(layout, architecture=architecture, depth=2))) == 2
 
 
 def test_the_compiler_itself_gives_the_same_loss_and_gradients(layout, text_ids, codes):
@@ -78,7 +78,7 @@ def test_a_compiled_run_ends_as_a_plain_one(data, image_tokenizer, tmp_path, tra
     assert not traced
     compiled = train_prior(recipe(data, image_tokenizer, tmp_path / "compiled", dropout=0.0, torch_compile=True))
     assert traced
-    assert not any("forward" in vars(layer) for layer in layers_of(compiled.prior))
+    assert not any("forward" in vars(layer) for layer in get_blocks(compiled.prior))
     for name, tensor in plain.prior.state_dict().items():
         torch.testing.assert_close(compiled.prior.state_dict()[name], tensor, msg=name)
 

@@ -100,10 +100,10 @@ def steps(model: PriorWithLoss, batch: tuple[torch.Tensor, torch.Tensor], num: i
 @every_kind
 def test_a_base_learns_places_and_is_plain_in_the_end(base, layout, batch):
     prior = extend_prior(base, layout)
-    model = PriorWithLoss(prior, layout, places=build_position_embeddings(prior, layout)).train()
+    model = PriorWithLoss(prior, layout, position_embeddings=build_position_embeddings(prior, layout)).train()
     steps(model, batch)
     expected = model.eval()(*batch).metrics
-    plain = with_position_specific_ids(prior, layout, model.places)
+    plain = with_position_specific_ids(prior, layout, model.position_embeddings)
     found = PriorWithLoss(plain, layout.with_position_specific_ids()).eval()(*batch).metrics
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)

@@ -107,9 +107,9 @@ class TestWhatTrainingHides:
         """The sequences that a prior gets to see."""
         seen: list[torch.Tensor] = []
 
-        def spy(prior, input_ids, added):
+        def spy(prior, input_ids, added_embeddings):
             seen.append(input_ids)
-            return last_hidden_state(prior, input_ids, added)
+            return last_hidden_state(prior, input_ids, added_embeddings)
 
         monkeypatch.setattr("tok2img.prior.loss.last_hidden_state", spy)
         return seen
@@ -123,7 +123,7 @@ class TestWhatTrainingHides:
 
     def test_about_the_wanted_share_of_captions_is_dropped(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_dropout=0.25).train()
-        text_ids = model.hide(torch.ones(4000, 3, dtype=torch.int64), torch.rand(4000))
+        text_ids = model.drop_captions(torch.ones(4000, 3, dtype=torch.int64), torch.rand(4000))
         dropped = (text_ids == layout.pad_id).all(dim=1)
         assert 0.2 < dropped.float().mean() < 0.3 and (text_ids[~dropped] == 1).all()
 

@@ -29,7 +29,7 @@ def layout(request) -> SequenceLayout:
 
 
 @pytest.fixture
-def places(layout) -> AxialPositionEmbeddings:
+def position_embeddings(layout) -> AxialPositionEmbeddings:
     """Far from zero, as if learned."""
     learned = AxialPositionEmbeddings(layout, width=64)
     for parameter in learned.parameters():
@@ -37,22 +37,25 @@ def places(layout) -> AxialPositionEmbeddings:
     return learned
 
 
-def model_with(prior, layout, places, **settings) -> PriorWithLoss:
-    return PriorWithLoss(prior, layout, places=places, **settings).eval()
+def model_with(prior, layout, position_embeddings, **settings) -> PriorWithLoss:
+    return PriorWithLoss(prior, layout, position_embeddings=position_embeddings, **settings).eval()
 
 
 def test_rows_and_columns_of_the_next_code_are_added_to_each():
-    places = AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
-    places.rows[0].data, places.columns[0].data = torch.tensor([[1.0, 0], [2, 0]]), torch.tensor([[0, 10.0], [0, 20]])
-    assert places().tolist() == [[1, 20], [2, 10], [2, 20], [0, 0]]
+    position_embeddings = AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
+    position_embeddings.rows[0].data, position_embeddings.columns[0].data = (
+        torch.tensor([[1.0, 0], [2, 0]]),
+        torch.tensor([[0, 10.0], [0, 20]]),
+    )
+    assert position_embeddings().tolist() == [[1, 20], [2, 10], [2, 20], [0, 0]]
 
 
 def test_each_group_has_a_grid_of_its_own():
     layout = SequenceLayout(11, 3, num_codes=7, codebook_size=6, positions_per_codebook=(4, 3))
-    places = AxialPositionEmbeddings(layout, width=2)
-    assert [len(rows) for rows in places.rows] == [2, 1]
-    assert [len(columns) for columns in places.columns] == [2, 3]
-    assert places().shape == (7, 2)
+    position_embeddings = AxialPositionEmbeddings(layout, width=2)
+    assert [len(rows) for rows in position_embeddings.rows] == [2, 1]
+    assert [len(columns) for columns in position_embeddings.columns] == [2, 3]
+    assert position_embeddings().shape == (7, 2)
 
 
 def test_a_prior_begins_as_it_does_without_places(prior, layout, text_ids, codes):
@@ -62,17 +65,19 @@ def test_a_prior_begins_as_it_does_without_places(prior, layout, text_ids, codes
 
 
 @pytest.mark.parametrize("num_captioning", [0, 4], ids=["drawing", "captioning"])
-def test_places_learn_in_either_direction(prior, layout, places, text_ids, codes, num_captioning):
-    model = model_with(prior, layout, places, image_to_text_fraction=0.5).train()
-    (batch,) = model.prepare([{"text_ids": text_ids, "image_codes": codes}])
+def test_places_learn_in_either_direction(prior, layout, position_embeddings, text_ids, codes, num_captioning):
+    model = model_with(prior, layout, position_embeddings, image_to_text_fraction=0.5).train()
+    (batch,) = model.prepare_step([{"text_ids": text_ids, "image_codes": codes}])
     model(**batch | {"num_captioning": num_captioning}).loss.backward()
-    for table in (places.rows[-1], places.columns[-1]):
+    for table in (position_embeddings.rows[-1], position_embeddings.columns[-1]):
         assert table.grad is not None and table.grad[-1].abs().sum() > 0
 
 
-def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(prior, layout, places, text_ids, codes):
-    plain = with_position_specific_ids(prior, layout, places)
-    expected = model_with(prior, layout, places, image_to_text_fraction=0.5)(text_ids, codes)
+def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(
+    prior, layout, position_embeddings, text_ids, codes
+):
+    plain = with_position_specific_ids(prior, layout, position_embeddings)
+    expected = model_with(prior, layout, position_embeddings, image_to_text_fraction=0.5)(text_ids, codes)
     found = PriorWithLoss(plain, layout.with_position_specific_ids(), image_to_text_fraction=0.5).eval()(
         text_ids, codes
     )
@@ -81,28 +86,28 @@ def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(prior, 
     torch.testing.assert_close(found.loss, expected.loss)
 
 
-def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, layout, places):
+def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, layout, position_embeddings):
     before = {name: parameter.clone() for name, parameter in prior.named_parameters()}
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with_position_specific_ids(prior, layout, places)
+    with_position_specific_ids(prior, layout, position_embeddings)
     assert torch.rand(2).equal(expected)
     for name, parameter in prior.named_parameters():
         assert parameter.equal(before[name]), name
 
 
-def test_the_plain_model_is_the_same_each_time(prior, layout, places):
-    one, other = (with_position_specific_ids(prior, layout, places).state_dict() for _ in range(2))
+def test_the_plain_model_is_the_same_each_time(prior, layout, position_embeddings):
+    one, other = (with_position_specific_ids(prior, layout, position_embeddings).state_dict() for _ in range(2))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_a_head_with_biases_keeps_them(layout, places, text_ids, codes):
+def test_a_head_with_biases_keeps_them(layout, position_embeddings, text_ids, codes):
     sizes = {"n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
     prior = build_prior(layout, architecture="gptj", depth=1, **sizes).eval()
     prior.get_output_embeddings().bias.data.normal_()
-    plain = with_position_specific_ids(prior, layout, places)
-    expected = model_with(prior, layout, places)(text_ids, codes).loss
+    plain = with_position_specific_ids(prior, layout, position_embeddings)
+    expected = model_with(prior, layout, position_embeddings)(text_ids, codes).loss
     torch.testing.assert_close(
         PriorWithLoss(plain, layout.with_position_specific_ids()).eval()(text_ids, codes).loss, expected
     )
@@ -144,7 +149,7 @@ def test_a_run_ends_in_a_plain_folder_that_draws_as_the_trained_prior(data, imag
     rows = (
         prior.get_input_embeddings().weight[first : first + layout.image.num_ids].unflatten(0, (layout.num_codes, -1))
     )
-    assert (rows[0] - rows[1]).abs().max() > 1e-3  # places have learned ...
+    assert (rows[0] - rows[1]).abs().max() > 1e-3  # position_embeddings have learned ...
     torch.testing.assert_close(
         rows[0] - rows[1], (rows[0] - rows[1])[:1].expand_as(rows[0])
     )  # ... the same for all codes
