@@ -1,6 +1,6 @@
-"""Discrete tokenizers: pixels or text <-> codes.
+"""Discrete tokenizers for images and text, as models of transformers.
 
-Importing this package registers them with transformers' `AutoModel`.
+Importing this package registers them with `AutoConfig` and `AutoModel`.
 """
 
 from transformers import AutoConfig, AutoModel

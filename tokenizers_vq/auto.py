@@ -30,7 +30,7 @@ def load_image_tokenizer(name: str | Path) -> DiscreteTokenizer:
         The tokenizer in eval mode.
 
     Raises:
-        ValueError: If there is no image tokenizer, or it cannot be loaded, see
+        ValueError: If the folder does not hold an image tokenizer that can be loaded, see
             `DiscreteTokenizer.from_pretrained`.
     """
     try:

@@ -112,8 +112,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the settings of a model folder, without `auto_map`, which names code in the repository.
 
     Raises:
-        ValueError: If the file is not a JSON object, names an unknown dtype, asks for too many
-            modules, or contains a key that makes transformers open other files or run code.
+        ValueError: If the file is not a JSON object, names an unknown dtype or asks for too many
+            modules. Also for keys that make transformers open other files or run code.
         OSError: If the file cannot be read.
     """
     path = Path(folder, CONFIG_FILE)

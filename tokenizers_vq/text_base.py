@@ -35,8 +35,8 @@ class TextSpanConfig(DiscreteTokenizerConfig):
         max_length: Bytes of all spans together. Longer texts are truncated.
         span_length: Bytes of one span, a divisor of `max_length`. `max_length` itself means one
             span for the whole text.
-        span_unit: Content of a span: "bytes" cuts texts anywhere; "words" packs as many whole words
-            as fit, which makes the shortest sequences for running text; "word" puts each word into
+        span_unit: Content of a span. "bytes" cuts texts anywhere. "words" packs as many whole words
+            as fit, which gives the shortest sequences for running text. "word" puts each word into
             a span of its own.
         alphabet: Byte values that the model distinguishes, in ascending order; None means all 256.
             Other bytes are read as "?", which must be among them.
@@ -172,8 +172,7 @@ class TextSpanTokenizer(DiscreteTokenizer):
     def first_chunks(self, content: bytes) -> list[bytes]:
         """Return at most `num_spans + 1` chunks: one more than fit, to detect truncation.
 
-        The rest of a long text is not split, so a caption of a megabyte costs no more than a
-        truncated one.
+        The rest of a long text is not split: a caption may have a megabyte.
         """
         return list(islice(self.iter_chunks(content), self.num_spans + 1))
 

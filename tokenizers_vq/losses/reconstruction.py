@@ -16,7 +16,10 @@ Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 
 def squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of images `b c h w`, a log-likelihood for Gaussian noise."""
+    """Return the mean squared error of images `b c h w`.
+
+    Up to constants it is the negative log-likelihood under Gaussian noise.
+    """
     return (reconstruction - target).square().mean()
 
 
