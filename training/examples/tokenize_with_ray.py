@@ -1,10 +1,10 @@
-"""Tokens by Ray Data, on whatever machines a Ray cluster has: captioned images in, Parquet of tokens out.
+"""Tokenize captioned images with Ray Data on a cluster: Parquet of images in, Parquet of tokens out.
 
     pip install "tok2img[ray]"
     python training/examples/tokenize_with_ray.py DATA.parquet MODEL OUT [WORKERS]
 
-MODEL is a trained folder, or one of tokens: its tokenizers are taken. Codes are those of `tok2img tokenize`; Ray streams the rows through,
-so that neither images nor tokens have to fit into memory.
+MODEL is the folder of a trained model or of tokens, whose tokenizers are used. The codes equal those of `tok2img tokenize`.
+Ray streams the rows, so neither images nor tokens have to fit into memory.
 """
 
 import sys
@@ -20,19 +20,26 @@ BATCH_SIZE = 256
 
 
 class Tokenizing:
-    """What every worker loads once and calls for each batch of rows."""
+    """Stateful Ray worker: loads the tokenizers once, and is called for each batch of rows."""
 
     def __init__(self, model: str):
         self.tokenize = TokenizeBatch(Tok2ImgProcessor.from_pretrained(model))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pyarrow.Table:
-        """Columns `image` and `caption` -> plain lists `text_ids` `b t` and `image_codes` `b n`, which every reader of Parquet knows."""
+        """Tokenize columns `image` and `caption` to `text_ids` `b t` and `image_codes` `b n`, as lists that any Parquet reader knows."""
         tokens = self.tokenize({name: column.tolist() for name, column in batch.items()})
         return pyarrow.table({name: list(column) for name, column in tokens.items()})
 
 
 def main(data: str, model: str, out: str, num_workers: int) -> None:
-    """Tokenize Parquet files by so many workers, which leave Ray a core to read with, and write as many files as it finds good."""
+    """Tokenize Parquet files.
+
+    Args:
+        data: Parquet file or folder.
+        model: Folder with the tokenizers.
+        out: Folder to write to; Ray chooses the number of files.
+        num_workers: Number of workers. Leave Ray one core to read with.
+    """
     rows: Any = ray.data.read_parquet(data, columns=["image", "caption"])
     tokens = rows.map_batches(
         Tokenizing,

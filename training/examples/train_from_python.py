@@ -1,4 +1,4 @@
-"""The whole job through the Python API: a data set of your own to images of your captions.
+"""Train on your own captioned images and generate images, with the Python API.
 
     python training/examples/train_from_python.py DATA OUT [STEPS]
 
@@ -19,7 +19,7 @@ from tok2img.trainer.datasets import ImageDataset
 
 
 def main(data: str, out: Path, num_steps: int) -> None:
-    """Train a VQ-VAE and a prior on captioned images, and draw the first caption four times."""
+    """Train a VQ-VAE and a prior, and generate four images of the first caption; the first is saved."""
     rows, held_out = held_out_split(load_captioned_images(data), share=0.05, max_samples=500, seed=0)
     image_tokenizer = build_tokenizer(TokenizerRecipe(tokenizer="vqvae"), rows)
     settings = {

@@ -1,10 +1,12 @@
-"""How near the codes of VQ-DRAW models come to test images, by beams of several widths, and what it costs to find them.
+"""Ablate the beam size of VQ-DRAW encoders: reconstruction error and encoding time.
 
     python training/experiments/ablate_beam_size.py DATA ROWS MODEL [MODEL ...]
 
-A MODEL is a folder, or a checkpoint of the original VQ-DRAW. Prints, for the first ROWS of the test split of DATA and a beam of 1 (greedy),
-2, 4 and 8: the mean squared error in normalised pixels; the same where pixels outside of [0, 1] are cut off, as in images; and CPU
-milliseconds an image of one thread, models by turns.
+A MODEL is a folder, or a checkpoint of the original VQ-DRAW. Runs on the first ROWS images of the test split of DATA,
+with beams of 1 (greedy), 2, 4 and 8. Prints for each beam and model:
+
+- the mean squared error in normalized pixels, and the same for pixels clamped to [0, 1], as in images;
+- CPU milliseconds per image, on one thread, with the models interleaved.
 """
 
 import sys
@@ -24,7 +26,7 @@ BATCH_SIZE = 250
 
 @torch.no_grad()
 def errors_and_time(model: VQDrawForImages, pixel_values: Tensor, beam_size: int) -> tuple[float, float, float]:
-    """Squared errors of the last state, and of the image that it decodes to, of `b c h w`; and CPU seconds of the search."""
+    """Measure images `b c h w`: squared errors of the last state and of the decoded image, and CPU seconds of the search."""
     target, started = model.normalize(pixel_values), time.process_time()
     codes = model.encode(pixel_values, beam_size=beam_size)
     seconds = time.process_time() - started
@@ -34,7 +36,7 @@ def errors_and_time(model: VQDrawForImages, pixel_values: Tensor, beam_size: int
 
 
 def measure(models: dict[str, VQDrawForImages], pixel_values: Tensor, beam_size: int) -> dict[str, Tensor]:
-    """Mean errors and CPU milliseconds an image, `3`, of each model: one batch after another, and for each all models in turn."""
+    """Return the two mean errors and the CPU milliseconds per image of each model, `3`; the models take turns on each batch."""
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     for batch in pixel_values.split(BATCH_SIZE):
         for name, model in models.items():
@@ -44,14 +46,14 @@ def measure(models: dict[str, VQDrawForImages], pixel_values: Tensor, beam_size:
 
 
 def main(data: str, num_rows: int, *paths: str) -> None:
-    """All models, beam by beam."""
+    """Print a line for each beam size and model."""
     models = {path: load_vqdraw(path).eval() for path in paths}
     rows = load_captioned_images(data, split="test", with_captions=False, max_samples=num_rows)
     pixel_values = load_pixels(rows["image"][:], next(iter(models.values())))
     for beam_size in BEAM_SIZES:
         for name, (of_state, of_image, milliseconds) in measure(models, pixel_values, beam_size).items():
             print(
-                f"beam {beam_size}  error {of_state:.4f}  cut off {of_image:.4f}  {milliseconds:6.2f} ms  {name}",
+                f"beam {beam_size}  error {of_state:.4f}  clamped {of_image:.4f}  {milliseconds:6.2f} ms  {name}",
                 flush=True,
             )
 

@@ -1,10 +1,12 @@
-"""What a search for codes gains a VQ-VAE, and what it costs.
+"""Ablate the latent optimization of a VQ-VAE: its gain in reconstruction error, and its cost.
 
     python training/experiments/ablate_latent_optimization.py DATA ROWS MODEL
 
-Prints, for the first ROWS of the test split of DATA and searches of 0 (the encoder's own codes) to 20 steps: the mean squared error of
-images in pixels of [0, 1] and as a share of that without a search, the share of codes that are others, and CPU milliseconds an image of
-one thread.
+Runs on the first ROWS images of the test split of DATA, with 0 steps (the encoder's own codes) to 20. Prints for each:
+
+- the mean squared error in pixels of [0, 1], and its ratio to that without optimization;
+- the fraction of codes that change;
+- CPU milliseconds per image, on one thread.
 """
 
 import sys
@@ -25,7 +27,7 @@ BATCH_SIZE = 250
 
 @dataclass
 class Searched:
-    """Codes `b n` of images, the squared error of each image, `b`, and CPU seconds for all of them."""
+    """Codes `b n`, squared error of each image `b`, and CPU seconds for all images."""
 
     codes: Tensor
     errors: Tensor
@@ -34,7 +36,7 @@ class Searched:
 
 @torch.no_grad()
 def measure(model: VQVAE, pixel_values: Tensor, search_steps: int) -> Searched:
-    """What so many steps find for images `b c h w`."""
+    """Encode images `b c h w` with a number of optimization steps, and measure the result."""
     codes, errors, seconds = [], [], 0.0
     for batch in pixel_values.split(BATCH_SIZE):
         started = time.process_time()
@@ -45,10 +47,10 @@ def measure(model: VQVAE, pixel_values: Tensor, search_steps: int) -> Searched:
 
 
 def main(data: str, num_rows: int, path: str) -> None:
-    """All searches, from none to the longest."""
+    """Print a line for each number of steps."""
     model = load_image_tokenizer(path)
     if not isinstance(model, VQVAE):
-        raise SystemExit(f"{path} holds a {type(model).__name__}, not a VQVAE")
+        raise SystemExit(f"{path} contains a {type(model).__name__}, not a VQVAE")
     rows = load_captioned_images(data, split="test", with_captions=False, max_samples=num_rows)
     pixel_values = load_pixels(rows["image"][:], model)
     plain = measure(model, pixel_values, 0)
@@ -57,7 +59,7 @@ def main(data: str, num_rows: int, path: str) -> None:
         share, others = found.errors.mean() / plain.errors.mean(), (found.codes != plain.codes).float().mean()
         milliseconds = 1000 * found.seconds / len(pixel_values)
         print(
-            f"steps {search_steps:2}  error {found.errors.mean():.6f}  {share:.3f}  other codes {others:.3f}  {milliseconds:6.2f} ms",
+            f"steps {search_steps:2}  error {found.errors.mean():.6f}  {share:.3f}  changed codes {others:.3f}  {milliseconds:6.2f} ms",
             flush=True,
         )
 

@@ -1,10 +1,10 @@
-"""Does a prior learn more where it is told the row and column of the code that comes next?
+"""Ablate the position embeddings of a prior.
 
     python training/experiments/ablate_position_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. For each seed trains the default prior without and with `AxialPositionEmbeddings`, with ids of their own
-for every code, and GPT-2 of the same size, which learns a vector for each position, all on the same batches; prints the held-out loss of
-a code, in nats, halfway and at the end, and the seconds of a step.
+TOKENS is a folder of `tok2img tokenize`. Trains four priors on the same batches for each seed: the default one without and
+with `AxialPositionEmbeddings`, one with ids of its own for every position, and a GPT-2 of the same size, which learns
+an embedding for each position. Prints the held-out loss of a code in nats, halfway and at the end, and CPU seconds per step.
 """
 
 import sys
@@ -25,8 +25,8 @@ from tok2img.tokenization.token_dataset import load_tokens
 BATCH_SIZE, DEPTH, LEARNING_RATE, NUM_HELD_OUT = 64, 3, 1e-3, 1000
 
 KINDS: dict[str, dict[str, Any]] = {
-    "without places": {},
-    "with places": {"with_places": True},
+    "default": {},
+    "axial embeddings": {"with_places": True},
     "own ids": {"with_position_specific_ids": True},
     "GPT-2": {"architecture": "gpt2"},
 }
@@ -42,7 +42,7 @@ def train(
     with_places: bool = False,
     with_position_specific_ids: bool = False,
 ) -> Iterator[float]:
-    """Train one prior; its held-out losses, and at the end the CPU seconds of a step."""
+    """Train one prior; yield its held-out losses, and at the end the CPU seconds per step."""
     layout = layout.with_position_specific_ids() if with_position_specific_ids else layout
     prior = build_prior(layout, architecture=architecture, depth=DEPTH, seed=seed)
     places = build_position_embeddings(prior, layout) if with_places else None
@@ -69,7 +69,7 @@ def train(
 
 @torch.no_grad()
 def held_out(model: PriorWithLoss, rows: dict[str, Tensor]) -> float:
-    """Mean loss of a code of the first rows, in nats."""
+    """Return the mean loss of a code of the held-out rows, in nats."""
     model.eval()
     parts = [
         {name: column[first : first + 250] for name, column in rows.items()} for first in range(0, NUM_HELD_OUT, 250)
@@ -80,7 +80,7 @@ def held_out(model: PriorWithLoss, rows: dict[str, Tensor]) -> float:
 
 
 def main(folder: str, num_steps: int, seeds: list[int]) -> None:
-    """All kinds, seed by seed."""
+    """Train every kind of prior with every seed."""
     tokens, processor = load_tokens(folder)
     tokens = tokens.shuffle(seed=0).with_format("torch")
     for seed in seeds or [0]:

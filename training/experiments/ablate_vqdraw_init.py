@@ -1,10 +1,10 @@
-"""The original's MNIST model, started as in the original and from k-means, without and with revival of dead options.
+"""Ablate the initialization of VQ-DRAW: as in the original or from k-means, without and with replaced dead options.
 
     python training/experiments/ablate_vqdraw_init.py DATA STEPS
 
-The architecture is the published one, with learned biases at stage 0 alone; steps are in bfloat16 where the processor has instructions
-for it. Prints, for each start and 1,000 test digits, the squared error in normalised pixels and the options in use at stage 0 and at all
-stages, halfway and at the end.
+The architecture is the published MNIST model, with learned biases at stage 0 only. Training is in bfloat16 if the processor
+has instructions for it. Prints for each initialization, halfway and at the end, on 1,000 test digits: the squared error in
+normalized pixels, and the options in use at stage 0 and at all stages.
 """
 
 import sys
@@ -18,18 +18,18 @@ from tokenizers_vq import VQDrawForImages, VQDrawImageConfig
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
-STARTS = {
+INITIALIZATIONS = {
     "as the original": (False, False),
-    "revival": (False, True),
+    "replacement": (False, True),
     "k-means": (True, False),
-    "k-means and revival": (True, True),
+    "k-means and replacement": (True, True),
 }
 
 
 def train(
     pixels: Tensor, test: Tensor, *, from_data: bool, replace_dead_options: bool, num_steps: int
 ) -> VQDrawForImages:
-    """Train one model, and measure it twice."""
+    """Train one model, and print its figures halfway and at the end."""
     torch.manual_seed(0)
     model = VQDrawForImages(
         VQDrawImageConfig.preset("mnist", replace_dead_options=replace_dead_options, num_aux_options=4)
@@ -52,23 +52,23 @@ def train(
 
 @torch.no_grad()
 def figures(model: VQDrawForImages, test: Tensor) -> str:
-    """Squared error in normalised pixels, and options in use."""
+    """Format the squared error in normalized pixels and the options in use."""
     model.eval()
     target = model.normalize(test)
     codes = model.encode(test)
     error = (model.draw.decode(codes) - target).square().mean()
     used = [len(column.unique()) for column in codes.T]
     model.train()
-    return f"error {error:.4f}  options in use: {used[0]} of 64 at stage 0, {sum(used) / len(used):.1f} of 64 a stage"
+    return f"error {error:.4f}  options in use: {used[0]} of 64 at stage 0, {sum(used) / len(used):.1f} of 64 per stage"
 
 
 def main(data: str, num_steps: int) -> None:
-    """Every start on the same images."""
+    """Train with every initialization on the same images."""
     reader = VQDrawForImages(VQDrawImageConfig.preset("mnist"))
     rows = load_captioned_images(data, split="train", with_captions=False, max_samples=20_000)
     test = load_captioned_images(data, split="test", with_captions=False, max_samples=1000)
     pixels, held_out = (load_pixels(each["image"][:], reader) for each in (rows, test))
-    for name, (from_data, replace_dead_options) in STARTS.items():
+    for name, (from_data, replace_dead_options) in INITIALIZATIONS.items():
         print(name)
         train(pixels, held_out, from_data=from_data, replace_dead_options=replace_dead_options, num_steps=num_steps)
 

@@ -1,11 +1,12 @@
-"""Quantizers side by side in one VQ-VAE: how well it learns CIFAR-10 with each, how much of the codebook it uses, what it costs.
+"""Compare quantizers in the same VQ-VAE on CIFAR-10: error, codebook usage and training time.
 
     python training/experiments/compare_quantizers_cifar10.py DATA --steps 1000 --seeds 3 [--search-steps 10] [--peer CHECKOUT ...]
 
-The network and every setting are those of the authors' CIFAR-10 example (van den Oord et al. 2017; DeepMind Sonnet's `vqvae_example`): the
-weights start and the batches come alike for all. Beside ours stand the plain quantizer of the first PyTorch ports, and that of
-vector-quantize-pytorch (with its own decay and with the example's) where `--peer` names a folder to import it from. The second error is
-that of codes which our search finds for the trained network, whoever's quantizer it has.
+The network and all settings are those of the authors' CIFAR-10 example (van den Oord et al. 2017; `vqvae_example` of
+DeepMind Sonnet). All quantizers get the same initial weights and the same batches. Compared with ours are the plain
+quantizer of the first PyTorch ports, and the one of vector-quantize-pytorch if `--peer` names a folder to import it from,
+with its own decay and with the example's. The second error is that of the codes that our latent optimization finds for the
+trained network, with any of the quantizers.
 """
 
 import sys
@@ -38,12 +39,12 @@ COMMITMENT, DECAY = 0.25, 0.99
 BATCH_SIZE, LEARNING_RATE = 32, 3e-4
 TEST_BATCH_SIZE = 250
 
-# What stands for the vectors `b d h w` and has gradients to them, codes `b h w`, and the loss of the quantizer.
+# Quantized vectors `b d h w` with gradients to the input, codes `b h w`, and the quantizer's loss.
 Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 class ResidualStack(nn.Module):
-    """Corrections through fewer channels, one after the other, `b c h w`; none of its ReLUs overwrites what a skip still carries."""
+    """Residual blocks with a bottleneck. No ReLU is in place, because the skip connection still needs its input."""
 
     def __init__(self, num_blocks: int = 2):
         super().__init__()
@@ -53,14 +54,14 @@ class ResidualStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`b c h w` -> `b c h w`."""
+        """Apply the blocks to `b c h w`."""
         for block in self.blocks:
             x = x + block(x)
         return F.relu(x)
 
 
 def build_networks() -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder, a quarter of the grid, and decoder; weights as Sonnet starts them: normal, cut at two deviations, 1/sqrt(inputs)."""
+    """Build the encoder (stride 4) and the decoder, initialized as in Sonnet: truncated normal with deviation 1/sqrt(fan-in)."""
     encoder = nn.Sequential(
         nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.ReLU(),
         nn.Conv2d(128, 128, 3, padding=1), ResidualStack(), nn.Conv2d(128, CODE_DIM, 1),
@@ -78,7 +79,7 @@ def build_networks() -> tuple[nn.Sequential, nn.Sequential]:
 
 
 class OurQuantizer(nn.Module):
-    """`VectorQuantizer` with nothing but the example's settings."""
+    """`VectorQuantizer` with the example's settings, and defaults otherwise."""
 
     def __init__(self):
         super().__init__()
@@ -87,13 +88,13 @@ class OurQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Quantized:
-        """`b d h w` -> what `Quantized` says."""
+        """Quantize vectors `b d h w`; see `Quantized`."""
         output = self.quantizer(x)
         return output.quantized, output.codes, output.loss
 
 
 class PlainQuantizer(nn.Module):
-    """Appendix A.1 of the paper as the first PyTorch ports have it: random codes with counts of zero, and none is brought back."""
+    """Moving averages of appendix A.1 as in the first PyTorch ports: random initial codes, and dead codes are not replaced."""
 
     codebook: Tensor
     counts: Tensor
@@ -106,17 +107,17 @@ class PlainQuantizer(nn.Module):
         self.register_buffer("sums", torch.randn(CODEBOOK_SIZE, CODE_DIM))
 
     def forward(self, x: Tensor) -> Quantized:
-        """`b d h w` -> what `Quantized` says."""
+        """Quantize vectors `b d h w`; see `Quantized`."""
         vectors = rearrange(x, "b d h w -> (b h w) d")
         codes = torch.cdist(vectors.detach(), self.codebook).argmin(dim=1)
         if self.training:
-            self._follow(vectors.detach(), F.one_hot(codes, CODEBOOK_SIZE).float())
+            self._update_codebook(vectors.detach(), F.one_hot(codes, CODEBOOK_SIZE).float())
         chosen = rearrange(self.codebook[codes], "(b h w) d -> b d h w", h=x.shape[2], w=x.shape[3])
         codes = rearrange(codes, "(b h w) -> b h w", h=x.shape[2], w=x.shape[3])
         return x + (chosen - x).detach(), codes, COMMITMENT * F.mse_loss(x, chosen)
 
-    def _follow(self, vectors: Tensor, chosen: Tensor) -> None:
-        """Move every code to the average of its vectors: `n d`, and `n k`, 1 where code k was chosen."""
+    def _update_codebook(self, vectors: Tensor, chosen: Tensor) -> None:
+        """Update the codebook from vectors `n d` and their one-hot codes `n k`."""
         self.counts.lerp_(chosen.sum(dim=0), 1 - DECAY)
         self.sums.lerp_(chosen.T @ vectors, 1 - DECAY)
         total = self.counts.sum()
@@ -125,7 +126,7 @@ class PlainQuantizer(nn.Module):
 
 
 class PeerQuantizer(nn.Module):
-    """`VectorQuantize` of vector-quantize-pytorch: its defaults, but for the weight of the commitment and what `options` say."""
+    """`VectorQuantize` of vector-quantize-pytorch, with its defaults except for the commitment weight and `options`."""
 
     def __init__(self, **options: Any):
         super().__init__()
@@ -135,15 +136,22 @@ class PeerQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Quantized:
-        """`b d h w` -> what `Quantized` says."""
+        """Quantize vectors `b d h w`; see `Quantized`."""
         quantized, codes, loss = self.quantizer(x)
         return quantized, codes, loss.sum()
 
 
 @dataclass
 class Figures:
-    """Squared error over the variance of the images, that of codes searched for, codes that the test set uses, their perplexity, CPU
-    seconds of training."""
+    """Results of one run.
+
+    Attributes:
+        error: Squared error, relative to the variance of the images.
+        searched: The same with the codes that the latent optimization finds.
+        codes_in_use: Number of codes that the test set uses.
+        perplexity: Perplexity of the codes.
+        seconds: CPU seconds of training.
+    """
 
     error: float
     searched: float
@@ -156,7 +164,7 @@ class Figures:
 
 
 def contenders(*, with_peer: bool) -> dict[str, Callable[[], nn.Module]]:
-    """What to compare, by name."""
+    """Return a function that builds each quantizer, by name."""
     found: dict[str, Callable[[], nn.Module]] = {"ours": OurQuantizer, "plain": PlainQuantizer}
     if with_peer:
         found["vector-quantize-pytorch"] = PeerQuantizer
@@ -165,7 +173,7 @@ def contenders(*, with_peer: bool) -> dict[str, Callable[[], nn.Module]]:
 
 
 def batches(pixels: Tensor, *, num_steps: int, seed: int) -> Iterator[Tensor]:
-    """`num_steps` batches of pixels `n c h w`, epoch after epoch in another order."""
+    """Yield `num_steps` batches of pixels `n c h w`, reshuffled in every epoch."""
     order = torch.Generator().manual_seed(seed)
     full = max(len(pixels) // BATCH_SIZE, 1)
     epochs = (torch.randperm(len(pixels), generator=order).split(BATCH_SIZE)[:full] for _ in count())
@@ -176,7 +184,7 @@ def batches(pixels: Tensor, *, num_steps: int, seed: int) -> Iterator[Tensor]:
 def train(
     build: Callable[[], nn.Module], pixels: Tensor, test: Tensor, *, num_steps: int, seed: int, search_steps: int
 ) -> Figures:
-    """One run: pixels `n c h w` in [-0.5, 0.5] -> its figures on `test`."""
+    """Train on pixels `n c h w` in [-0.5, 0.5], and evaluate on `test`."""
     torch.manual_seed(seed)
     encoder, decoder = build_networks()
     quantizer = build().train()
@@ -199,7 +207,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module, test: Tensor) -> tuple[float, Tensor]:
-    """Mean squared error of pixels `n c h w`, and how often they use each code, `k`."""
+    """Return the mean squared error of pixels `n c h w`, and how often each code is used, `k`."""
     squares, histogram = 0.0, torch.zeros(CODEBOOK_SIZE)
     for batch in test.split(TEST_BATCH_SIZE):
         quantized, codes, _ = quantizer(encoder(batch))
@@ -211,7 +219,7 @@ def evaluate(encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module, test:
 def searched_error(
     encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module, test: Tensor, *, variance: Tensor, num_steps: int
 ) -> float:
-    """Squared error over the variance of pixels `n c h w` with the best codes that are found for them."""
+    """Return the relative squared error of pixels `n c h w` with the codes that the latent optimization finds."""
 
     def code(latents: Tensor, offsets: list[Tensor]) -> QuantizedImages:
         moved = latents + offsets[0]
@@ -231,23 +239,32 @@ def searched_error(
 
 
 def load(data: str, split: str, max_samples: int | None = None) -> Tensor:
-    """Images of a split, `n c h w` in [-0.5, 0.5]."""
+    """Load the images of a split, `n c h w` in [-0.5, 0.5]."""
     rows = load_captioned_images(data, split=split, with_captions=False, max_samples=max_samples)
     return pixels_from_images(load_images(rows["image"][:]), image_size=IMAGE_SIZE, num_channels=3) - 0.5
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Images with splits train and test, as `tok2img` reads them.")],
+    data: Annotated[str, typer.Argument(help="Data set with splits train and test, in any form that `tok2img` reads.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from seed 0.")] = 3,
-    search_steps: Annotated[int, typer.Option(min=0, help="Of the search for better codes.")] = 10,
-    names: Annotated[list[str] | None, typer.Option("--only", help="A quantizer to train; all if left out.")] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="At most so many images of a split.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per quantizer, with seeds from 0.")] = 3,
+    search_steps: Annotated[int, typer.Option(min=0, help="Steps of the latent optimization.")] = 10,
+    names: Annotated[
+        list[str] | None, typer.Option("--only", help="Quantizer to train; may be repeated. Default: all.")
+    ] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many images of each split. Default: all.")
+    ] = None,
     peer: Annotated[
-        list[Path] | None, typer.Option(exists=True, file_okay=False, help="Checkout of another project, to import.")
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Checkout of another project to import from; may be repeated. Default: none.",
+        ),
     ] = None,
 ) -> None:
-    """Train and measure all with every seed, then print the medians."""
+    """Train and evaluate all quantizers with every seed, then print the medians."""
     sys.path[:0] = [str(path.resolve()) for path in peer or []]
     builds = contenders(with_peer=find_spec("vector_quantize_pytorch") is not None)
     for name in names or []:

@@ -1,8 +1,9 @@
-"""Text VQ-DRAW beside a residual 1-D VQ-VAE of the same bits and the same cost: what share of held-out bytes comes back right.
+"""Compare text VQ-DRAW with a residual 1-D VQ-VAE at equal bits and equal training time.
 
     python training/experiments/compare_text_tokenizers.py DATA SECONDS
 
-Both read spans of up to 8 bytes as 4 codes of 64, about one bit a byte each, and train for so many CPU seconds.
+Both encode spans of up to 8 bytes as 4 codes of 64 options, about one bit per byte each, and train for SECONDS of CPU time.
+Prints the fraction of correct held-out bytes after each code.
 """
 
 import json
@@ -29,7 +30,7 @@ ROWS_TO_START_FROM = 4000
 
 
 def main(data: str, seconds: float, *, max_texts: int = 1000) -> dict[str, Any]:
-    """Train both, and print their curves."""
+    """Train both, and print their accuracy after each code as JSON."""
     torch.manual_seed(0)
     rows = load_captioned_images(data, with_images=False)
     texts = load_eval_split(data, with_images=False, max_samples=max_texts)["caption"][:]

@@ -1,11 +1,14 @@
-"""Image tokenizers of the same bits an image and the same training time side by side: how near their images come.
+"""Compare image tokenizers at equal bits per image and equal training time.
 
     python training/experiments/compare_tokenizers_at_equal_bits.py DATA SECONDS [BITS]
 
-One grid of codes, a residual quantizer, two grids (VQ-VAE-2), no codebook (FSQ) and VQ-DRAW, of 120 bits (unless told) or 240; each trains
-for so many CPU seconds with Muon on images of 32 pixels, in bfloat16 where the processor has instructions for it. Prints bits, squared
-error in pixels of [0, 1], the same with codes that are searched for (ten steps of a VQ-VAE, a beam of 4 of VQ-DRAW), and the share of codes
-in use on unseen images.
+The tokenizers are one grid of codes, a residual quantizer, two grids (VQ-VAE-2), FSQ without a codebook, and VQ-DRAW, at
+BITS of 120 (the default) or 240. Each trains for SECONDS of CPU time with Muon on images of 32 pixels, in bfloat16 if the
+processor has instructions for it. Prints for each, on held-out images:
+
+- bits per image, and the squared error in pixels of [0, 1];
+- the same error with a search for better codes: ten steps for a VQ-VAE, a beam of 4 for VQ-DRAW;
+- the fraction of codes in use.
 """
 
 import sys
@@ -33,7 +36,7 @@ SHARED: dict[str, Any] = {
     "num_downsamples": 3,
     "search_steps": 10,
 }
-# By bits an image, or a little less.
+# By bits per image; a tokenizer has as many or slightly fewer.
 VQVAES: dict[int, dict[str, dict[str, Any]]] = {
     120: {
         "one grid, 16 codes of 181": {"codebook_size": 181},
@@ -60,7 +63,7 @@ LEARNING_RATES = {VQVAE: 1e-3, VQDrawForImages: 2e-3}
 
 
 def builders(bits: int) -> dict[str, Callable[[], DiscreteTokenizer]]:
-    """What to compare, by name."""
+    """Return a function that builds each tokenizer, by name."""
     vqvaes: dict[str, Callable[[], DiscreteTokenizer]] = {
         name: partial(VQVAE, VQVAEConfig(**SHARED | settings)) for name, settings in VQVAES[bits].items()
     }
@@ -70,13 +73,13 @@ def builders(bits: int) -> dict[str, Callable[[], DiscreteTokenizer]]:
 
 
 def searched_error(model: DiscreteTokenizer, pixel_values: Tensor) -> float:
-    """Mean squared error of images `b c h w` with the codes that a data set would be tokenized to."""
+    """Return the mean squared error of images `b c h w` with the codes that a data set would be tokenized to."""
     errors = [model.decode(model.encode_with_search(some)) - some for some in pixel_values.split(100)]
     return torch.cat(errors).square().mean().item()
 
 
 def main(data: str, seconds: float, bits: int = 120, *, max_samples: int = 1000) -> dict[str, dict[str, Any]]:
-    """Train all, one after the other, and print a line each."""
+    """Train all tokenizers one after another, and print a line for each."""
     reader = VQVAE(VQVAEConfig(**SHARED))
     rows = load_captioned_images(data, split="train", with_captions=False)
     unseen = load_eval_split(data, with_captions=False, max_samples=max_samples)

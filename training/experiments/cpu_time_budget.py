@@ -1,4 +1,4 @@
-"""Training for so many CPU seconds, whatever a step costs: what comparisons at equal cost share."""
+"""Training loop with a budget of CPU seconds, for comparisons at equal cost."""
 
 import math
 import time
@@ -23,13 +23,20 @@ def train_for(
     bf16: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Train at a cosine of the CPU time, on batches drawn from shuffled rows `n ...`, the first of which place what is placed by data.
+    """Train a tokenizer for a budget of CPU time, with a cosine schedule over that time.
 
     Args:
-        optimizer: of the model's parameters; AdamW if left out.
+        model: The tokenizer.
+        rows: Shuffled training data, `n ...`.
+        seconds: Budget of CPU seconds, including the initialization from data.
+        learning_rate: Peak learning rate.
+        batch_size: Rows in a batch, sampled with replacement.
+        num_init_examples: Number of the first rows that the tokenizer is initialized from.
+        bf16: Use bfloat16 autocast.
+        optimizer: Optimizer of the model's parameters; None: AdamW.
 
     Returns:
-        The number of steps that fitted.
+        The number of steps.
     """
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     started = time.process_time()
@@ -49,7 +56,7 @@ def train_for(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float, *, step: int, share: float) -> None:
-    """The rate of a step: warmed up, then along a cosine of the share that is done."""
+    """Set the learning rate of a step: linear warmup, then a cosine over `share`, the fraction of the budget used so far."""
     warm_up = min(1, (step + 1) / WARM_UP_STEPS)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * share))

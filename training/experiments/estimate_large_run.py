@@ -1,9 +1,9 @@
-"""What a large run would take, from rates that are measured here: the figures of docs/scale.md.
+"""Estimate the cost of a large run from rates measured here: the figures of docs/scale.md.
 
     python training/experiments/estimate_large_run.py
 
-Counts the operations of an encoder and of a step of a prior, and the CPU seconds of one core for them; then divides what a billion
-images need by what a GPU is assumed to reach.
+Counts the floating-point operations of an encoder and of a training step of a prior, and measures their CPU time on one
+core. The operations for a billion images are then divided by the throughput that a GPU is assumed to reach.
 """
 
 import io
@@ -29,31 +29,38 @@ from tok2img.tokenization.map_function import token_features
 from tokenizers_vq import VQVAE, DiscreteTokenizer, VQDrawForImages, VQDrawImageConfig, VQVAEConfig
 
 ROUNDS = 3
-GPU_FLOPS = 0.4 * 989e12  # assumed: an H100's bfloat16 peak, and 40 % of it
-DOLLARS_PER_HOUR = 2.5  # assumed, of such a GPU
+GPU_FLOPS = 0.4 * 989e12  # assumed: 40 % of the bfloat16 peak of an H100
+DOLLARS_PER_HOUR = 2.5  # assumed, for such a GPU
 DOLLARS_PER_CORE_HOUR = 0.04  # assumed
 DOLLARS_PER_TB_MONTH = 20  # assumed, object storage
-IMAGE_BYTES = 30_000  # assumed, of a JPEG of 256 pixels
+IMAGE_BYTES = 30_000  # assumed, for a JPEG of 256 pixels
 
 
 @dataclass
 class Rate:
-    """Of one item: floating-point operations, and seconds of one core."""
+    """Cost of one item.
+
+    Attributes:
+        flops: Floating-point operations.
+        seconds: Seconds of one core.
+    """
 
     flops: float
     seconds: float
 
     @property
     def per_second(self) -> float:
-        """Items that one core does in a second."""
+        """Number of items per second and core."""
         return 1 / self.seconds
 
     def __str__(self) -> str:
-        return f"{self.flops:.3g} FLOP, {self.per_second:.4g} a second and core, {self.flops / self.seconds:.3g} FLOP/s"
+        return (
+            f"{self.flops:.3g} FLOP, {self.per_second:.4g} per second and core, {self.flops / self.seconds:.3g} FLOP/s"
+        )
 
 
 def rate_of(work: Callable[[], object], num_items: int) -> Rate:
-    """Of each of the items that `work` does at once; the quickest of some rounds, in CPU time."""
+    """Measure `work`, which processes `num_items` items, and return the rate of one; the fastest of `ROUNDS` runs counts."""
     with FlopCounterMode(display=False) as counter:
         work()
     seconds = []
@@ -65,14 +72,14 @@ def rate_of(work: Callable[[], object], num_items: int) -> Rate:
 
 
 def rate_of_encoding(tokenizer: DiscreteTokenizer, num_images: int) -> Rate:
-    """Of an image's codes."""
+    """Measure the encoding of an image."""
     side, channels = tokenizer.config.image_size, tokenizer.config.num_channels
     images = torch.rand(num_images, channels, side, side)
     return rate_of(lambda: tokenizer.eval().encode(images), num_images)
 
 
 def rate_of_training(layout: SequenceLayout, *, depth: int, batch_size: int) -> Rate:
-    """Of a token of a prior's step, forward, backward and AdamW."""
+    """Measure a training step of a prior per token: forward, backward and AdamW."""
     model = PriorWithLoss(build_prior(layout, depth=depth), layout)
     optimizer = torch.optim.AdamW(model.parameters())
     text_ids = torch.randint(layout.text_vocab_size, (batch_size, layout.text_length))
@@ -87,7 +94,7 @@ def rate_of_training(layout: SequenceLayout, *, depth: int, batch_size: int) -> 
 
 
 def rate_of_reading(tokenizer: DiscreteTokenizer, num_images: int) -> Rate:
-    """Of a JPEG of 320 x 256 pixels read for a tokenizer."""
+    """Measure the loading of a JPEG of 320 x 256 pixels for a tokenizer."""
     noise = np.random.default_rng(0).integers(0, 255, (8, 10, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((320, 256), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -96,7 +103,7 @@ def rate_of_reading(tokenizer: DiscreteTokenizer, num_images: int) -> Rate:
 
 
 def token_bytes(layout: SequenceLayout, num_rows: int = 10_000) -> float:
-    """Bytes of an image's tokens in a shard, at worst: all equally likely."""
+    """Return the bytes of an image's tokens in a shard, in the worst case: all tokens equally likely."""
     generator = np.random.default_rng(0)
     text = generator.integers(0, layout.text_vocab_size, (num_rows, layout.text_length), dtype=layout.text_dtype)
     codes = generator.integers(0, layout.codebook_size, (num_rows, layout.num_codes), dtype=layout.code_dtype)
@@ -107,14 +114,14 @@ def token_bytes(layout: SequenceLayout, num_rows: int = 10_000) -> float:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Of a model."""
+    """Count the parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def plan(
     *, num_images: float, reading: Rate, encoding: Rate, flops_per_token: float, tokens: int, row_bytes: float
 ) -> dict[str, str]:
-    """The stages of a run and what each takes."""
+    """Estimate storage, hours and dollars for each stage of a run."""
     core_hours = num_images * reading.seconds / 3600
     on_cores = num_images * encoding.seconds / 3600
     encode_hours = num_images * encoding.flops / GPU_FLOPS / 3600
@@ -133,7 +140,7 @@ def plan(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the rates, and print them and the estimate."""
     torch.set_num_threads(1)
     vqvae = VQVAE(VQVAEConfig(image_size=256, num_downsamples=4, codebook_size=8192))
     mnist = VQDrawImageConfig(
@@ -154,13 +161,13 @@ def main() -> None:
         settings = shape_settings("qwen3", layout, 27, 0.0)
         large = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **settings))
     in_products = num_parameters(large) - large.get_input_embeddings().weight.numel()
-    flops_per_token = 6 * in_products  # two forward and four back for each weight
-    print("a 256-pixel JPEG read:     ", reading)
+    flops_per_token = 6 * in_products  # per weight two in the forward pass and four in the backward pass
+    print("load a 256-pixel JPEG:     ", reading)
     print("VQ-VAE, 256 pixels:        ", encoding)
     print("VQ-DRAW, 28 pixels:        ", rate_of_encoding(VQDrawForImages(mnist), 16))
-    print("a token of a prior's step: ", training)
-    print(f"bytes of a row of tokens:   {(row_bytes := token_bytes(layout)):.0f}")
-    print(f"parameters: {num_parameters(large):,}, FLOP a token: {flops_per_token:.3g}")
+    print("train a prior, per token:  ", training)
+    print(f"bytes per row of tokens:    {(row_bytes := token_bytes(layout)):.0f}")
+    print(f"parameters: {num_parameters(large):,}, FLOP per token: {flops_per_token:.3g}")
     stages = plan(
         num_images=1e9,
         reading=reading,

@@ -1,8 +1,9 @@
-"""How well a linear classifier tells the classes of a data set from a tokenizer's codes.
+"""Measure how well a linear classifier predicts the class of an image from a tokenizer's codes.
 
     python training/experiments/linear_probe.py TOKENIZER DATA [ROWS] [BEAM]
 
-TOKENIZER is a folder, or a checkpoint of the original VQ-DRAW; DATA has columns `image` and `label` and splits train and test.
+TOKENIZER is a folder, or a checkpoint of the original VQ-DRAW. DATA has columns `image` and `label`, and splits train and
+test. ROWS limits the rows of each split (default 20,000); BEAM is the beam size of VQ-DRAW (default 1).
 """
 
 import sys
@@ -22,7 +23,7 @@ from tokenizers_vq import DiscreteTokenizer
 def codes_and_labels(
     tokenizer: DiscreteTokenizer, data: str, split: str, max_samples: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `b n` and labels `b` of the first rows of a split."""
+    """Return codes `b n` and labels `b` of the first rows of a split."""
     rows = load_captioned_images(data, split=split, with_captions=False, max_samples=max_samples)
     codes = [
         tokenizer.encode_with_search(load_pixels(rows[first : first + 250]["image"], tokenizer))
@@ -33,7 +34,7 @@ def codes_and_labels(
 
 
 def main(path: str, data: str, max_samples: int = 20_000, beam_size: int = 1) -> float:
-    """Measure, and say so."""
+    """Print and return the accuracy on the test split."""
     tokenizer = load_trained(path)
     if hasattr(tokenizer.config, "beam_size"):
         set_encode_search(tokenizer, beam_size=beam_size)

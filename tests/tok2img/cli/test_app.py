@@ -433,7 +433,7 @@ def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer,
     assert "psnr" in json.loads((tmp_path / "report.json").read_text())
 
 
-def test_a_model_is_judged_by_the_captions_it_is_evaluated_on(tok2img, model, pil_images, tmp_path):
+def test_evaluate_model_verifies_the_captions_of_the_named_column(tok2img, model, pil_images, tmp_path):
     columns = {"image": pil_images[:4], "caption": ["x", "y"] * 2, "title": ["cat", "dog"] * 2}
     for split in ("train", "test"):
         Dataset.from_dict(columns).to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))

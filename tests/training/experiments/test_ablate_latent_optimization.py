@@ -25,5 +25,5 @@ def test_it_prints_a_line_for_every_search(script, tiny_vqvae, tiny_vqdraw, tmp_
     assert [int(line.split()[1]) for line in lines] == list(measured.SEARCH_STEPS)
     assert lines[0].split()[4] == "1.000" and float(lines[-1].split()[4]) <= 1
     tiny_vqdraw.save_pretrained(str(tmp_path / "vqdraw"))
-    with pytest.raises(SystemExit, match="holds a VQDrawForImages, not a VQVAE"):
+    with pytest.raises(SystemExit, match="contains a VQDrawForImages, not a VQVAE"):
         measured.main(str(tmp_path), 4, str(tmp_path / "vqdraw"))
