@@ -1,1 +1,1 @@
-"""Time and memory of our code beside plain forms of it and other projects'; `python -m benchmarks` lists what there is."""
+"""Benchmarks of time and memory against plain implementations and other projects; `python -m benchmarks` lists them."""

@@ -1,4 +1,4 @@
-"""Measure our code beside plain forms of it and other projects'. Without a name: lists the benchmarks."""
+"""Benchmark our code against plain implementations and other projects. Without a name: list the benchmarks."""
 
 import ast
 import importlib
@@ -16,33 +16,38 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(help=__doc__)
 def main(
-    name: Annotated[str | None, typer.Argument(help="Benchmark to run.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of every case.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file for the results.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Benchmark to run. Default: list them.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured runs per case.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads that torch uses.")] = 1,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON file to write. Default: none.")] = None,
     peer: Annotated[
-        list[Path] | None, typer.Option(exists=True, file_okay=False, help="Checkout of another project, to import.")
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Checkout of another project to import from; may be repeated. Default: none.",
+        ),
     ] = None,
-    tiny: Annotated[bool, typer.Option(help="Smallest sizes: shows that it runs, and no more.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Run with the smallest sizes, as a smoke test.")] = False,
 ) -> None:
-    """Print tables, and write the results where `--out` says."""
+    """Print tables, and save the results to `--out`."""
     if name is None:
-        print("\n".join(f"{known:<12}{about}" for known, about in benchmarks().items()))
+        print("\n".join(f"{known:<17}{about}" for known, about in benchmarks().items()))
         return
     if name not in benchmarks():
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(benchmarks())}")
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(benchmarks())}")
     sys.path[:0] = [str(path.resolve()) for path in peer or []]
     run(name, rounds=rounds, threads=threads, out=out, tiny=tiny)
 
 
 def benchmarks() -> dict[str, str]:
-    """What each is about, by name; read from the files, for an import would take torch and seconds."""
+    """Return the first docstring line of each benchmark, by name, from the source: an import would load torch."""
     files = sorted(path for path in CASES.glob("*.py") if path.stem != "__init__")
     return {path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0] for path in files}
 
 
 def run(name: str, *, rounds: int, threads: int, out: Path | None, tiny: bool) -> None:
-    """Measure all comparisons of a benchmark, one after the other."""
+    """Measure and print all comparisons of a benchmark."""
     from .harness import measure
     from .report import Outcome, report
 

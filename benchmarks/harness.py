@@ -1,10 +1,10 @@
-"""Measures the same work done in several ways, fairly.
+"""Measure several implementations of the same work under equal conditions.
 
-Rounds are interleaved (A B C A B C ...), so that what else the machine does falls on all alike. CPU time is that of the process, with
-all its threads. Peak memory is what one further run adds to the resident size at its highest: Linux sets that mark (VmHWM) back when
-5 is written to /proc/self/clear_refs, so nothing has to sample. Memory freed before goes back to the system first (`malloc_trim` of
-glibc); otherwise a run that finds it would look thrifty. Large blocks come from the system one by one meanwhile; otherwise gaps between
-them, which what ran before has left or not, would count as well.
+Rounds are interleaved (A B C A B C ...), so that other load on the machine affects all cases alike. CPU time is that of the
+process, with all its threads. Peak memory is the growth of the peak resident size in one further run. Linux resets that
+peak (VmHWM) when 5 is written to /proc/self/clear_refs, so no sampling is needed. Two settings of glibc make it
+repeatable. `malloc_trim` first returns free memory to the system; a run that reuses it would seem to need less. Large
+blocks get pages of their own; otherwise gaps left by earlier runs would count.
 """
 
 import ctypes
@@ -26,15 +26,19 @@ GLIBC = ctypes.CDLL(None)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE_BLOCK = 2**18
 
-# As `import tok2img` sets it, for whoever is measured.
+# As `import tok2img` sets it, for all cases alike.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to do the work; `setup` comes before every run and is not measured.
+    """One implementation of the work.
 
-    A `slow` one runs once, in the first round: nothing warms it up, and its memory is not measured.
+    Attributes:
+        name: Name in the tables.
+        run: The work.
+        setup: Called before every run and not measured.
+        slow: Run only once, in the first round, without a warmup and without measuring memory.
     """
 
     name: str
@@ -45,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ways to do the same work, one of which, `baseline`, is what the others are held against."""
+    """Implementations of the same work, one of which is the baseline."""
 
     title: str
     cases: Sequence[Case]
@@ -59,7 +63,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of every round, and what stands for them."""
+    """Seconds of every round, with their median and range."""
 
     median: float
     min: float
@@ -69,7 +73,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case took: seconds by round, and bytes on top of what the process held before, None for a slow one."""
+    """Measurements of a case: CPU and wall time, and peak memory in bytes (None for a slow case)."""
 
     name: str
     cpu: Spread
@@ -78,7 +82,7 @@ class Result:
 
 
 def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int = 1) -> list[Result]:
-    """Run every case `warmup` times unmeasured, `rounds` times on the clock, and once more for its memory."""
+    """Run every case `warmup` times unmeasured, `rounds` times for its time, and once more for its memory."""
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     torch.set_num_threads(threads)
@@ -102,7 +106,7 @@ def measure(cases: Sequence[Case], *, rounds: int, threads: int = 1, warmup: int
 
 @contextmanager
 def standing_objects_frozen() -> Iterator[None]:
-    """Keep the garbage collector off what torch and transformers made on import: 0.2 s before every run otherwise."""
+    """Exclude the objects that imports created from garbage collection, which would take 0.2 s before every run."""
     gc.freeze()
     try:
         yield
@@ -111,7 +115,7 @@ def standing_objects_frozen() -> Iterator[None]:
 
 
 def timed(case: Case) -> tuple[float, float]:
-    """CPU and wall seconds of one run."""
+    """Measure the CPU and wall seconds of one run."""
     prepare(case)
     wall, cpu = time.perf_counter(), time.process_time()
     case.run()
@@ -119,19 +123,19 @@ def timed(case: Case) -> tuple[float, float]:
 
 
 def prepare(case: Case) -> None:
-    """Set up a run, and collect garbage that is not its own."""
+    """Set up a run, and collect the garbage of earlier runs."""
     if case.setup is not None:
         case.setup()
     gc.collect()
 
 
 def spread(seconds: list[float]) -> Spread:
-    """Median, least and most of the rounds."""
+    """Summarize the rounds by median, minimum and maximum."""
     return Spread(median(seconds), min(seconds), max(seconds), seconds)
 
 
 def peak_extra_memory(case: Case) -> int:
-    """Bytes that one run adds at its highest to what the process holds before it."""
+    """Measure by how many bytes one run raises the peak memory of the process."""
     prepare(case)
     with large_blocks_apart():
         GLIBC.malloc_trim(0)
@@ -143,7 +147,7 @@ def peak_extra_memory(case: Case) -> int:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Give each large block pages of its own, which go back to the system with it; then `keep_large_blocks`."""
+    """Give each large block pages of its own, returned to the system with it; afterwards call `keep_large_blocks`."""
     GLIBC.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
     try:
         yield
@@ -152,19 +156,19 @@ def large_blocks_apart() -> Iterator[None]:
 
 
 def keep_large_blocks() -> None:
-    """Let glibc keep as much as it ever does: a young process asks for the same pages again and again, which can double a time."""
+    """Let glibc keep freed memory. A new process would request the same pages repeatedly, which can double a time."""
     GLIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
     GLIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def high_water_mark() -> int:
-    """Most bytes that the process has had resident since the mark was last set back."""
+    """Return the peak resident size in bytes since the last reset."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 class Unused(ModuleType):
-    """A module that a peer imports and nothing measured runs through: every name in it is an empty class."""
+    """Placeholder for a module that a peer imports but no benchmark uses: every name in it is an empty class."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -173,7 +177,7 @@ class Unused(ModuleType):
 
 
 def import_peer(module: str, *, unused: Sequence[str] = ()) -> ModuleType | None:
-    """Another project's module; None, and a line that says so, where it cannot be imported. `unused` modules need not be there."""
+    """Import another project's module, or print a line and return None; `unused` modules are replaced by placeholders."""
     sys.modules.update({name: Unused(name) for name in unused})
     try:
         return importlib.import_module(module)

@@ -1,8 +1,8 @@
-"""Priors of other projects as wide and as deep as ours: what they cost to train for a step, and to draw from.
+"""Priors of other projects with the width and depth of ours, for the benchmarks of training and generation.
 
-Ours and DALLE-pytorch's have 9.0 million parameters; minDALL-E has 7.4 for want of gates, LlamaGen 7.0 for want of text ids.
-Give their checkouts with `--peer`. Packages that they import and that no benchmark runs through are replaced by empty ones; DALLE-pytorch
-needs `axial_positional_embedding` and `rotary_embedding_torch` in earnest. Weights and inputs are random.
+Ours and DALLE-pytorch's have 9.0 million parameters; minDALL-E has 7.4 because it has no gates, LlamaGen 7.0 because it has
+no text ids. `--peer` names their checkouts. Packages that they import but no benchmark uses are replaced by placeholders;
+DALLE-pytorch really needs `axial_positional_embedding` and `rotary_embedding_torch`. Weights and inputs are random.
 """
 
 import warnings
@@ -27,7 +27,7 @@ Draw = Callable[[], object]
 
 
 def dalle_pytorch(layout: SequenceLayout) -> Any:
-    """lucidrains/DALLE-pytorch with its class's defaults, its images left as codes; None without its checkout."""
+    """Build lucidrains/DALLE-pytorch with the defaults of its class, on image codes; None without its checkout."""
     peer: Any = import_peer("dalle_pytorch", unused=UNUSED_BY_DALLE)
     if peer is None:
         return None
@@ -46,12 +46,12 @@ def dalle_pytorch(layout: SequenceLayout) -> Any:
 
 
 def dalle_loss(model: Any, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """Its loss of text `b t` and codes `b n`."""
+    """Return its loss for text `b t` and codes `b n`."""
     return model(text_ids, codes, return_loss=True)
 
 
 def dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
-    """Codes of text `b t`, as its `generate.py` draws them, and with its cache, which it drops at guidance 1, handed on."""
+    """Generate codes for text `b t` as its `generate.py` does, and with its cache passed on, which it drops at guidance 1."""
     shipped, mended = dalle_pytorch(layout), dalle_pytorch(layout)
     if shipped is None:
         return {}
@@ -64,7 +64,7 @@ def dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
 
 
 def min_dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
-    """kakaobrain/minDALL-E: codes of text `b t`."""
+    """Build kakaobrain/minDALL-E as a function from text `b t` to codes."""
     peer: Any = import_peer("dalle.utils.sampling", unused=UNUSED_BY_MIN_DALLE)
     if peer is None:
         return {}
@@ -90,7 +90,7 @@ def min_dalle_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]
 
 
 def llamagen_draws(layout: SequenceLayout, text_ids: Tensor) -> dict[str, Draw]:
-    """FoundationVision/LlamaGen: codes of as many captions, which it reads as features of a T5 that are random here."""
+    """Build FoundationVision/LlamaGen as a function to codes; its captions are T5 features, here random ones."""
     models: Any = import_peer("autoregressive.models.gpt")
     if models is None:
         return {}

@@ -1,4 +1,4 @@
-"""What a benchmark found, as JSON with every round and as Markdown tables with ratios to the baseline."""
+"""Reports of benchmarks: JSON with every round, and Markdown tables with ratios to the baseline."""
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -16,23 +16,23 @@ HEADINGS = ("CPU ms", "wall ms", "peak extra MB", "CPU ratio", "wall ratio")
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison, measured."""
+    """Results of a comparison."""
 
     title: str
     baseline: str
     results: list[Result]
 
     def markdown(self) -> str:
-        """A table with the ratio of medians to the baseline's."""
+        """Format a table with the ratios of medians to the baseline."""
         baseline = next(result for result in self.results if result.name == self.baseline)
-        rows = [(f"to {self.baseline}:", *HEADINGS), ("---", *["---:"] * len(HEADINGS))]
+        rows = [(f"relative to {self.baseline}", *HEADINGS), ("---", *["---:"] * len(HEADINGS))]
         rows += [(result.name, *table_cells(result, baseline)) for result in self.results]
         return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of a benchmark and what they were measured with."""
+    """Outcomes of a benchmark, with the machine and the settings."""
 
     benchmark: str
     date: str
@@ -43,11 +43,11 @@ class Report:
     outcomes: list[Outcome]
 
     def json(self) -> dict[str, Any]:
-        """Everything, the seconds of every round included."""
+        """Return all fields as a dictionary, including the seconds of every round."""
         return asdict(self)
 
     def markdown(self) -> str:
-        """A line about the machine, and a table for each comparison."""
+        """Format a line about the machine, and a table for each comparison."""
         settings = (
             f"{self.date}, {self.cpu}, {self.threads} thread(s), torch {self.torch}; medians of {self.rounds} round(s)"
         )
@@ -55,19 +55,19 @@ class Report:
 
 
 def report(benchmark: str, outcomes: list[Outcome], *, rounds: int) -> Report:
-    """Put down when and where the outcomes were measured: here, a moment ago."""
+    """Create a report of outcomes that were just measured on this machine."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     return Report(benchmark, now, cpu_name(), torch.__version__, torch.get_num_threads(), rounds, outcomes)
 
 
 def cpu_name() -> str:
-    """The processor's name, as Linux has it."""
+    """Return the processor's name from /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def table_cells(result: Result, baseline: Result) -> list[str]:
-    """A row of the table, without its name."""
+    """Format the cells of a row after the name."""
     ratios = result.cpu.median / baseline.cpu.median, result.wall.median / baseline.wall.median
     times = [
         f"{kind.median * MILLISECONDS:.1f} ({kind.min * MILLISECONDS:.1f}..{kind.max * MILLISECONDS:.1f})"

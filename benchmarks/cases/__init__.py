@@ -1,1 +1,1 @@
-"""One file a benchmark: `comparisons(tiny=...)` yields what is to be compared; `tiny` shows that it runs, nothing more."""
+"""Benchmarks, one per file: `comparisons(tiny=...)` yields the comparisons; `tiny` is a smoke test."""

@@ -1,12 +1,12 @@
-"""Drawing codes from a prior: our loop, stock `model.generate` with our logits processor, and the samplers of other projects.
+"""Generate codes with a prior: our loop, stock `model.generate` with our logits processor, and other projects.
 
-CPU time as many times ours (Xeon at 2.0 GHz, one thread, batch 16; medians of 3 rounds beside other work):
+CPU time relative to ours (Xeon at 2.0 GHz, one thread, batch 16; medians of 3 rounds, next to other work):
 
 | | 64 codes | 256 codes |
 | --- | ---: | ---: |
 | ours, guidance 3 | 1.60 | 1.57 |
 | stock `generate` | 1.54 | 1.72 |
-| DALLE-pytorch, cache mended | 1.68 | 2.02 |
+| DALLE-pytorch, cache fixed | 1.68 | 2.02 |
 | minDALL-E | 1.14 | 2.21 |
 | LlamaGen | 1.33 | 2.55 |
 | DALLE-pytorch as shipped (one run) | 20.0 | 48.7 |
@@ -32,7 +32,7 @@ GUIDANCE_SCALES = (1.0, 3.0)
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """All codes of a batch of images, drawn at temperature 1 among all options; other projects have no guidance that works."""
+    """Compare sampling at temperature 1 among all codes; guidance is ours alone, because that of the others does not work."""
     for num_codes in (4,) if tiny else (64, 256):
         layout = prior_layout(num_codes=num_codes, codes_shared=True, tiny=tiny)
         prior = llama(layout, tiny=tiny).eval()
@@ -49,7 +49,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def peer_cases(layout: SequenceLayout, text_ids: Tensor) -> list[Case]:
-    """The samplers of other projects whose checkouts are there; without a cache they take minutes."""
+    """Return the samplers of the other projects that are installed; without a cache they take minutes."""
     draws = {}
     for peer in (dalle_draws, min_dalle_draws, llamagen_draws):
         draws |= peer(layout, text_ids)
@@ -57,12 +57,12 @@ def peer_cases(layout: SequenceLayout, text_ids: Tensor) -> list[Case]:
 
 
 def our_generate(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, guidance_scale: float) -> Tensor:
-    """Text `b t` -> codes `b n`, guidance as one doubled batch."""
+    """Generate codes `b n` from text `b t`, with guidance as one doubled batch."""
     return generate(prior, layout, text_ids, sampling=Sampling(guidance_scale=guidance_scale))
 
 
 def stock_generate(prior: Any, layout: SequenceLayout, text_ids: Tensor, guidance_scale: float) -> Tensor:
-    """Text `b t` -> codes `b n`; guidance, as transformers has it, runs the model twice a token."""
+    """Generate codes `b n` from text `b t`; the guidance of transformers runs the model twice per token."""
     prompt, empty = layout.prompt(text_ids), layout.prompt(layout.null_text_ids(len(text_ids)))
     output = prior.generate(
         prompt,

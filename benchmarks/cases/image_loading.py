@@ -1,4 +1,4 @@
-"""Reading images: our loader beside plain Pillow, and all the way to a normalised batch beside transformers' Pillow processor."""
+"""Load images: our loader against plain Pillow, and a normalized batch against the Pillow processor of transformers."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ MEAN = STD = 0.5
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """JPEGs of 256 and 512 pixels and PNGs of 256, and batches of some sizes from the JPEGs of 256."""
+    """Compare JPEGs of 256 and 512 pixels and PNGs of 256, and batches of some sizes from the JPEGs of 256."""
     num = 2 if tiny else NUM_IMAGES
     for image_format, side in (("JPEG", 256), ("JPEG", 512), ("PNG", 256)):
         files = encoded(num, 32 if tiny else side, image_format)
@@ -38,7 +38,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def encoded(num: int, side: int, image_format: str) -> list[bytes]:
-    """Files of smooth images with some grain, about as large as those of photographs."""
+    """Create files of smooth images with some noise, about as large as those of photographs."""
     generator = torch.Generator().manual_seed(0)
     smooth = F.interpolate(torch.rand(num, 3, 16, 16, generator=generator), size=side, mode="bicubic")
     pixels = smooth + 0.03 * torch.randn(num, 3, side, side, generator=generator)
@@ -47,32 +47,32 @@ def encoded(num: int, side: int, image_format: str) -> list[bytes]:
 
 
 def as_file(levels: np.ndarray, image_format: str) -> bytes:
-    """An image `h w c` as the bytes of a file."""
+    """Encode an image `h w c` as the bytes of a file."""
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, image_format)
     return buffer.getvalue()
 
 
 def each(files: list[bytes], load: Callable[[bytes], Image.Image]) -> None:
-    """Load one after another."""
+    """Load files one after another."""
     for data in files:
         load(data)
 
 
 def plain(data: bytes) -> Image.Image:
-    """What most code does, which shows some images wrong and hangs on others."""
+    """Load an image as most code does, which gets some images wrong and hangs on others."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def our_batch(files: list[bytes], image_size: int) -> Tensor:
-    """Files -> normalised `b c h w`."""
+    """Load files as a normalized batch `b c h w`."""
     images = [load_image(data, min_side=2 * image_size) for data in files]
     pixels = pixels_from_images(images, image_size=image_size, num_channels=3)
     return (pixels - MEAN) / STD
 
 
 def their_processor(image_size: int) -> Any:
-    """The Pillow processor of transformers that does the same: short side, middle, [0, 1], normalised."""
+    """Create the Pillow processor of transformers with the same steps: resize the short side, center crop, normalize."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = {"height": image_size, "width": image_size}
@@ -82,5 +82,5 @@ def their_processor(image_size: int) -> Any:
 
 
 def their_batch(files: list[bytes], processor: Any) -> Tensor:
-    """Files -> normalised `b c h w`."""
+    """Load files as a normalized batch `b c h w`."""
     return processor([plain(data) for data in files], return_tensors="pt")["pixel_values"]

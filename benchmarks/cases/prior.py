@@ -1,6 +1,6 @@
-"""A training step of the prior: our loss, which multiplies only the head rows a position can use, stock `labels=`, and DALLE-pytorch's.
+"""Train a prior for a step: our loss over the head rows a position can use, stock `labels=`, and DALLE-pytorch.
 
-Codes that share ids, CPU time as many times ours (Xeon at 2.0 GHz with AMX, one thread; medians of 5 rounds): stock 1.17,
+CPU time relative to ours when codes share ids (Xeon at 2.0 GHz with AMX, one thread; medians of 5 rounds): stock 1.17,
 DALLE-pytorch 1.53, ours compiled 0.88; ours in bfloat16 0.57, compiled 0.44, and 2.8 on a Xeon that has no instructions for it.
 """
 
@@ -24,7 +24,7 @@ BATCH_SIZE = 32
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Codes that share a range of ids (cells of a VQ-VAE), and a range for each position (stages of VQ-DRAW)."""
+    """Compare codes that share a range of ids (cells of a VQ-VAE) and codes with a range per position (stages of VQ-DRAW)."""
     batch_size = 2 if tiny else BATCH_SIZE
     for codes_shared in (True, False):
         layout = prior_layout(num_codes=4 if tiny else 64, codes_shared=codes_shared, tiny=tiny)
@@ -48,7 +48,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 class TrainingStep:
-    """A step as a plain loop takes it, the same for all: loss, gradients, clipping, AdamW."""
+    """Training step of a plain loop, the same for all: loss, gradients, clipping, AdamW."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]):
         self.loss = loss
@@ -56,7 +56,7 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
 
     def __call__(self) -> None:
-        """Take it."""
+        """Run one step."""
         self.optimizer.zero_grad()
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -72,7 +72,7 @@ def our_step(
     bfloat16: bool = False,
     compile: bool = False,
 ) -> TrainingStep:
-    """Of a copy of a prior, with the keys of a recipe."""
+    """Create a step for a copy of a prior, with settings of a recipe."""
     copied = deepcopy(prior)
     if bfloat16:
         attend_in_float32(copied)
@@ -81,7 +81,7 @@ def our_step(
 
 
 def prior_layout(*, num_codes: int, codes_shared: bool, tiny: bool) -> SequenceLayout:
-    """32 text tokens of 4096, and codes: of 1024 where they share ids, of 64 where each position has its own."""
+    """Create a layout: 32 text tokens of 4096; codes of 1024 if they share ids, of 64 if each position has its own."""
     if tiny:
         return SequenceLayout(11, text_length=3, num_codes=num_codes, codebook_size=6, codes_shared=codes_shared)
     codebook_size = 1024 if codes_shared else 64
@@ -91,7 +91,7 @@ def prior_layout(*, num_codes: int, codes_shared: bool, tiny: bool) -> SequenceL
 
 
 def llama(layout: SequenceLayout, *, tiny: bool) -> PreTrainedModel:
-    """A Llama with as many layers, heads and numbers as the peers' priors."""
+    """Build a Llama with the layers, heads and parameters of the other projects' priors."""
     if tiny:
         return build_prior(layout, architecture="llama", depth=1)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "head_dim": WIDTH // HEADS}
@@ -100,7 +100,7 @@ def llama(layout: SequenceLayout, *, tiny: bool) -> PreTrainedModel:
 
 
 def captions(layout: SequenceLayout, num: int) -> Tensor:
-    """Random text `num t`, the second half of it padding."""
+    """Create random text `num t`, the second half of it padding."""
     text_ids = layout.null_text_ids(num)
     written = text_ids[:, : (layout.text_length + 1) // 2]
     written.random_(layout.text_vocab_size, generator=torch.Generator().manual_seed(0))
@@ -108,25 +108,25 @@ def captions(layout: SequenceLayout, num: int) -> Tensor:
 
 
 def image_codes(layout: SequenceLayout, num: int) -> Tensor:
-    """Random codes `num n`."""
+    """Create random codes `num n`."""
     size, generator = (num, layout.num_codes), torch.Generator().manual_seed(1)
     return torch.randint(layout.codebook_size, size, generator=generator)
 
 
 def our_loss(model: PriorWithLoss, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """Of text `b t` and codes `b n`."""
+    """Compute our loss of text `b t` and codes `b n`."""
     loss = model(text_ids, codes).loss
     assert loss is not None
     return loss
 
 
 def in_bfloat16(model: PriorWithLoss, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """The same, products in bfloat16: a gain on processors that have instructions for it."""
+    """Compute our loss in bfloat16, which is faster on processors with instructions for it."""
     with torch.autocast("cpu", torch.bfloat16):
         return our_loss(model, text_ids, codes)
 
 
 def stock_loss(prior: PreTrainedModel, layout: SequenceLayout, text_ids: Tensor, codes: Tensor) -> Tensor:
-    """As transformers does it: one mean over the tokens that are not padding, with the whole vocabulary everywhere."""
+    """Compute the loss of transformers: one mean over all non-padding tokens, with the whole vocabulary at every position."""
     sequence = layout.sequence(text_ids, codes)
     return prior(sequence, labels=sequence.masked_fill(sequence == layout.pad_id, -100), use_cache=False).loss

@@ -1,8 +1,8 @@
-"""Nearest-neighbour quantization: ours, the textbook form, diffusers' and vector-quantize-pytorch's.
+"""Quantize vectors: our quantizer, the textbook form, diffusers and vector-quantize-pytorch.
 
-A search is measured beside the matrix product that it cannot do without, a stack of four codebooks beside the peer's.
-All give the codes, the vectors they stand for and (the peer in training only) the commitment loss; training adds the gradient and the
-moving average. Ours also revives dead codes; the others leave them where they are.
+The search is also compared with the matrix product that it needs at least, and a residual quantizer with the peer's.
+All return the codes, the quantized vectors and (the peer in training only) the commitment loss; training adds the gradient
+and the moving average. Ours also replaces dead codes; the others do not.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ PEER = "vector-quantize-pytorch"
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Search, encoding and a training step, with a small codebook and a large one; and four codebooks, one after another."""
+    """Compare search, encoding and training with a small and a large codebook, and residual quantizers of four codebooks."""
     num_vectors, code_dim = (64, 4) if tiny else (16_384, 64)
     vectors = torch.randn(num_vectors, code_dim, generator=torch.Generator().manual_seed(0))
     peer, diffusers = import_peer("vector_quantize_pytorch"), import_peer("diffusers.models.autoencoders.vae")
@@ -50,7 +50,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def both(size: str, quantizers: dict[str, nn.Module], vectors: Tensor, *, baseline: str) -> Iterator[Comparison]:
-    """Encoding and a training step of the same quantizers."""
+    """Compare encoding and a training step of the same quantizers."""
     encoding = [encode_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
     yield Comparison(f"encode, {size}", encoding, baseline)
     training = [training_case(name, quantizer, vectors) for name, quantizer in quantizers.items()]
@@ -58,7 +58,7 @@ def both(size: str, quantizers: dict[str, nn.Module], vectors: Tensor, *, baseli
 
 
 def search_comparison(title: str, vectors: Tensor, codebook: Tensor) -> Comparison:
-    """The search beside its scores alone, made in pieces that stay in the cache."""
+    """Compare the search with its scores alone, computed in chunks that fit into the cache."""
     num, size = CHUNK
     parts = [part.T.contiguous() for part in codebook.split(size)]
     scores = torch.empty(min(num, len(vectors)), min(size, len(codebook)))
@@ -73,7 +73,7 @@ def search_comparison(title: str, vectors: Tensor, codebook: Tensor) -> Comparis
 
 
 class PlainQuantizer(nn.Module):
-    """Distances of all pairs, their argmin, and one-hot rows for the moving average, all in memory."""
+    """Textbook quantizer: the distances of all pairs, their argmin, and one-hot rows for the moving average."""
 
     codebook: Tensor
     counts: Tensor
@@ -86,7 +86,7 @@ class PlainQuantizer(nn.Module):
         self.register_buffer("sums", codebook.clone())
 
     def forward(self, x: Tensor) -> QuantizerOutput:
-        """`n d` -> quantized `n d`, codes `n`, loss."""
+        """Quantize `n d`: quantized `n d`, codes `n`, loss."""
         codes = torch.cdist(x.detach(), self.codebook).argmin(dim=1)
         chosen = self.codebook[codes]
         if self.training:
@@ -94,7 +94,7 @@ class PlainQuantizer(nn.Module):
         return QuantizerOutput(x + (chosen - x).detach(), codes, COMMITMENT * F.mse_loss(x, chosen))
 
     def follow(self, x: Tensor, codes: Tensor) -> None:
-        """Move the codebook by the vectors `n d` of these codes `n`."""
+        """Update the codebook from vectors `n d` and their codes `n`."""
         one_hot = torch.zeros(len(x), len(self.codebook)).scatter_(1, codes[:, None], 1)
         self.counts.lerp_(one_hot.sum(dim=0), 1 - DECAY)
         self.sums.lerp_(one_hot.T @ x, 1 - DECAY)
@@ -102,7 +102,7 @@ class PlainQuantizer(nn.Module):
 
 
 class PeerQuantizer(nn.Module):
-    """The peer's quantizer with our settings; straight through, as ours is."""
+    """Quantizer of vector-quantize-pytorch with our settings and the straight-through estimator."""
 
     def __init__(self, peer: Any, codebook: Tensor):
         super().__init__()
@@ -113,12 +113,12 @@ class PeerQuantizer(nn.Module):
         self.inner.codebook = codebook
 
     def forward(self, x: Tensor) -> QuantizerOutput:
-        """`n d` -> quantized `n d`, codes `n`, loss."""
+        """Quantize `n d`: quantized `n d`, codes `n`, loss."""
         return QuantizerOutput(*self.inner(x))
 
 
 class DiffusersQuantizer(nn.Module):
-    """That of diffusers' VQModel, whose codebook learns by its loss; its gradient is measured, its optimizer's step is not."""
+    """Quantizer of diffusers' VQModel, which learns by its loss; its gradient is measured, the optimizer's step is not."""
 
     def __init__(self, diffusers: Any, codebook: Tensor):
         super().__init__()
@@ -126,7 +126,7 @@ class DiffusersQuantizer(nn.Module):
         self.inner.embedding.weight.data.copy_(codebook)
 
     def forward(self, x: Tensor) -> QuantizerOutput:
-        """`n d` -> quantized `n d`, codes `n`, loss."""
+        """Quantize `n d`: quantized `n d`, codes `n`, loss."""
         image = x[None, None].movedim(-1, 1)  # `1 d 1 n`, whose vectors lie as it wants them
         quantized, loss, (_, _, codes) = self.inner(image)
         own_share = COMMITMENT / (1 + COMMITMENT)  # its loss holds the codebook's term too, which ours has no need of
@@ -134,7 +134,7 @@ class DiffusersQuantizer(nn.Module):
 
 
 class PeerStack(nn.Module):
-    """The peer's residual quantizer with our settings."""
+    """Residual quantizer of vector-quantize-pytorch with our settings."""
 
     def __init__(self, peer: Any, vectors: Tensor, codebook_size: int, num_quantizers: int):
         super().__init__()
@@ -150,13 +150,13 @@ class PeerStack(nn.Module):
             layer.codebook = vectors[:codebook_size] + 0.1
 
     def forward(self, x: Tensor) -> QuantizerOutput:
-        """`n d` -> quantized `n d`, codes `n l`, loss."""
+        """Quantize `n d`: quantized `n d`, codes `n l`, loss."""
         quantized, codes, losses = self.inner(x)
         return QuantizerOutput(quantized, codes, losses.mean())
 
 
 def our_stack(vectors: Tensor, codebook_size: int, num_quantizers: int) -> nn.Module:
-    """Our residual quantizer, past its k-means."""
+    """Build our residual quantizer, already initialized."""
     stack = ResidualQuantizer(
         codebook_size, vectors.shape[1], num_quantizers, commitment_weight=COMMITMENT, decay=DECAY
     )
@@ -166,14 +166,14 @@ def our_stack(vectors: Tensor, codebook_size: int, num_quantizers: int) -> nn.Mo
 
 
 def our_quantizer(codebook: Tensor) -> nn.Module:
-    """Our quantizer, past its k-means."""
+    """Build our quantizer, already initialized."""
     quantizer = VectorQuantizer(*codebook.shape, commitment_weight=COMMITMENT, decay=DECAY)
     place(quantizer, codebook)
     return quantizer
 
 
 def place(quantizer: VectorQuantizer, codebook: Tensor) -> None:
-    """Put a codebook where k-means would have."""
+    """Initialize a codebook near the data, as k-means would."""
     quantizer.codebook.copy_(codebook)
     quantizer.embed_avg.copy_(codebook)
     quantizer.cluster_size.fill_(1)
@@ -181,7 +181,7 @@ def place(quantizer: VectorQuantizer, codebook: Tensor) -> None:
 
 
 def encode_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
-    """A forward pass without gradient, in evaluation mode."""
+    """Run a forward pass without gradient, in eval mode."""
 
     @torch.no_grad()
     def encode() -> Tensor:
@@ -191,7 +191,7 @@ def encode_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
 
 
 def training_case(name: str, quantizer: nn.Module, vectors: Tensor) -> Case:
-    """Forward, back, and the codebook's move, always from the same state; what a decoder would send back stands ready."""
+    """Run a training step from the same state every time; the gradient of a decoder is given."""
     x, start, gradient = vectors.clone().requires_grad_(), deepcopy(quantizer.state_dict()), vectors / vectors.numel()
 
     def reset() -> None:

@@ -1,4 +1,4 @@
-"""Tokenizing captioned images, beside encoding alone of the same batches: what reading, decoding and writing cost on top."""
+"""Tokenize captioned images, against encoding alone: the overhead of reading, decoding and writing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ NUM_IMAGES, NUM_FILES = 10_000, 512
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """A shard of JPEGs of 64 pixels, as codes of 32: VQ-VAEs of two widths, and a VQ-DRAW model whose search is the default one."""
+    """Compare on a shard of 64-pixel JPEGs, encoded at 32: VQ-VAEs of two widths, and a VQ-DRAW with its default search."""
     sizes = VQDrawImageConfig(image_size=IMAGE_SIZE, num_stages=4, codebook_size=16, hidden_channels=16)
     widths = (8,) if tiny else (64, 128)
     models = {
@@ -44,7 +44,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def captioned(num: int) -> Dataset:
-    """So many rows, some files over and over."""
+    """Create rows that repeat a few files."""
     files = encoded(min(num, NUM_FILES), FILE_SIZE, "JPEG")
     cells = [{"bytes": files[row % len(files)], "path": None} for row in range(num)]
     rows = Dataset.from_dict({"image": cells, "caption": [f"an image of number {row}" for row in range(num)]})
@@ -52,13 +52,13 @@ def captioned(num: int) -> Dataset:
 
 
 class Tokenizing:
-    """All rows, from files in memory to a shard on disk."""
+    """Tokenization of all rows, from files in memory to a shard on disk."""
 
     def __init__(self, rows: Dataset, work: TokenizeBatch):
         self.rows, self.work = rows, work
 
     def __call__(self) -> None:
-        """Do it, in a folder of its own."""
+        """Write one shard to a temporary folder."""
         with TemporaryDirectory() as folder:
             job = TokenizationJob(
                 DatasetRows(self.rows), self.work, Path(folder), rows_per_shard=len(self.rows), on_error="raise"
@@ -67,12 +67,12 @@ class Tokenizing:
 
 
 class Encoding:
-    """The pixels of the same batches, decoded before."""
+    """Encoding of the same batches, decoded beforehand."""
 
     def __init__(self, processor: Tok2ImgProcessor, batches: tuple[torch.Tensor, ...]):
         self.processor, self.batches = processor, batches
 
     def __call__(self) -> None:
-        """Codes, and nothing else."""
+        """Encode all batches."""
         for pixel_values in self.batches:
             self.processor.encode_pixels(pixel_values)

@@ -1,4 +1,4 @@
-"""VQ-DRAW for images of MNIST's size: our options, which make no step they need not, and every step in memory."""
+"""Run VQ-DRAW at the size of MNIST: our options, which compute only the steps they need, against all steps in memory."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -14,7 +14,7 @@ from ..harness import Case, Comparison
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Decoding, encoding and a training step, in the sizes of `training/configs/mnist_vqdraw.yaml`."""
+    """Compare decoding, encoding and a training step at the sizes of `training/configs/mnist_vqdraw.yaml`."""
     config = image_config(tiny=tiny)
     pixel_values = torch.rand(2 if tiny else 64, 1, config.image_size, config.image_size)
     model = perturbed(VQDrawForImages(config))
@@ -32,7 +32,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def image_config(*, tiny: bool) -> VQDrawImageConfig:
-    """Size of the recipe for MNIST."""
+    """Return the config of the recipe for MNIST."""
     return VQDrawImageConfig(
         image_size=8 if tiny else 28,
         num_channels=1,
@@ -46,7 +46,7 @@ def image_config(*, tiny: bool) -> VQDrawImageConfig:
 
 @torch.no_grad()
 def perturbed(model: VQDrawForImages) -> VQDrawForImages:
-    """Move every parameter off its start: at first all steps are zero, and every option is as good as another."""
+    """Perturb every parameter, because initially all steps are zero and all options equal."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
@@ -54,7 +54,7 @@ def perturbed(model: VQDrawForImages) -> VQDrawForImages:
 
 
 def with_dense_options(model: VQDrawForImages) -> VQDrawForImages:
-    """The same model, with all steps of a stage in memory before any is looked at."""
+    """Return the same model, with all steps of a stage computed in memory before any is compared."""
     plain = deepcopy(model)
     options = plain.draw.options
     plain.draw.options = lambda state, stage: DenseOptions(options(state, stage).all())
@@ -62,7 +62,7 @@ def with_dense_options(model: VQDrawForImages) -> VQDrawForImages:
 
 
 def training_step(model: VQDrawForImages, pixel_values: Tensor, *, bf16: bool = False) -> Tensor:
-    """Forward and back; what an optimizer does is the same for all."""
+    """Run forward and backward; the optimizer's step is the same for all."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = model(pixel_values).loss
     loss.backward()

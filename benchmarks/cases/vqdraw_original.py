@@ -1,4 +1,4 @@
-"""The published VQ-DRAW models: our forms of them, exact ones and sparse gradients, and unixpickle/vq-draw with the same weights."""
+"""Run the published VQ-DRAW models: ours, exact and with sparse gradients, and unixpickle/vq-draw with the same weights."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Work = dict[str, dict[str, Callable[[], object]]]  # by kind and by who does it
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Decoding, encoding and a training step of each model; without the peer, against our own plain forms."""
+    """Compare decoding, encoding and a training step of each model; without the peer, against our own plain form."""
     peer = import_peer("vq_draw")
     for name, (num_stages, batch_size) in {"mnist": (2, 2)}.items() if tiny else SIZES.items():
         settings = {"num_stages": num_stages, "segment_length": 0, "checkpoint_stages": False}
@@ -40,7 +40,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tensor) -> Iterator[Comparison]:
-    """The three kinds of work for one model."""
+    """Compare the three kinds of work for one model."""
     target, codes = ours.normalize(pixel_values), ours.encode(pixel_values)
     sparse = deepcopy(ours).train()
     sparse.draw.num_aux_options = NUM_AUX_OPTIONS
@@ -58,19 +58,27 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
             f"{NUM_AUX_OPTIONS} options, bfloat16": partial(training_step, sparse, pixel_values, bf16=True),
         },
     }
-    yield from beside_original(title, work, original, target, codes, trained=[exact, sparse])
+    yield from compare_with_original(title, work, original, target, codes, trained=[exact, sparse])
 
 
-def beside_original(
+def compare_with_original(
     title: str, work: Work, original: Any, target: Tensor, codes: Tensor, *, trained: list[nn.Module]
 ) -> Iterator[Comparison]:
-    """Kinds of work, each beside the peer's where there is one; `trained` are the models whose gradients are cleared before a run.
+    """Compare each kind of work with the original's, if it is installed.
+
+    Args:
+        title: Title of the comparisons.
+        work: Kinds of work and their implementations.
+        original: The original's model, or None.
+        target: Images or texts.
+        codes: Our codes of `target`, `b n`.
+        trained: Models whose gradients are cleared before every run.
 
     Raises:
-        ValueError: where the peer has other `codes` than ours for the target.
+        ValueError: If the original encodes `target` to other codes.
     """
     if original is not None:
-        refuse_other_codes(codes, without_gradient(original, target)[0])
+        check_equal_codes(codes, without_gradient(original, target)[0])
         work["decode"]["vq-draw"] = partial(without_gradient, original.decode, codes)
         work["encode"]["vq-draw"] = partial(without_gradient, original, target)
         work["training step"]["vq-draw"] = partial(original_step, original, target)
@@ -82,7 +90,7 @@ def beside_original(
 
 
 def build_original(peer: ModuleType, name: str, config: VQDrawImageConfig) -> Any:
-    """The peer's model, its weights as it starts them."""
+    """Build the original's model with its own initialization."""
     torch.manual_seed(0)
     refiner = getattr(peer, PEER_REFINERS[name])(config.codebook_size, config.num_stages)
     shape = (config.num_channels, config.image_size, config.image_size)
@@ -92,7 +100,7 @@ def build_original(peer: ModuleType, name: str, config: VQDrawImageConfig) -> An
 
 
 def same_weights(original: Any) -> VQDrawForImages:
-    """The peer's model, loaded as a user loads one from its file."""
+    """Load the original's model from its file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in original.state_dict().items()}, path)
@@ -100,7 +108,7 @@ def same_weights(original: Any) -> VQDrawForImages:
 
 
 def original_step(model: Any, target: Tensor) -> Tensor:
-    """The peer's loss as its trainer weighs it, and back."""
+    """Run the original's loss with the weights of its trainer, and backward."""
     losses = model(target)[-1]
     loss = losses.amin(dim=-1).mean() + AUX_COEFF * losses.mean()
     loss.backward()
@@ -108,7 +116,7 @@ def original_step(model: Any, target: Tensor) -> Tensor:
 
 
 def in_bfloat16(model: VQDrawForImages) -> VQDrawForImages:
-    """The model, searching codes in bfloat16."""
+    """Encode in bfloat16."""
     copy = deepcopy(model)
     copy.config.encode_dtype = "bfloat16"
     return copy
@@ -116,18 +124,18 @@ def in_bfloat16(model: VQDrawForImages) -> VQDrawForImages:
 
 @torch.no_grad()
 def without_gradient(run: Callable[[Tensor], Any], argument: Tensor) -> Any:
-    """Call with no graph."""
+    """Call a function without autograd."""
     return run(argument)
 
 
-def refuse_other_codes(ours: Tensor, peers: Tensor) -> None:
-    """ValueError for codes `b n` that differ: what is not the same is not to be compared."""
+def check_equal_codes(ours: Tensor, peers: Tensor) -> None:
+    """Check that codes `b n` are equal, because different results must not be compared."""
     differ = (ours != peers).sum().item()
     if differ:
         raise ValueError(f"{differ} of {ours.numel()} codes are not those of the peer")
 
 
 def clear_gradients(models: list[nn.Module]) -> None:
-    """Of every model, so that none adds to those of its last run."""
+    """Clear the gradients of every model, so that a run does not add to those of the last one."""
     for model in models:
         model.zero_grad()

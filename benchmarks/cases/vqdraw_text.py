@@ -1,4 +1,4 @@
-"""The original's text model: our forms of it and unixpickle/vq-draw with the same weights."""
+"""Run the original's text model: ours, exact and sparse, and unixpickle/vq-draw with the same weights."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -17,7 +17,7 @@ from tokenizers_vq.vqdraw.losses import CrossEntropyLoss
 from tokenizers_vq.vqdraw.options import EmbeddedOptions, Options
 
 from ..harness import Comparison, import_peer
-from .vqdraw_original import AUX_COEFF, NUM_AUX_OPTIONS, Work, beside_original, without_gradient
+from .vqdraw_original import AUX_COEFF, NUM_AUX_OPTIONS, Work, compare_with_original, without_gradient
 
 WIDTH = 128
 DILATIONS = (1, 2, 4, 8, 16, 32) * 2
@@ -25,7 +25,7 @@ CODEBOOK_SIZE = 64
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Decoding, encoding and a training step; without the peer, our sparse form against our exact one."""
+    """Compare decoding, encoding and a training step; without the peer, our sparse form against our exact one."""
     peer = import_peer("vq_draw")
     num_symbols, length, num_stages, batch_size = (20, 16, 2, 2) if tiny else (283, 128, 3, 16)
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def comparisons(*, tiny: bool) -> Iterator[Comparison]:
 
 
 def compare(title: str, ours: VQDraw, original: Any, target: Tensor) -> Iterator[Comparison]:
-    """The three kinds of work."""
+    """Compare the three kinds of work."""
     exact, sparse = deepcopy(ours).train(), deepcopy(ours).train()
     sparse.num_aux_options = NUM_AUX_OPTIONS
     with torch.no_grad():
@@ -50,18 +50,18 @@ def compare(title: str, ours: VQDraw, original: Any, target: Tensor) -> Iterator
             f"{NUM_AUX_OPTIONS} options": partial(training_step, sparse, target),
         },
     }
-    yield from beside_original(title, work, original, target, codes, trained=[exact, sparse])
+    yield from compare_with_original(title, work, original, target, codes, trained=[exact, sparse])
 
 
 def training_step(model: VQDraw, target: Tensor) -> Tensor:
-    """Loss and gradients of one batch."""
+    """Compute the loss and the gradients of one batch."""
     loss = model.loss(model(target))
     loss.backward()
     return loss
 
 
 class OriginalTextRefiner(nn.Module):
-    """The original's refiner with channels last; its layer normalisation covers all channels of all positions."""
+    """The original's refiner with channels last; its layer norm covers all channels of all positions."""
 
     def __init__(self, num_stages: int, length: int, num_symbols: int):
         super().__init__()
@@ -74,7 +74,7 @@ class OriginalTextRefiner(nn.Module):
         self.output_scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, state: Tensor, stage: int) -> Options:
-        """State `b t v` -> the options of a stage."""
+        """Refine the state `b t v`: the options of a stage."""
         hidden = F.relu(self.read(state.softmax(dim=2) * state.shape[2] ** 0.5)) + self.positions
         for block in self.blocks:
             hidden = hidden + block(hidden, stage)
@@ -84,7 +84,7 @@ class OriginalTextRefiner(nn.Module):
 
 
 class OriginalBlock(nn.Module):
-    """Three convolutions, each normalised before and scaled by the stage after; the gains are folded into the weights."""
+    """Three convolutions, each normalized before and scaled by the stage after; the gains are folded into the weights."""
 
     def __init__(self, num_stages: int, length: int, dilation: int):
         super().__init__()
@@ -96,7 +96,7 @@ class OriginalBlock(nn.Module):
         self.gains = nn.ParameterList(torch.randn(num_stages, outside) for _, outside in sizes)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
-        """`b t c` -> `b t c`."""
+        """Apply the block to `b t c`."""
         x = F.relu(x)
         for number, (norm, layer, gains) in enumerate(zip(self.norms, self.layers, self.gains, strict=True)):
             x = norm(x)
@@ -108,7 +108,7 @@ class OriginalBlock(nn.Module):
 
 
 def build_ours(num_stages: int, length: int, num_symbols: int, tensors: dict[str, Tensor] | None) -> VQDraw:
-    """Our model, with the peer's weights where they are given."""
+    """Build our model, with the original's weights if they are given."""
     model = VQDraw(
         OriginalTextRefiner(num_stages, length, num_symbols),
         CrossEntropyLoss(num_symbols),
@@ -123,7 +123,7 @@ def build_ours(num_stages: int, length: int, num_symbols: int, tensors: dict[str
 
 
 def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The peer's tensors under our names and in our order of channels."""
+    """Convert the original's tensors to our names and our order of channels."""
     found = {name.removeprefix("refiner."): tensor for name, tensor in tensors.items()}
     last = f"layers.{len(DILATIONS) + 4}"
     head = torch.cat([found[f"{last}.weight"], found[f"{last}.bias"][:, None, None]], dim=1).squeeze(2)
@@ -148,7 +148,7 @@ def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(found: dict[str, Tensor], inside: str, outside: str) -> dict[str, Tensor]:
-    """Weight and bias of a layer, channels last: of a convolution `o i p`, or of a normalisation `c t`."""
+    """Return the weight and bias of a layer with channels last: of a convolution `o i p`, or of a layer norm `c t`."""
     weight, bias = found[f"{inside}.weight"], found[f"{inside}.bias"]
     if weight.ndim == 3:
         return {f"{outside}.weight": rearrange(weight, "o i p -> o (p i)"), f"{outside}.bias": bias}
@@ -156,7 +156,7 @@ def renamed(found: dict[str, Tensor], inside: str, outside: str) -> dict[str, Te
 
 
 def build_original(peer: ModuleType, num_stages: int, length: int, num_symbols: int) -> Any:
-    """The peer's model, its weights as it starts them."""
+    """Build the original's model with its own initialization."""
     refiner = peer.TextRefiner(CODEBOOK_SIZE, num_stages, length, num_symbols)
     model = peer.Encoder((length, num_symbols), CODEBOOK_SIZE, refiner, peer.SoftmaxLoss(), num_stages=num_stages)
     nn.init.normal_(model.bias, std=0.3)

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app, benchmarks
-from benchmarks.cases.vqdraw_original import refuse_other_codes
+from benchmarks.cases.vqdraw_original import check_equal_codes
 from benchmarks.harness import Case, Comparison, Result, import_peer, measure, spread
 from benchmarks.report import Outcome, report
 
@@ -196,6 +196,6 @@ def test_the_list_comes_without_torch():
 
 def test_codes_that_the_peer_has_not_are_refused():
     codes = torch.tensor([[1, 2], [3, 4]])
-    refuse_other_codes(codes, codes.clone())
+    check_equal_codes(codes, codes.clone())
     with pytest.raises(ValueError, match="1 of 4 codes are not those of the peer"):
-        refuse_other_codes(codes, torch.tensor([[1, 2], [0, 4]]))
+        check_equal_codes(codes, torch.tensor([[1, 2], [0, 4]]))
