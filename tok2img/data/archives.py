@@ -1,4 +1,4 @@
-"""Rows out of Parquet files and webdataset tars, and which of several files belong to a split."""
+"""Finds the Parquet files and webdataset tars of a split, and loads Parquet files through `datasets`."""
 
 import glob
 import re
@@ -16,17 +16,31 @@ from datasets import Dataset
 from tokenizers_vq.loading import first_line
 
 SPLITS = ("train", "validation", "test")
-# What reading a damaged Parquet file or tar raises.
+# Errors that damaged Parquet files and tars raise.
 UNREADABLE = (pa.ArrowException, tarfile.TarError, EOFError, OSError)
 _SPLIT_NAME = re.compile("|".join(SPLITS))
 
 
 class MissingSplitError(ValueError):
-    """Data has no split of a name."""
+    """A split that the data does not have."""
 
 
-def packed_files(path: Path, split: str) -> list[Path]:
-    """The Parquet files or else the tars of a split; none if it is a folder without either."""
+def archive_files(path: Path, split: str) -> list[Path]:
+    """Find the Parquet files of a split, or else its tars.
+
+    The split is what the name of a file, or of its folder, begins with. Without any such name all files are "train".
+
+    Args:
+        path: A file, or a folder that is searched with those below it.
+        split: Name of the split.
+
+    Returns:
+        The files in order; none if the folder has neither kind.
+
+    Raises:
+        MissingSplitError: If there are files, but none of this split.
+        ValueError: If `path` is a file of another kind.
+    """
     if path.is_file():
         if path.suffix not in (".parquet", ".tar"):
             raise ValueError(f"{path}: expected a folder, a .parquet or a .tar file")
@@ -36,49 +50,47 @@ def packed_files(path: Path, split: str) -> list[Path]:
     found = found or sorted(path.rglob("*.tar"))
     by_split: dict[str, list[Path]] = {}
     for file in found:
-        by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
+        # The innermost name that begins with a known split decides; an unknown beginning is a split of its own.
+        known = (_SPLIT_NAME.match(part) for part in reversed(file.relative_to(path).parts))
+        name = next((match[0] for match in known if match), file.stem.split("-")[0])
+        by_split.setdefault(name, []).append(file)
     if not by_split.keys() & set(SPLITS):
         by_split = {"train": found}
     return files_of_split(by_split, split, path) if found else []
 
 
-def _split_of(file: Path) -> str:
-    """What the name of the file, or of its folder, begins with; an unknown beginning is a split of its own."""
-    known = (_SPLIT_NAME.match(part) for part in reversed(file.parts))
-    return next((match[0] for match in known if match), file.stem.split("-")[0])
-
-
 def files_of_split(by_split: Mapping[str, list[Path]], split: str, where: Path) -> list[Path]:
-    """The files of a split; MissingSplitError with the splits there are for another."""
+    """Return the files of a split; MissingSplitError that names the existing splits if there is no such split."""
     if split not in by_split:
         raise MissingSplitError(f"{where}: no split {split!r}, only {', '.join(sorted(by_split))}")
     return by_split[split]
 
 
-def from_packed_files(files: Sequence[Path]) -> Dataset:
-    """The rows of Parquet files or tars; ValueError that names the file for what cannot be read."""
-    filled = [file for file in files if _num_entries(file) > 0]
+def load_parquet(files: Sequence[Path]) -> Dataset:
+    """Load Parquet files into the memory-mapped cache of `datasets`.
+
+    Training reads rows in random order. In a Parquet file that would decompress a page for each row, so the copy pays.
+
+    Raises:
+        ValueError: If there are no rows, or a file is damaged; names the file.
+    """
+    filled = [file for file in files if _num_rows(file) > 0]
     if not filled:
         raise ValueError(f"{files[0]}: no rows")
-    is_parquet = filled[0].suffix == ".parquet"
-    kind, patterns = "parquet" if is_parquet else "webdataset", [glob.escape(str(file)) for file in filled]
+    patterns = [glob.escape(str(file)) for file in filled]
     try:
         with quiet_datasets():
-            rows = datasets.load_dataset(kind, data_files={"train": patterns}, split="train")
-    except Exception as error:  # as above
-        culprit = next((file for file in filled if is_parquet and not _is_whole_parquet(file)), filled[0])
+            return datasets.load_dataset("parquet", data_files={"train": patterns}, split="train")
+    except Exception as error:  # `datasets` wraps errors in types of its own and does not name the file
+        culprit = next((file for file in filled if not _is_whole_parquet(file)), filled[0])
         raise ValueError(f"{culprit}: cannot be read: {root_cause(error)}") from error
-    return rows if is_parquet else _without_json_prefix(rows)
 
 
-def _num_entries(file: Path) -> int:
+def _num_rows(file: Path) -> int:
     try:
-        if file.suffix == ".parquet":
-            return pq.read_metadata(file).num_rows
-        with tarfile.open(file) as tar:
-            return sum(member.isfile() for member in tar)
+        return pq.read_metadata(file).num_rows
     except UNREADABLE as error:
-        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]}: {root_cause(error)}") from error
+        raise ValueError(f"{file}: cannot be read as parquet: {root_cause(error)}") from error
 
 
 def _is_whole_parquet(file: Path) -> bool:
@@ -89,16 +101,9 @@ def _is_whole_parquet(file: Path) -> bool:
         return False
 
 
-def _without_json_prefix(rows: Dataset) -> Dataset:
-    """Webdataset JSON comes as one column of records: its keys become columns, unless a file has that extension."""
-    rows = rows.flatten()
-    names = {name: name.removeprefix("json.") for name in rows.column_names if name.startswith("json.")}
-    return rows.rename_columns({old: new for old, new in names.items() if new not in rows.column_names})
-
-
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No log lines, since errors come as ValueError, and progress bars only where somebody looks at them."""
+    """Silence the log of `datasets`, whose errors become ValueErrors, and its progress bars unless on a terminal."""
     verbosity, had_bars = datasets.logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
@@ -112,7 +117,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of what caused an error."""
+    """Return the first line of the innermost error in a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)

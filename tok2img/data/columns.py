@@ -1,4 +1,4 @@
-"""Which columns of a data set hold images and captions: those that are named, else those of the usual names, else the only ones."""
+"""Finds the columns of images and captions: those that are named, else the usual names, else the only ones that fit."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,12 +8,22 @@ from datasets import Image as ImageFeature
 
 from tokenizers_vq.validation import did_you_mean
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTION_NAMES = ("caption", "text")
 TEXT = (Value("string"), Value("large_string"))
 
 
 def column_of_images(features: Features, wanted: str | None, source: str) -> str:
-    """The column of the images; ValueError where there is none, or it holds something else."""
+    """Find the column of images.
+
+    Args:
+        features: Columns and their types.
+        wanted: Name of the column; None finds it.
+        source: Name of the data, for errors.
+
+    Raises:
+        ValueError: If there is no such column, or it does not hold images or paths.
+    """
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     images = images or [name for name, feature in features.items() if _may_hold_images(feature)]
     name = _one_column(features, wanted, ("image",), images, source)
@@ -23,15 +33,15 @@ def column_of_images(features: Features, wanted: str | None, source: str) -> str
 
 
 def column_of_captions(features: Features, wanted: str | None, source: str) -> str:
-    """The column of the captions; ValueError where there is none."""
+    """Find the column of captions; arguments and errors as in `column_of_images`."""
     texts = [name for name, feature in features.items() if feature in TEXT and not name.startswith("__")]
     return _one_column(features, wanted, CAPTION_NAMES, texts, source)
 
 
-def no_column(name: str, there: Iterable[str]) -> str:
-    """That a column is not there, and which are, for errors."""
-    hint = did_you_mean(name, there)
-    return f"no column {name!r}, only {', '.join(map(repr, there))}{f'; {hint}' if hint else ''}"
+def missing_column(name: str, available: Iterable[str]) -> str:
+    """Return an error message for a missing column, with the available ones."""
+    hint = did_you_mean(name, available)
+    return f"no column {name!r}, only {', '.join(map(repr, available))}{f'; {hint}' if hint else ''}"
 
 
 def _may_hold_images(feature: Any) -> bool:
@@ -46,5 +56,5 @@ def _one_column(
     if not names and len(suitable) == 1:
         names = suitable
     if not names or names[0] not in features:
-        raise ValueError(f"{source}: {no_column(wanted or usual[0], features)}")
+        raise ValueError(f"{source}: {missing_column(wanted or usual[0], features)}")
     return names[0]

@@ -1,7 +1,8 @@
-"""DATA as the command line takes it -> rows of an undecoded image and its caption.
+"""Loads captioned images from whatever DATA names on the command line.
 
-A Parquet file or folder, webdataset tars, a folder of images with captions, the built-in shapes, or a hub name. Images stay
-undecoded, so that `load_image` alone decides what a file shows and a broken one is named where it is used; all else is refused here.
+A Parquet file or folder, webdataset tars, a folder of images with captions, the built-in shapes, or a hub name. Images
+stay undecoded, so `load_image` alone decides how a file looks, and a broken one is named where it is used. Everything
+else that is wrong is an error here.
 """
 
 import csv
@@ -19,18 +20,18 @@ import pyarrow.compute as pc
 from datasets import Dataset, Value
 from datasets import Image as ImageFeature
 
+from .archive_readers import load_tars, read_images
 from .archives import (
     SPLITS,
     MissingSplitError,
+    archive_files,
     files_of_split,
-    from_packed_files,
-    packed_files,
+    load_parquet,
     quiet_datasets,
     root_cause,
 )
-from .columns import CAPTION_NAMES, column_of_captions, column_of_images, no_column
+from .columns import CAPTION_NAMES, IMAGE_SUFFIXES, column_of_captions, column_of_images, missing_column
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILT_IN_ROWS = 20_000
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _UNDECODED = ImageFeature(decode=False)
@@ -47,24 +48,39 @@ def load_captioned_images(
     with_images: bool = True,
     max_samples: int | None = None,
 ) -> Dataset:
-    """Open captioned images of any kind, or text alone.
+    """Load captioned images of any kind, or captions alone.
 
     Args:
-        source: "shapes" (the built-in set, whatever lies here), else a path if it exists, else a hub name
-        split: which split; a single file is "train" and what its name begins with
-        image_column: by default "image" or the only one with images; in a folder's metadata "file_name"
-        caption_column: by default "caption", "text" or the only one with strings
-        with_captions, with_images: whether there must be captions, and images
-        max_samples: at most so many rows, the first
+        source: "shapes" (the built-in set, even if a file has that name), else a path if it exists, else a hub name.
+        split: Name of the split. A single file is "train" and whatever its name begins with.
+        image_column: Column of images; by default "image", or the only one with images. In a folder's metadata
+            "file_name".
+        caption_column: Column of captions; by default "caption", "text", or the only one with strings.
+        with_captions: Require captions and include them.
+        with_images: Require images and include them.
+        max_samples: Number of rows to keep, from the start; None keeps all.
 
     Returns:
-        Columns `image` (undecoded: "bytes" and "path"; with images), `caption` (string; with captions), and `label` if there is one.
+        A data set with the columns `image` (undecoded: "bytes" and "path"), `caption` (string), and `label` if the
+        data has one. Images in tars are read from the tar each time.
 
     Raises:
-        ValueError: one line that names the file, column or row; `MissingSplitError` where there is no such split
+        ValueError: In one line that names the file, column or row; `MissingSplitError` if there is no such split.
     """
-    check_max_rows(max_samples)
-    rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_samples=max_samples)
+    check_max_samples(max_samples)
+    files = archive_files_of(source, split)
+    if files and files[0].suffix == ".tar":
+        rows = load_tars(
+            files,
+            image_column=image_column,
+            caption_column=caption_column,
+            with_images=with_images,
+            with_captions=with_captions,
+        )
+    elif files:
+        rows = load_parquet(files)
+    else:
+        rows = _open(source, split, image_column, caption_column, with_captions=with_captions, max_samples=max_samples)
     if len(rows) == 0:
         raise ValueError(f"{source}: no rows in split {split!r}")
     rows = rows.select(range(min(len(rows), max_samples or len(rows))))
@@ -72,32 +88,36 @@ def load_captioned_images(
     if with_captions:
         columns[column_of_captions(rows.features, caption_column, source)] = "caption"
     rows = _renamed(rows, columns)
-    return _with_text_checked(rows, source) if with_captions else rows
+    rows = _with_text_checked(rows, source) if with_captions else rows
+    return rows.with_transform(read_images) if files and files[0].suffix == ".tar" and with_images else rows
 
 
-def check_max_rows(max_samples: int | None) -> None:
-    """ValueError for a number of rows that is none."""
+def check_max_samples(max_samples: int | None) -> None:
+    """Check that a number of rows is None or at least 1."""
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
 
 
-def packed_files_of(source: str, split: str) -> list[Path]:
-    """The Parquet files or tars that a source means; none if it is something else."""
+def archive_files_of(source: str, split: str) -> list[Path]:
+    """Return the Parquet files or tars of a source; none if it is of another kind."""
     is_path = source != "shapes" and os.path.exists(source)
-    return packed_files(Path(os.path.abspath(source)), split) if is_path else []
+    return archive_files(Path(os.path.abspath(source)), split) if is_path else []
 
 
 def held_out_split(dataset: Dataset, *, share: float, max_samples: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Part data that has one split into training and held-out rows, each in their order, the same for the same seed.
+    """Split a data set at random into training and held-out rows, both in their original order.
 
     Args:
-        dataset: at least two rows
-        share: of the rows to hold out, between 0 and 1; at least one row is held out and at least one is not
-        max_samples: hold out no more than so many
-        seed: chooses the rows
+        dataset: At least two rows.
+        share: Fraction of the rows to hold out, between 0 and 1; at least one row is on either side.
+        max_samples: Largest number of rows to hold out.
+        seed: Seed of the choice.
+
+    Returns:
+        Training rows and held-out rows, the same for the same seed.
 
     Raises:
-        ValueError: for fewer than two rows, or a share or count out of range
+        ValueError: If there are fewer than two rows, or the share or number is out of range.
     """
     if len(dataset) < 2 or not 0 < share < 1 or max_samples < 1:
         raise ValueError(f"cannot hold out a share of {share}, at most {max_samples}, of {len(dataset)} rows")
@@ -110,8 +130,6 @@ def held_out_split(dataset: Dataset, *, share: float, max_samples: int, seed: in
 def _open(
     source: str, split: str, image: str | None, caption: str | None, *, with_captions: bool, max_samples: int | None
 ) -> Dataset:
-    if packed := packed_files_of(source, split):
-        return from_packed_files(packed)
     if source == "shapes":
         from .shapes import shapes_dataset
 
@@ -145,7 +163,7 @@ def _from_image_folder(folder: Path, split: str, *, file_key: str, captions: Seq
     places = [place / name for place in (root, folder) for name in ("metadata.csv", "metadata.jsonl")]
     metadata = next((place for place in places if place.is_file()), None)
     if metadata is None:
-        texts = {"caption": [_caption_beside(image) for image in images]} if captions else {}
+        texts = {"caption": [_caption_next_to(image) for image in images]} if captions else {}
         return _dataset_of_paths("image", {"image": images, **texts})
     columns = _metadata_columns(metadata, root, file_key, captions)
     unlisted = sorted(set(images) - set(columns[file_key]))
@@ -163,24 +181,24 @@ def _images_below(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _caption_beside(image: str) -> str:
+def _caption_next_to(image: str) -> str:
     try:
         return Path(image).with_suffix(".txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
-        raise ValueError(f"{image}: no caption, neither a .txt beside it nor a metadata.csv or .jsonl") from error
+        raise ValueError(f"{image}: no caption, neither a .txt next to it nor a metadata.csv or .jsonl") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{image}: the .txt beside it cannot be read: {error}") from error
+        raise ValueError(f"{image}: the .txt next to it cannot be read: {error}") from error
 
 
 def _metadata_columns(metadata: Path, root: Path, file_key: str, captions: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of the images below `root`, checked cell by cell, since these files have no types."""
+    """Read the columns of the images below `root`, checked cell by cell, because CSV and JSON have no types."""
     caption_key, columns = None, {file_key: [], "label": []}
     for where, row in _metadata_rows(metadata):
         if not isinstance(row.get(file_key), str):
-            raise ValueError(f"{where}: {no_column(file_key, row)}")
+            raise ValueError(f"{where}: {missing_column(file_key, row)}")
         image = os.path.normpath(metadata.parent / row[file_key])
         if metadata.parent != root and root not in Path(image).parents:
-            continue  # of another split
+            continue  # an image of another split
         if not os.path.exists(image):
             raise ValueError(f"{where}: no such file: {image}")
         columns[file_key].append(image)
@@ -192,7 +210,7 @@ def _metadata_columns(metadata: Path, root: Path, file_key: str, captions: Seque
 
 
 def _metadata_rows(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row after where it stands. Excel starts its files with a byte order mark."""
+    """Yield the position of each row, for errors, and the row. Excel starts CSV files with a byte order mark."""
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:
             if metadata.suffix == ".csv":
@@ -207,7 +225,7 @@ def _metadata_rows(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _text_cell(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
-        raise ValueError(f"{where}: {no_column(key, row)}")
+        raise ValueError(f"{where}: {missing_column(key, row)}")
     if not isinstance(row[key], str):
         raise ValueError(f"{where}: {key!r} is {row[key]!r}, not text")
     return row[key]
@@ -233,12 +251,21 @@ def _with_text_checked(rows: Dataset, source: str) -> Dataset:
         raise ValueError(f"{source}: row {row}: its caption is {str(cells[row].as_py())[:60]}, not text")
     if rows.features["caption"] == Value("string"):
         return rows
-    texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write all images to disk once more
+    texts = cells.cast(pa.string()).to_pylist()  # `cast_column` would write a copy of all images
     return rows.remove_columns("caption").add_column("caption", texts, feature=Value("string"))
 
 
 def load_images_or_paths(sources: list[str], *, split: str, num_images: int) -> list[Any]:
-    """The first images of a data set, or the image files that are named."""
+    """Load the first images of a data set, or return the image files themselves.
+
+    Args:
+        sources: One data set, or any number of image files.
+        split: Split of the data set.
+        num_images: Number of images to take of the data set.
+
+    Returns:
+        Undecoded images or paths, all of which `load_image` takes.
+    """
     files = [Path(source) for source in sources]
     if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return files

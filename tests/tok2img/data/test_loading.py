@@ -218,6 +218,17 @@ def test_webdataset_tars(tmp_path: Path, extension: str, data: bytes, caption_co
     assert load_image(rows[0]["image"]).size == (4, 4)
 
 
+def test_webdataset_labels_are_kept(tmp_path: Path) -> None:
+    members = {
+        "a.png": image(),
+        "a.json": b'{"caption": "a", "label": 3}',
+        "b.png": image(),
+        "b.json": b'{"caption": "b"}',
+    }
+    rows = load_captioned_images(str(write_tar(tmp_path / "a.tar", members)))
+    assert rows.column_names == ["image", "caption", "label"] and list(rows["label"]) == [3, None]
+
+
 def test_the_built_in_shapes() -> None:
     rows = load_captioned_images("shapes", split="validation", max_samples=3)
     assert (len(rows), rows.column_names) == (3, ["image", "caption"])
@@ -290,7 +301,7 @@ def test_an_image_without_caption_is_named(tmp_path: Path) -> None:
     (write_pairs(tmp_path, "a", "b") / "b.txt").unlink()
     assert refusal(tmp_path).startswith(f"{tmp_path / 'b.png'}: no caption")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    assert refusal(tmp_path).startswith(f"{tmp_path / 'b.png'}: the .txt beside it cannot be read")
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'b.png'}: the .txt next to it cannot be read")
     (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a\n")
     assert refusal(tmp_path).startswith(f"{tmp_path / 'b.png'}: no caption")
 

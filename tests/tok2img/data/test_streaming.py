@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tok2img.recipes.build_processor import fit_text_tokenizer
 from tok2img.tokenization import token_dataset as tokenized
 from tok2img.tokenization.token_dataset import load_tokens, save_tokens
 from tokenizers_vq import load_image
+from tokenizers_vq.images.loading import ImageError
 
 WORDS = ["a red square", "a blue disc", "naïve 猫", "", "a dog on a mat"]
 
@@ -66,15 +68,33 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory) -> list[tuple[bytes, str]]:
-    """Its rows as `datasets` reads them."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        rows = load_captioned_images(str(folder))
-    return [(load_image(row["image"]).tobytes(), row["caption"]) for row in rows]
+    """Its rows as the readers of `datasets` read them."""
+    files = sorted(map(str, folder.iterdir()))
+    kind = "parquet" if files[0].endswith(".parquet") else "webdataset"
+    cache = str(tmp_path_factory.mktemp("cache"))
+    rows = datasets.load_dataset(kind, data_files={"train": files}, split="train", cache_dir=cache)
+    image, caption = ("image", "caption") if kind == "parquet" else ("jpg", "txt")
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    return [
+        (load_image(row[image]).tobytes(), row["json"]["caption"] if "json" in row else row[caption]) for row in rows
+    ]
+
+
+def test_loaded_rows_are_those_that_datasets_reads_in_any_order(folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_captioned_images(str(folder))
+    order = np.random.default_rng(0).permutation(40)
+    shuffled = pickle.loads(pickle.dumps(rows.select(order)))  # noqa: S301 - as workers of a DataLoader get it
+    assert rows.column_names == ["image", "caption"] and rows.features["image"] == datasets.Image(decode=False)
+    assert [(load_image(row["image"]).tobytes(), row["caption"]) for row in shuffled] == [whole[row] for row in order]
+    assert [load_image(image).tobytes() for image in rows["image"][:]] == [image for image, _ in whole]
+    assert [load_image(image).tobytes() for image in rows[3:5]["image"]] == [image for image, _ in whole[3:5]]
+    is_copied = (tmp_path / "cache").exists()
+    assert is_copied == (next(folder.iterdir()).suffix == ".parquet"), "tars are read in place"
 
 
 @given(first=st.integers(0, 39), num=st.integers(1, 40), size=st.integers(1, 50))
-def test_any_rows_in_any_batches_are_those_that_datasets_reads(folder, whole, first, num, size):
+def test_batches_of_any_rows_equal_those_of_datasets(folder, whole, first, num, size):
     rows = range(first, min(first + num, 40))
     streamed = stream_captioned_images(str(folder))
     batches = list(streamed.batches(rows, size))
@@ -85,26 +105,25 @@ def test_any_rows_in_any_batches_are_those_that_datasets_reads(folder, whole, fi
     assert found == whole[rows.start : rows.stop]
 
 
-def test_captions_can_be_read_again_and_again(folder, whole):
+def test_captions_can_be_iterated_twice(folder, whole):
     rows = stream_captioned_images(str(folder), max_samples=25)
     assert len(rows) == 25 and list(rows.captions) == list(rows.captions) == [caption for _, caption in whole[:25]]
 
 
-def test_tokens_are_those_of_the_data_set_byte_for_byte(folder, processor, tmp_path, monkeypatch):
+def test_streamed_and_loaded_data_give_the_same_token_files(folder, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "ROWS_PER_SHARD", 7)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    save_tokens(load_captioned_images(str(folder)), processor, tmp_path / "copied")
-    (tmp_path / "cache").rename(tmp_path / "cache of the copy")
     save_tokens(stream_captioned_images(str(folder)), processor, tmp_path / "streamed", num_proc=2)
+    assert not (tmp_path / "cache").exists(), "nothing is copied"
+    save_tokens(load_captioned_images(str(folder)), processor, tmp_path / "copied")
     shards = [
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.parquet")}
         for name in ("copied", "streamed")
     ]
     assert shards[0] == shards[1] and len(shards[0]) == 6
-    assert not (tmp_path / "cache").exists(), "nothing is copied"
 
 
-def test_a_job_goes_on_while_its_files_are_the_same(folder, processor, tmp_path):
+def test_fingerprint_changes_with_files_and_max_samples(folder, processor, tmp_path):
     def job(**settings):
         return stream_captioned_images(str(folder), **settings).fingerprint
 
@@ -116,7 +135,7 @@ def test_a_job_goes_on_while_its_files_are_the_same(folder, processor, tmp_path)
     assert job() != before
 
 
-def test_a_job_goes_on_while_the_images_of_a_folder_are_the_same(tmp_path, pil_images):
+def test_fingerprint_of_an_image_folder_changes_with_its_images(tmp_path, pil_images):
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(pil_images):
         image.save(tmp_path / "folder" / f"{number}.png")
@@ -131,7 +150,7 @@ def test_a_job_goes_on_while_the_images_of_a_folder_are_the_same(tmp_path, pil_i
     assert job() != before
 
 
-def test_text_is_fitted_alike_in_runs_and_whole(folder, whole, monkeypatch):
+def test_text_tokenizer_is_the_same_from_streamed_captions(folder, whole, monkeypatch):
     captions = [caption for _, caption in whole]
     monkeypatch.setattr(tokenized, "ROWS_PER_SHARD", 3)
     tokenizer, length = fit_text_tokenizer(stream_captioned_images(str(folder)).captions, vocab_size=280)
@@ -139,7 +158,7 @@ def test_text_is_fitted_alike_in_runs_and_whole(folder, whole, monkeypatch):
     assert tokenizer.state() == other.state() and length == same == max(tokenizer.lengths(captions, max_length=64))
 
 
-def test_no_more_than_some_pages_are_in_memory(tmp_path):
+def test_streaming_parquet_holds_few_pages_in_memory(tmp_path):
     generator = np.random.default_rng(0)
     images = [generator.bytes(20_000) for _ in range(2_000)]
     table = pa.table({"image": images, "caption": ["a"] * 2_000})
@@ -152,10 +171,10 @@ def test_no_more_than_some_pages_are_in_memory(tmp_path):
     assert 0 < most < 8e6, "of 40 MB in one row group"
 
 
-class TestWhatIsNotThere:
+class TestMissingAndDamaged:
     @pytest.fixture
     def tar(self, tmp_path) -> Path:
-        """Six rows: one without an image, one without a caption, three whose JSON is none."""
+        """Six rows: one without an image, one without a caption, three whose JSON is malformed."""
         parts = {"0.png": encoded(0), "0.json": b'{"caption": "a"}', "1.json": b'{"caption": "b"}', "2.png": encoded(2)}
         parts |= {"2.json": b"{}", "3.png": encoded(3), "3.json": b"[", "._4.png": b"", "README": b"no row"}
         parts |= {"5.png": encoded(5), "5.json": b"[" * 200_000, "6.png": encoded(6), "6.json": b"\xff"}
@@ -171,21 +190,30 @@ class TestWhatIsNotThere:
         assert manifest["rows"] == 1 and [each["row"] for each in manifest["skipped"]] == [1, 2, 3, 4, 5]
         assert len(load_tokens(tmp_path / "tokens")[0]) == 1
 
-    def test_it_is_refused_by_its_row_where_that_is_asked_for(self, tar, processor, tmp_path):
+    def test_on_error_raise_names_the_row(self, tar, processor, tmp_path):
         with pytest.raises(ValueError, match="row 1: "):
             save_tokens(stream_captioned_images(str(tar)), processor, tmp_path / "tokens", on_error="raise")
 
-    def test_a_number_of_rows_that_is_none(self, tmp_path):
+    def test_training_reads_the_same_rows_and_names_the_first_without_a_caption(self, tar):
+        rows = load_captioned_images(str(tar), with_captions=False)
+        assert len(rows) == len(stream_captioned_images(str(tar))) == 6
+        assert load_image(rows[2]["image"]).tobytes() == load_image(encoded(2)).tobytes()
+        with pytest.raises(ImageError, match="must have 'bytes' or 'path'"):
+            load_image(rows[1]["image"])
+        with pytest.raises(ValueError, match="row 2: its caption is None, not text"):
+            load_captioned_images(str(tar))
+
+    def test_a_negative_max_samples_is_refused(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", range(3), row_group_size=5)
         with pytest.raises(ValueError, match="max_samples must be at least 1, got -5"):
             stream_captioned_images(str(tmp_path), max_samples=-5)
 
-    def test_a_folder_without_any_row(self, tmp_path):
+    def test_a_folder_without_rows_is_refused(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", range(0), row_group_size=5)
         with pytest.raises(ValueError, match=r"train\.parquet: no rows"):
             stream_captioned_images(str(tmp_path))
 
-    def test_a_file_with_other_columns_than_the_first(self, tmp_path):
+    def test_a_file_with_other_columns_than_the_first_is_named(self, tmp_path):
         write_parquet(tmp_path / "train-0.parquet", range(3), row_group_size=5)
         pq.write_table(pa.table({"image": [encoded(0)], "title": ["a"]}), tmp_path / "train-1.parquet")
         with pytest.raises(ValueError, match=r"train-1\.parquet: no column 'caption', only 'image', 'title'"):
@@ -201,14 +229,14 @@ class TestWhatIsNotThere:
             list(rows.batches(range(40), 8))
 
     @pytest.mark.parametrize("num_bytes", [300, 700, 9_300, 9_700, 10_000])
-    def test_a_tar_that_ends_too_early_is_named(self, tmp_path, num_bytes):
+    def test_a_truncated_tar_is_named(self, tmp_path, num_bytes):
         write_tar(tmp_path / "train.tar", range(20), as_json=True)
         (tmp_path / "train.tar").write_bytes((tmp_path / "train.tar").read_bytes()[:num_bytes])
         with pytest.raises(ValueError, match=r"train\.tar: cannot be read as tar"):
             stream_captioned_images(str(tmp_path))
 
 
-def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
+def test_a_rewritten_tar_is_indexed_again(tmp_path):
     write_tar(tmp_path / "train.tar", range(3), as_json=False)
     before = list(stream_captioned_images(str(tmp_path / "train.tar")).captions)
     write_tar(tmp_path / "train.tar", range(3, 7), as_json=True)
