@@ -56,8 +56,8 @@ def perturbed(model: VQDrawForImages) -> VQDrawForImages:
 def with_dense_options(model: VQDrawForImages) -> VQDrawForImages:
     """Return the same model, with all steps of a stage computed in memory before any is compared."""
     plain = deepcopy(model)
-    options = plain.draw.options
-    plain.draw.options = lambda state, stage: DenseOptions(options(state, stage).all())
+    options = plain.vqdraw.propose
+    plain.vqdraw.propose = lambda state, stage: DenseOptions(options(state, stage).all_steps())
     return plain
 
 

@@ -43,7 +43,7 @@ def compare(title: str, ours: VQDrawForImages, original: Any, pixel_values: Tens
     """Compare the three kinds of work for one model."""
     target, codes = ours.normalize(pixel_values), ours.encode(pixel_values)
     sparse = deepcopy(ours).train()
-    sparse.draw.num_aux_options = NUM_AUX_OPTIONS
+    sparse.vqdraw.num_aux_options = NUM_AUX_OPTIONS
     exact = deepcopy(ours).train()
     work: Work = {
         "decode": {"ours": partial(ours.decode, codes)},

@@ -51,7 +51,7 @@ def build_student(recipe: TokenizerRecipe) -> Distillation:
     teacher = load_vqdraw(recipe.teacher)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(teacher, **recipe.model)), teacher)
+        return Distillation(VQDrawStudent(VQDrawStudentConfig.from_teacher(teacher, **recipe.model)), teacher)
 
 
 def tokenizer_classes(recipe: TokenizerRecipe) -> tuple[type[Any], type[Any]]:

@@ -38,6 +38,7 @@ RENAMED_MODEL_KEYS = {
     "commitment": "commitment_weight",
     "cosine": "use_cosine_sim",
     "ema": "ema_update",
+    "error": "stage_loss",
     "num_levels": "num_quantizers",
     "projected_dim": "codebook_dim",
     "reconstruction": "reconstruction_loss",

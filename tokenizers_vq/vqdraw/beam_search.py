@@ -51,15 +51,15 @@ def search_group(draw: VQDraw, target: Tensor, beam_size: int) -> Tensor:
     """Targets `b ...` -> codes `b n`: at every stage the sequences of all targets as one batch."""
     margin = MARGIN * math.log2(beam_size)
     owner = torch.arange(len(target), device=target.device)
-    state, codes = draw.first_state(len(target)), owner.new_zeros(len(target), 0)
+    state, codes = draw.initial_state(len(target)), owner.new_zeros(len(target), 0)
     left = torch.full_like(owner, round(LIMIT * beam_size * draw.num_stages))
     for stage, width in enumerate(widths(draw.num_stages, beam_size)):
-        options = draw.options(state, stage)
+        options = draw.propose(state, stage)
         with torch.autocast(target.device.type, enabled=False):  # as in `VQDraw.stage`
-            errors = draw.error(options, state, target[owner])
+            errors = draw.stage_loss(options, state, target[owner])
             num = (left - draw.num_stages + stage + 1).clamp(1, width)  # each later stage needs one
             owner, parents, chosen = best_of_all(errors, owner, num, margin)
-            state = state[parents] + options.select(parents).chosen(chosen[:, None]).squeeze(1)
+            state = state[parents] + options.select_examples(parents).gather_steps(chosen[:, None]).squeeze(1)
         left -= owner.bincount()
         codes = torch.cat([codes[parents], chosen[:, None]], dim=1)
     return codes

@@ -1,15 +1,18 @@
-"""VQ-DRAW: a sequential discrete autoencoder without a codebook (Nichol 2020).
+"""VQ-DRAW, a sequential discrete autoencoder without a codebook (Nichol 2020, arXiv:2003.01599).
 
-A state starts at zero. At each stage a refiner looks at it and proposes K steps; the step that brings it nearest to the target is
-taken, and its index is the stage's code. Codes go from coarse to fine, so any prefix of them decodes.
+The state starts at zero. At each stage a refiner proposes K options, `state + step_k`. The option
+with the least error becomes the next state, and its index is the stage's code. Codes go from coarse
+to fine, so any prefix of them decodes.
 
-This module knows no modality: what the steps are is the refiner's business, how near they come is the error's.
+`plain_vqdraw` is the definition. `VQDraw` computes the same without all options in memory, and adds
+what training needs. This module knows no modality: the refiner makes the steps and a stage loss
+compares states with targets.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,80 +23,123 @@ from ..quantization.kmeans import kmeans, sample_proportional_to_error
 from ..quantization.nearest_neighbors import nearest_codes
 from .options import BiasedOptions, DenseOptions, Options, SharedOptions
 
-REVIVE_EVERY = 100  # training batches; the only ones at which the CPU waits for a GPU
-# How far from the best step there is towards its target a revived option goes: an option that makes one image whole makes no other.
-# MNIST, the published refiner, squared error after 200 steps: 0.421 all the way, 0.381 half, 0.366 a quarter, 0.405 without revival.
-REVIVED_SHARE = 0.25
-DEAD_SHARE = 0.03  # an option with less than 3 % of an even share of its stage is out of use
+# In training batches. Only at these the CPU waits for a GPU, to see which options are dead.
+REPLACEMENT_INTERVAL = 100
+# A replaced option covers this fraction of the way from the best option to its target. All the way
+# would make it fit one image alone. Measured on MNIST with the original refiner, squared error after
+# 200 steps: 0.421 for 1, 0.381 for 0.5, 0.366 for 0.25, 0.405 without replacement.
+REPLACEMENT_STEP = 0.25
+DEAD_FRACTION = 0.03  # an option is dead if it is chosen less than 3 % as often as the mean of its stage
 
 
-class Error(Protocol):
-    """How far proposals are from a target: what a stage minimises."""
+class StageLoss(Protocol):
+    """Error between states and targets, which every stage minimizes."""
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """Error of every proposal `state + step`, `b k`."""
+        """Return the error of each option `state + step_k`, `b k`."""
         ...
 
-    def wanted(self, target: Tensor) -> Tensor:
-        """The state that says the target itself, or nearly: `b ...` -> `b ...`."""
+    def target_state(self, target: Tensor) -> Tensor:
+        """Return the state `b ...` that reconstructs a target `b ...`, at least nearly."""
         ...
 
 
 class StageOutput(NamedTuple):
-    """What one stage did.
+    """Output of one stage.
 
     Attributes:
-        state: the next one, `b ...`. codes: of the step taken, `b`.
-        errors: of every option, `b k`; without gradient where `chosen` and `aux` come from a few of them.
-        chosen: error of the best option, `b`. aux: mean error over options, or an unbiased estimate of it, a scalar.
+        state: Next state, `b ...`.
+        codes: Index of the option taken, `b`.
+        errors: Error of every option, `b k`. They carry no gradient if the mean is estimated.
+        best_error: Error of the best option, `b`.
+        mean_error: Mean error over options and batch, or an unbiased estimate of it, a scalar.
     """
 
     state: Tensor
     codes: Tensor
     errors: Tensor
-    chosen: Tensor
-    aux: Tensor
+    best_error: Tensor
+    mean_error: Tensor
 
 
 @dataclass
 class VQDrawOutput:
-    """What all stages did: the last `state`, `codes` and `chosen` `b n`, `errors` `b n k`, `aux` `n`; see `StageOutput`."""
+    """Output of all n stages.
+
+    Attributes:
+        state: Last state, `b ...`.
+        codes: Indices of the options taken, `b n`.
+        errors: Error of every option, `b n k`.
+        best_error: Error of the best option of each stage, `b n`.
+        mean_error: Mean error over options and batch for each stage, `n`.
+    """
 
     state: Tensor
     codes: Tensor
     errors: Tensor
-    chosen: Tensor
-    aux: Tensor
+    best_error: Tensor
+    mean_error: Tensor
+
+
+def plain_vqdraw(refiner: nn.Module, biases: Tensor, target: Tensor, num_stages: int) -> VQDrawOutput:
+    """Encode targets by the definition of VQ-DRAW, with the squared error.
+
+    It holds every option in memory. `VQDraw` with an `MSELoss` must give the same output and the
+    same gradients; the tests compare the two.
+
+    Args:
+        refiner: Network `(state, stage) -> Options`.
+        biases: Biases of the options of the first m stages, `m k ...`.
+        target: Targets, `b ...`.
+        num_stages: Number of stages, n.
+    """
+    state, codes, errors = torch.zeros_like(target), [], []
+    for stage in range(num_stages):
+        steps = refiner(state, stage).all_steps()
+        if stage < len(biases):
+            steps = steps + biases[stage]
+        options = state[:, None] + steps
+        errors.append((options - target[:, None]).square().flatten(2).mean(dim=2))
+        codes.append(errors[-1].argmin(dim=1))
+        state = options[torch.arange(len(target)), codes[-1]]
+    all_errors = torch.stack(errors, dim=1)
+    return VQDrawOutput(
+        state, torch.stack(codes, dim=1), all_errors, all_errors.amin(dim=2), all_errors.mean(dim=(0, 2))
+    )
 
 
 class VQDraw(nn.Module):
-    """The stage loop.
+    """The stage loop of VQ-DRAW.
 
     Args:
-        refiner: `(state, stage) -> Options`.
-        error: `(options, state, target) -> b k`.
-        state_shape: shape of one state.
-        num_stages: stages to go through, of those that the refiner knows.
-        aux_coeff: weight of the mean error over all options, which keeps unchosen ones near the data.
-        num_aux_options: estimate that mean from so many options drawn at random for each example, without bias, and search without
-            gradient; 0: all options. A third to a half of a training step with a dense head.
-        final_coeff: weight of the last stage's error on top of the mean over stages.
-        grad_decay: how much of the gradient from later stages into the state is cut, 0 to 1.
-        epsilon: how often training takes a step at random instead of the best one, 0 to 1.
-        checkpoint_stages: compute each stage again on the way back, so that memory holds one stage.
-        num_biased_stages: the first so many stages add a learned bias to each option; the original has 1. With a bias at every stage the
-            model can start as a residual quantizer (`init_from_data`) and learn to do better.
-        num_joint: examples that lie side by side in the batch and that the refiner looks at together, as the spans of one text.
-        revive: put biased options that fall out of use back to work, every `REVIVE_EVERY` training batches.
+        refiner: Network `(state, stage) -> Options`.
+        stage_loss: Error of options, `(options, state, target) -> b k`.
+        state_shape: Shape of the state of one example.
+        num_stages: Number of stages to run; the refiner may know more.
+        codebook_size: Number of options at each stage, k.
+        aux_coeff: Weight of the mean error over all options. It keeps unchosen options near the data.
+        num_aux_options: In training, estimate that mean from this number of random options for each
+            example, and search without gradient (0 = use all options). The estimate is unbiased.
+            Measured: a training step with a dense head takes a third to a half of the time.
+        final_coeff: Weight of the last stage's error, added to the mean over stages.
+        grad_decay: Fraction of the gradient from later stages that is removed from the state, 0 to 1.
+        epsilon: Probability of taking a random option instead of the best one in training.
+        checkpoint_stages: Recompute each stage in the backward pass, so that memory holds one stage.
+        num_biased_stages: Number of first stages whose options have learned biases; 1 in the paper.
+            With a bias at every stage, `init_from_data` makes the model a residual quantizer.
+        group_size: Number of consecutive examples that the refiner sees together, such as the spans
+            of one text.
+        replace_dead_options: Move the biases of options that are hardly chosen, every
+            `REPLACEMENT_INTERVAL` training batches.
     """
 
-    counts: Tensor
+    option_counts: Tensor
     num_batches: Tensor
 
     def __init__(
         self,
         refiner: nn.Module,
-        error: Error,
+        stage_loss: StageLoss,
         *,
         state_shape: tuple[int, ...],
         num_stages: int,
@@ -105,176 +151,224 @@ class VQDraw(nn.Module):
         epsilon: float = 0.0,
         checkpoint_stages: bool = False,
         num_biased_stages: int = 1,
-        num_joint: int = 1,
+        group_size: int = 1,
         replace_dead_options: bool = True,
     ):
         super().__init__()
-        self.refiner, self.error = refiner, error
+        self.refiner, self.stage_loss = refiner, stage_loss
         self.num_stages, self.codebook_size = num_stages, codebook_size
         self.aux_coeff, self.num_aux_options, self.final_coeff = aux_coeff, num_aux_options, final_coeff
         self.grad_decay, self.epsilon = grad_decay, epsilon
-        self.checkpoint_stages, self.num_joint, self.revive_options = checkpoint_stages, num_joint, replace_dead_options
+        self.checkpoint_stages, self.group_size = checkpoint_stages, group_size
+        self.replaces_dead_options = replace_dead_options
         self.biases = nn.Parameter(torch.zeros(num_biased_stages, codebook_size, *state_shape))
-        self.register_buffer("counts", torch.zeros(num_stages, codebook_size), persistent=False)
+        self.register_buffer("option_counts", torch.zeros(num_stages, codebook_size), persistent=False)
         self.register_buffer("num_batches", torch.tensor(0), persistent=False)
-        self.batches_counted: int | None = None  # `num_batches` without a look at the device
+        # A copy of `num_batches` on the CPU. None after loading, when only the buffer is right.
+        self._num_batches_cpu: int | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        refiner: nn.Module,
+        stage_loss: StageLoss,
+        *,
+        state_shape: tuple[int, ...],
+        group_size: int = 1,
+    ) -> Self:
+        """Build the loop from the config of an image or text tokenizer.
+
+        Args:
+            config: Config whose fields have the names of this class's arguments. 0 means all stages
+                for `active_stages` and `num_biased_stages`.
+            refiner: Network `(state, stage) -> Options`.
+            stage_loss: Error of options.
+            state_shape: Shape of the state of one example.
+            group_size: Number of consecutive examples that the refiner sees together.
+        """
+        return cls(
+            refiner,
+            stage_loss,
+            state_shape=state_shape,
+            num_stages=config.active_stages or config.num_stages,
+            codebook_size=config.codebook_size,
+            aux_coeff=config.aux_coeff,
+            num_aux_options=config.num_aux_options,
+            final_coeff=config.final_coeff,
+            grad_decay=config.grad_decay,
+            epsilon=config.epsilon,
+            checkpoint_stages=config.checkpoint_stages,
+            num_biased_stages=config.num_biased_stages or config.num_stages,
+            replace_dead_options=config.replace_dead_options,
+            group_size=group_size,
+        )
 
     def reset_usage(self) -> None:
-        """No option was chosen yet, in no batch."""
-        self.counts.zero_()
+        """Reset the counts of chosen options and of training batches to zero."""
+        self.option_counts.zero_()
         self.num_batches.zero_()
-        self.batches_counted = None
+        self._num_batches_cpu = None
 
     @property
-    def learning(self) -> bool:
-        """Whether this is a training step; to encode changes nothing, whatever the mode."""
+    def is_training_step(self) -> bool:
+        """True in training mode with gradients. Encoding changes nothing, whatever the mode."""
         return self.training and torch.is_grad_enabled()
 
     def forward(self, target: Tensor) -> VQDrawOutput:
-        """Draw `b ...`, each stage taking the best step."""
-        if self.learning and self.revive_options:
+        """Encode targets `b ...`, taking the best option at every stage."""
+        if self.is_training_step and self.replaces_dead_options:
             self._maybe_replace_dead_options(target)
-        state, outputs = self.first_state(len(target)), []
+        state, outputs = self.initial_state(len(target)), []
         for stage in range(self.num_stages):
-            arguments = self.stage, state, target, stage
-            remember = self.checkpoint_stages and torch.is_grad_enabled()
-            output = checkpoint(*arguments, use_reentrant=False) if remember else self.stage(*arguments[1:])
+            if self.checkpoint_stages and torch.is_grad_enabled():
+                output = checkpoint(self.run_stage, state, target, stage, use_reentrant=False)
+            else:
+                output = self.run_stage(state, target, stage)
             outputs.append(output)
             state = output.state
-        codes, errors, chosen = (torch.stack(each, dim=1) for each in list(zip(*outputs, strict=True))[1:4])
-        if self.learning:
-            best = errors.argmin(dim=2).T  # not those taken at random
-            ones = torch.ones_like(best, dtype=self.counts.dtype)
-            self.counts += all_reduce_sum(torch.zeros_like(self.counts).scatter_add_(1, best, ones))
-        return VQDrawOutput(state, codes, errors, chosen, torch.stack([output.aux for output in outputs]))
+        codes = torch.stack([output.codes for output in outputs], dim=1)
+        errors = torch.stack([output.errors for output in outputs], dim=1)
+        best_error = torch.stack([output.best_error for output in outputs], dim=1)
+        if self.is_training_step:
+            # The best options, not those that epsilon chose: a dead option must not look alive.
+            best = errors.argmin(dim=2).T
+            ones = torch.ones_like(best, dtype=self.option_counts.dtype)
+            batch_counts = torch.zeros_like(self.option_counts).scatter_add_(1, best, ones)
+            self.option_counts += all_reduce_sum(batch_counts)
+        return VQDrawOutput(state, codes, errors, best_error, torch.stack([output.mean_error for output in outputs]))
 
-    def stage(self, state: Tensor, target: Tensor, stage: int) -> StageOutput:
-        """One stage from the state `b ...`."""
+    def run_stage(self, state: Tensor, target: Tensor, stage: int) -> StageOutput:
+        """Run one stage on states `b ...` and targets `b ...`."""
         if self.grad_decay:
-            # Plus exactly zero: `decode` must find the same state, to the last bit.
+            # Adds exactly zero to the value, so that `decode` finds the same state bit for bit.
             state = state.detach() + (1 - self.grad_decay) * (state - state.detach())
-        options = self.options(state, stage)
-        sparse = self.num_aux_options > 0 and self.learning
-        # Errors are small differences of large sums; in bfloat16 nothing is left of them (0.0025 came out as -0.0002).
+        options = self.propose(state, stage)
+        estimate_mean = self.num_aux_options > 0 and self.is_training_step
+        # Errors are small differences of large sums. bfloat16 loses them: 0.0025 came out as -0.0002.
         with torch.autocast(target.device.type, enabled=False):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
-                errors = self.error(options, state, target)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not estimate_mean):
+                errors = self.stage_loss(options, state, target)
             best = errors.argmin(dim=1)
             codes = self._epsilon_greedy(best)
-            if sparse:
-                after, chosen, aux = self._sparse(options, codes, best, state, target)
+            if estimate_mean:
+                next_state, best_error, mean_error = self._estimate_errors(options, codes, best, state, target)
             else:
-                after = state + options.chosen(codes[:, None]).squeeze(1)
-                chosen, aux = errors.gather(1, best[:, None]).squeeze(1), errors.mean()
-            return StageOutput(after, codes, errors, chosen, aux)
+                next_state = state + options.gather_steps(codes[:, None]).squeeze(1)
+                best_error, mean_error = errors.gather(1, best[:, None]).squeeze(1), errors.mean()
+            return StageOutput(next_state, codes, errors, best_error, mean_error)
 
-    def _sparse(
+    def _estimate_errors(
         self, options: Options, codes: Tensor, best: Tensor, state: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next state by the `codes`, the error of the `best` option, `b`, and the mean of a few others, drawn anew for each example."""
+        """Compute errors with gradient for the best option and a few random ones only.
+
+        Args:
+            options: Options of the stage.
+            codes: Options to take, `b`.
+            best: Options with the least error, `b`; the same tensor as `codes` without epsilon.
+            state: States, `b ...`.
+            target: Targets, `b ...`.
+
+        Returns:
+            The next states `b ...`, the best option's error `b`, and an estimate of the mean error.
+        """
         drawn = torch.randint(self.codebook_size, (len(best), self.num_aux_options), device=best.device)
+        # One gather makes all steps that are needed, including the one taken.
         taken = [] if codes is best else [codes[:, None]]
-        steps = options.chosen(torch.cat([*taken, best[:, None], drawn], dim=1))
-        errors = self.error(DenseOptions(steps[:, len(taken) :]), state, target)
+        steps = options.gather_steps(torch.cat([*taken, best[:, None], drawn], dim=1))
+        errors = self.stage_loss(DenseOptions(steps[:, len(taken) :]), state, target)
         return state + steps[:, 0], errors[:, 0], errors[:, 1:].mean()
 
-    def _epsilon_greedy(self, codes: Tensor) -> Tensor:
-        """Codes `b`, in training each another with probability `epsilon`."""
-        if not (self.learning and self.epsilon):
-            return codes
-        others = torch.randint_like(codes, self.codebook_size)
-        return torch.where(torch.rand(len(codes), device=codes.device) < self.epsilon, others, codes)
+    def _epsilon_greedy(self, best: Tensor) -> Tensor:
+        """Replace each code of `b` by a random one with probability `epsilon`, in training only."""
+        if not (self.is_training_step and self.epsilon):
+            return best
+        others = torch.randint_like(best, self.codebook_size)
+        return torch.where(torch.rand(len(best), device=best.device) < self.epsilon, others, best)
 
-    def first_state(self, batch_size: int) -> Tensor:
-        """Zeros `b ...`."""
+    def initial_state(self, batch_size: int) -> Tensor:
+        """Return the state before the first stage: zeros, `b ...`."""
         return self.biases.new_zeros(batch_size, *self.biases.shape[2:])
 
-    def options(self, state: Tensor, stage: int) -> Options:
-        """What is open at a stage. At stage 0 all states are zero: one look of the refiner serves all."""
+    def propose(self, state: Tensor, stage: int) -> Options:
+        """Return the options of a stage for the states `b ...`, with their biases."""
         if stage:
             options = self.refiner(state, stage)
             return BiasedOptions(options, self.biases[stage]) if stage < len(self.biases) else options
-        first = self.refiner(self.first_state(self.num_joint), 0)
-        if self.num_joint == 1:
+        # At stage 0 all states are zero, so the refiner runs once for the whole batch.
+        first = self.refiner(self.initial_state(self.group_size), 0)
+        if self.group_size == 1:
             return SharedOptions(BiasedOptions(first, self.biases[0]), len(state))
-        examples = torch.arange(len(state), device=state.device) % self.num_joint
-        return BiasedOptions(first.select(examples), self.biases[0])
+        examples = torch.arange(len(state), device=state.device) % self.group_size
+        return BiasedOptions(first.select_examples(examples), self.biases[0])
 
-    def states(self, codes: Tensor) -> Iterator[Tensor]:
-        """The state `b ...` after each of the codes `b n` (or their first few); only the steps that the codes name are made."""
-        state = self.first_state(len(codes))
+    def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
+        """Yield the state `b ...` after each of the codes `b n`. Only the steps chosen are computed."""
+        state = self.initial_state(len(codes))
         for stage in range(codes.shape[1]):
-            state = state + self.options(state, stage).chosen(codes[:, stage, None]).squeeze(1)
+            state = state + self.propose(state, stage).gather_steps(codes[:, stage, None]).squeeze(1)
             yield state
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `b n` (or their first few) -> the last state `b ...`."""
-        return deque(self.states(codes), maxlen=1).pop()
+        """Decode codes `b n`, or any prefix of them, to the last state `b ...`."""
+        return deque(self.decode_progressively(codes), maxlen=1).pop()
 
-    def loss(self, drawing: VQDrawOutput) -> Tensor:
-        """Mean over stages of the chosen error + `aux_coeff` x the mean of all + `final_coeff` x the last chosen."""
-        chosen = drawing.chosen
-        return chosen.mean() + self.aux_coeff * drawing.aux.mean() + self.final_coeff * chosen[:, -1].mean()
+    def loss(self, output: VQDrawOutput) -> Tensor:
+        """Return the training loss, a scalar.
+
+        It is the mean over stages of the best error, plus `aux_coeff` times the mean error of all
+        options, plus `final_coeff` times the best error of the last stage.
+        """
+        best_error = output.best_error
+        final_error = best_error[:, -1].mean()
+        return best_error.mean() + self.aux_coeff * output.mean_error.mean() + self.final_coeff * final_error
 
     @torch.no_grad()
     def init_from_data(self, targets: Tensor) -> None:
-        """Make the biases, stage by stage, the k-means centres of what is still missing of the targets `b ...`.
+        """Set the biases of each stage to the k-means centers of the residuals of targets `b ...`.
 
-        Where refiners start with steps of zero, each option is in use from the first step, and the whole is a residual quantizer.
+        New refiners propose steps of zero. So the model starts as a residual quantizer, in which
+        every option is in use.
         """
-        residual = self.error.wanted(targets)
+        residual = self.stage_loss.target_state(targets)
         for bias in self.biases:
-            centres = kmeans(residual.flatten(1), len(bias))
-            bias.copy_(centres.view_as(bias))
-            residual = residual - bias[nearest_codes(residual.flatten(1), centres)]
+            centers = kmeans(residual.flatten(1), len(bias))
+            bias.copy_(centers.view_as(bias))
+            residual = residual - bias[nearest_codes(residual.flatten(1), centers)]
 
-    @torch.compiler.disable()  # a number that grows would be compiled anew each time
+    @torch.compiler.disable()  # a counter in Python would recompile the graph at every batch
     def _maybe_replace_dead_options(self, target: Tensor) -> None:
-        """Every `REVIVE_EVERY` batches, `replace_dead_options` what those batches did not use."""
-        if self.batches_counted is None:
-            self.batches_counted = int(self.num_batches)
-        self.batches_counted += 1
+        """Count a training batch; every `REPLACEMENT_INTERVAL` batches, replace dead options."""
+        if self._num_batches_cpu is None:
+            self._num_batches_cpu = int(self.num_batches)
+        self._num_batches_cpu += 1
         self.num_batches += 1
-        if self.batches_counted % REVIVE_EVERY:
+        if self._num_batches_cpu % REPLACEMENT_INTERVAL:
             return
-        dead = self.counts < DEAD_SHARE * self.counts.mean(dim=1, keepdim=True)
-        self.counts.zero_()
-        if dead[: len(self.biases)].any():
-            self.replace_dead_options(target, dead)
+        is_dead = self.option_counts < DEAD_FRACTION * self.option_counts.mean(dim=1, keepdim=True)
+        self.option_counts.zero_()
+        if is_dead[: len(self.biases)].any():
+            self.replace_dead_options(target, is_dead)
 
     @torch.no_grad()
-    def replace_dead_options(self, target: Tensor, dead: Tensor) -> None:
-        """Move the bias of each dead option, `n k` booleans, so that its step brings one of the worst served targets `b ...` nearer."""
-        state, wanted = self.first_state(len(target)), self.error.wanted(target)
+    def replace_dead_options(self, target: Tensor, is_dead: Tensor) -> None:
+        """Move the bias of each dead option towards a target that is poorly reconstructed.
+
+        Targets are sampled in proportion to their error, as in k-means++.
+
+        Args:
+            target: Targets, `b ...`.
+            is_dead: Dead options of each stage, `n k` booleans.
+        """
+        state, target_state = self.initial_state(len(target)), self.stage_loss.target_state(target)
         for stage, bias in enumerate(self.biases[: self.num_stages]):
-            output = self.stage(state, target, stage)
-            lost = dead[stage].nonzero().squeeze(1)
-            examples = sample_proportional_to_error(output.errors.amin(dim=1), len(lost))
-            if len(lost):
-                step = self.options(state, stage).select(examples).chosen(lost[:, None]).squeeze(1)
-                goal = output.state[examples].lerp(wanted[examples], REVIVED_SHARE)
-                bias[lost] += goal - state[examples] - step
+            output = self.run_stage(state, target, stage)
+            dead = is_dead[stage].nonzero().squeeze(1)
+            examples = sample_proportional_to_error(output.errors.amin(dim=1), len(dead))
+            if len(dead):
+                step = self.propose(state, stage).select_examples(examples).gather_steps(dead[:, None]).squeeze(1)
+                goal = output.state[examples].lerp(target_state[examples], REPLACEMENT_STEP)
+                bias[dead] += goal - state[examples] - step
             state = output.state
         broadcast_from_rank0(self.biases.data)
-
-
-def build_draw(
-    config: Any, refiner: nn.Module, error: Error, *, state_shape: tuple[int, ...], num_joint: int = 1
-) -> VQDraw:
-    """The stage loop of a config that has its settings, under `VQDraw`'s names: that of images, or of text."""
-    return VQDraw(
-        refiner,
-        error,
-        state_shape=state_shape,
-        num_stages=config.active_stages or config.num_stages,
-        codebook_size=config.codebook_size,
-        aux_coeff=config.aux_coeff,
-        num_aux_options=config.num_aux_options,
-        final_coeff=config.final_coeff,
-        grad_decay=config.grad_decay,
-        epsilon=config.epsilon,
-        checkpoint_stages=config.checkpoint_stages,
-        num_biased_stages=config.num_biased_stages or config.num_stages,
-        replace_dead_options=config.replace_dead_options,
-        num_joint=num_joint,
-    )

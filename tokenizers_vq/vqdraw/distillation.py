@@ -22,7 +22,7 @@ STRIDE = 4
 
 
 class VQDrawStudentConfig(DiscreteTokenizerConfig):
-    """Settings of a `VQDrawStudent`; `of_teacher` fills in those that follow from the model it learns from.
+    """Settings of a `VQDrawStudent`; `from_teacher` fills in those that follow from the model it learns from.
 
     Attributes:
         image_size, num_channels, num_stages, codebook_size, pixel_mean, pixel_std: those of the teacher.
@@ -47,7 +47,7 @@ class VQDrawStudentConfig(DiscreteTokenizerConfig):
         check_image_size(self.image_size, STRIDE)
 
     @classmethod
-    def of_teacher(cls, teacher: VQDrawForImages, **settings: Any) -> "VQDrawStudentConfig":
+    def from_teacher(cls, teacher: VQDrawForImages, **settings: Any) -> "VQDrawStudentConfig":
         """The config of a student that reads and writes the codes of a teacher."""
         names = ("image_size", "num_channels", "codebook_size", "pixel_mean", "pixel_std")
         shared: dict[str, Any] = {name: getattr(teacher.config, name) for name in names}
@@ -65,7 +65,7 @@ class VQDrawStudent(DiscreteTokenizer):
         self.normalize = PixelNormalization(config)
         channels, side = config.hidden_channels, config.image_size // STRIDE
         grid = channels * side * side
-        self.look = nn.Sequential(
+        self.encoder = nn.Sequential(
             downsampling(config.num_channels, [channels // 2, channels]),
             *(ResidualBlock(channels, channels) for _ in range(config.num_residual_blocks)),
             group_norm(channels),
@@ -73,9 +73,9 @@ class VQDrawStudent(DiscreteTokenizer):
             nn.Flatten(),
             nn.Linear(grid, config.vector_dim),
         )
-        self.predict = CodePredictor(config.num_stages, config.codebook_size, config.vector_dim)
-        self.spell = SummedCodeEmbedding(config.num_stages, config.codebook_size, config.vector_dim)
-        self.draw = nn.Sequential(
+        self.code_head = CodeHead(config.num_stages, config.codebook_size, config.vector_dim)
+        self.code_embedding = SummedCodeEmbedding(config.num_stages, config.codebook_size, config.vector_dim)
+        self.decoder = nn.Sequential(
             nn.ReLU(),
             nn.Linear(config.vector_dim, config.vector_dim),
             nn.ReLU(),
@@ -108,7 +108,7 @@ class VQDrawStudent(DiscreteTokenizer):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`: at each stage the likeliest after those before it."""
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.predict.likeliest(self.look(self.normalize(pixel_values, check_range=True)))
+            return self.code_head.greedy_decode(self.encoder(self.normalize(pixel_values, check_range=True)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class VQDrawStudent(DiscreteTokenizer):
 
     def normalized(self, codes: Tensor) -> Tensor:
         """Codes `b n` -> normalised pixels `b c h w`."""
-        return self.draw(self.spell(codes))
+        return self.decoder(self.code_embedding(codes))
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> squared error, reconstruction and codes. Only the decoder learns from this; see `Distillation`."""
@@ -138,34 +138,34 @@ class SummedCodeEmbedding(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes `b n` -> their sum `b d`."""
-        return self.each(codes).sum(dim=1)
+        return self.embed_each(codes).sum(dim=1)
 
-    def each(self, codes: Tensor) -> Tensor:
+    def embed_each(self, codes: Tensor) -> Tensor:
         """Codes `b n` -> vectors `b n d`."""
         return self.vectors[torch.arange(codes.shape[1], device=codes.device), codes]
 
 
-class CodePredictor(nn.Module):
+class CodeHead(nn.Module):
     """Distributions over codes, each given what the image looks like and the codes before."""
 
     def __init__(self, num_stages: int, codebook_size: int, dim: int):
         super().__init__()
-        self.said = SummedCodeEmbedding(num_stages, codebook_size, dim)
+        self.code_embedding = SummedCodeEmbedding(num_stages, codebook_size, dim)
         self.norm, self.mix = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.stages = nn.Parameter(torch.randn(num_stages, dim) * 0.02)
         self.head = nn.Parameter(torch.randn(num_stages, codebook_size, dim) * dim**-0.5)
 
     def forward(self, seen: Tensor, codes: Tensor) -> Tensor:
         """What is seen `b d` and the right codes `b n` -> logits `b n k`, each knowing the codes before its own."""
-        before = F.pad(self.said.each(codes)[:, :-1], (0, 0, 1, 0)).cumsum(dim=1)
+        before = F.pad(self.code_embedding.embed_each(codes)[:, :-1], (0, 0, 1, 0)).cumsum(dim=1)
         return einsum(self._hidden(seen[:, None] + before, self.stages), self.head, "b n d, n k d -> b n k")
 
-    def likeliest(self, seen: Tensor) -> Tensor:
+    def greedy_decode(self, seen: Tensor) -> Tensor:
         """What is seen `b d` -> codes `b n`, one after another."""
         codes = []
         for stage, head in enumerate(self.head):
             codes.append((self._hidden(seen, self.stages[stage]) @ head.T).argmax(dim=1))
-            seen = seen + self.said.vectors[stage, codes[-1]]
+            seen = seen + self.code_embedding.vectors[stage, codes[-1]]
         return torch.stack(codes, dim=1)
 
     def _hidden(self, known: Tensor, stage: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class Distillation(ModelWithLoss):
 
     def __init__(self, student: VQDrawStudent, teacher: VQDrawForImages):
         super().__init__()
-        wanted = VQDrawStudentConfig.of_teacher(teacher)
+        wanted = VQDrawStudentConfig.from_teacher(teacher)
         for name in ("image_size", "num_channels", "num_stages", "codebook_size"):
             if getattr(student.config, name) != getattr(wanted, name):
                 came, expected = getattr(student.config, name), getattr(wanted, name)
@@ -210,7 +210,7 @@ class Distillation(ModelWithLoss):
 
     def _losses(self, images: Tensor, codes: Tensor, drawn: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
         """Of naming the codes of images, and of drawing what the teacher has drawn of them."""
-        logits = self.student.predict(self.student.look(self.student.normalize(images)), codes)
+        logits = self.student.code_head(self.student.encoder(self.student.normalize(images)), codes)
         naming = F.cross_entropy(rearrange(logits.float(), "b n k -> b k n"), codes)
         normalized = self.student.normalized(codes)
         drawing = F.mse_loss(normalized, self.student.normalize(drawn))

@@ -13,13 +13,13 @@ from ..images.normalization import PixelNormalization
 from ..loading import check_finite
 from ..validation import check_choice, check_image_size, check_stages
 from .beam_search import beam_search
-from .core import VQDraw, build_draw
+from .core import VQDraw
 from .losses import BCELoss, GaussianNLLLoss, MSELoss
 from .original_checkpoints import convert_state_dict, infer_config, read_tensors
-from .original_refiners import PRESETS, PublishedRefiner
+from .original_refiners import PRESETS, OriginalRefiner
 from .refiners import ConvRefiner, in_segments
 
-ERRORS = ("squared", "gaussian", "bernoulli")
+STAGE_LOSSES = ("mse", "gaussian_nll", "bce")
 REFINERS = ("conv", *PRESETS)
 ENCODE_DTYPES = ("float32", "bfloat16")
 # Centres of few images are no centres of others: MNIST, 64 hidden channels, after 120 CPU seconds, an error of 0.132 on test digits where
@@ -32,12 +32,12 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
 
     Attributes:
         image_size: height and width of the images, pixels; a multiple of 4.
-        refiner: "conv" is ours; "mnist", "svhn", "cifar10" and "celeba" are those published with the paper, see `PublishedRefiner`.
+        refiner: "conv" is ours; "mnist", "svhn", "cifar10" and "celeba" are those published with the paper, see `OriginalRefiner`.
         hidden_channels, feature_channels, num_residual_blocks: size of our refiner, see `ConvRefiner`.
         segment_length: stages that share a refiner; 0: all of them. Fewer cost memory alone: MNIST, 64 hidden channels, after 300 steps
             an error of 0.119 where all ten share one, of 0.115 where five do, 0.113 where two do and 0.112 where none does.
         active_stages: go through the first so many stages only; 0: all.
-        error: "squared"; "gaussian", where a state has a deviation beside each mean; or "bernoulli", for pixels that are black or white.
+        stage_loss: "mse"; "gaussian_nll", where a state has a deviation beside each mean; or "bce", for pixels that are black or white.
         num_biased_stages: stages with a learned bias for each option; 0: all.
         aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
         beam_size: of the search when a data set is tokenized, see `beam_search`.
@@ -58,7 +58,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
     num_residual_blocks: int = 2
     segment_length: int = 0
     active_stages: int = 0
-    error: str = "squared"
+    stage_loss: str = "mse"
     num_biased_stages: int = 0
     aux_coeff: float = 0.01
     num_aux_options: int = 0
@@ -76,7 +76,7 @@ class VQDrawImageConfig(DiscreteTokenizerConfig):
         super().__post_init__(**other)
         check_image_size(self.image_size, 8 if self.refiner == "celeba" else 4)
         check_choice("refiner", self.refiner, REFINERS)
-        check_choice("error", self.error, ERRORS)
+        check_choice("stage_loss", self.stage_loss, STAGE_LOSSES)
         check_choice("encode_dtype", self.encode_dtype, ENCODE_DTYPES)
         check_stages(
             self.num_stages,
@@ -104,10 +104,12 @@ class VQDrawForImages(DiscreteTokenizer):
     def __init__(self, config: VQDrawImageConfig):
         super().__init__(config)
         self.normalize = PixelNormalization(config)
-        self.error = build_error(config)
-        num_channels = config.num_channels * self.error.state_channels
+        self.stage_loss = build_stage_loss(config)
+        num_channels = config.num_channels * self.stage_loss.state_channels
         shape = num_channels, config.image_size, config.image_size
-        self.draw = build_draw(config, build_refiner(config, num_channels), self.error, state_shape=shape)
+        self.vqdraw = VQDraw.from_config(
+            config, build_refiner(config, num_channels), self.stage_loss, state_shape=shape
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,7 +123,7 @@ class VQDrawForImages(DiscreteTokenizer):
 
         Args:
             path: its state dict, as safetensors or as a `.pt` file, which is read without running what else it may hold.
-            overrides: settings that no tensor tells, such as `error="bernoulli"` for one that was trained by its `BCELoss`.
+            overrides: settings that no tensor tells, such as `stage_loss="bce"` for one that was trained by its `BCELoss`.
 
         Raises:
             ValueError: for a file that holds no tensors, for tensors that none of the four architectures has, and for values that are
@@ -133,14 +135,14 @@ class VQDrawForImages(DiscreteTokenizer):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         model = cls(VQDrawImageConfig.preset(settings.pop("refiner"), **settings | overrides))
-        model.draw.load_state_dict(convert_state_dict(tensors))
+        model.vqdraw.load_state_dict(convert_state_dict(tensors))
         check_finite(model, path)
         return model.eval()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
         """One code an active stage."""
-        return (self.draw.num_stages,)
+        return (self.vqdraw.num_stages,)
 
     @property
     def codebook_size(self) -> int:
@@ -164,7 +166,7 @@ class VQDrawForImages(DiscreteTokenizer):
 
     def init_from_data(self, pixel_values: Tensor) -> None:
         """Start as a residual quantizer of `b c h w`; see `VQDraw.init_from_data`."""
-        self.draw.init_from_data(self.normalize(pixel_values, check_range=True))
+        self.vqdraw.init_from_data(self.normalize(pixel_values, check_range=True))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, *, beam_size: int = 1) -> Tensor:
@@ -177,7 +179,7 @@ class VQDrawForImages(DiscreteTokenizer):
         target = self.normalize(pixel_values, check_range=True)
         in_bfloat16 = self.config.encode_dtype == "bfloat16"
         with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=in_bfloat16):
-            return beam_search(self.draw, target, beam_size)
+            return beam_search(self.vqdraw, target, beam_size)
 
     def encode_with_search(self, pixel_values: Tensor) -> Tensor:
         """`b c h w` in [0, 1] -> codes `b n`, searched with the config's `beam_size`."""
@@ -188,45 +190,45 @@ class VQDrawForImages(DiscreteTokenizer):
         """Codes `b n`, or the first few of each image's, -> `b c h w` in [0, 1]."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
-            return self._pixels(self.draw.decode(codes.long()))
+            return self._pixels(self.vqdraw.decode(codes.long()))
 
     @torch.no_grad()
     def decode_progressively(self, codes: Tensor) -> Iterator[Tensor]:
         """The image `b c h w` after each of the codes `b n`, one after another."""
         self.check_codes(codes, prefix=True)
         with torch.autocast(codes.device.type, enabled=False):
-            for state in self.draw.states(codes.long()):
+            for state in self.vqdraw.decode_progressively(codes.long()):
                 yield self._pixels(state)
 
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """`b c h w` in [0, 1] -> loss, reconstruction, codes and metrics."""
         target = self.normalize(pixel_values)
-        drawing = self.draw(target)
-        mse = self.normalize.squared_error(self.error.observed(drawing.state), target)
+        output = self.vqdraw(target)
+        mse = self.normalize.squared_error(self.stage_loss.reconstruct(output.state), target)
         return TokenizerOutput(
-            loss=self.draw.loss(drawing),
-            reconstruction=self._pixels(drawing.state),
-            codes=drawing.codes,
-            metrics={"mse": mse, "first_stage_usage": share_in_use(drawing.codes[:, 0], self.codebook_size)},
+            loss=self.vqdraw.loss(output),
+            reconstruction=self._pixels(output.state),
+            codes=output.codes,
+            metrics={"mse": mse, "first_stage_usage": usage_fraction(output.codes[:, 0], self.codebook_size)},
         )
 
     def _pixels(self, state: Tensor) -> Tensor:
         """State `b ...` -> `b c h w` in [0, 1]."""
-        return self.normalize.inverse(self.error.observed(state))
+        return self.normalize.inverse(self.stage_loss.reconstruct(state))
 
 
-def build_error(config: VQDrawImageConfig) -> MSELoss | GaussianNLLLoss | BCELoss:
+def build_stage_loss(config: VQDrawImageConfig) -> MSELoss | GaussianNLLLoss | BCELoss:
     """What the config's `error` names."""
-    if config.error == "bernoulli":
+    if config.stage_loss == "bce":
         return BCELoss(config)
-    return GaussianNLLLoss() if config.error == "gaussian" else MSELoss()
+    return GaussianNLLLoss() if config.stage_loss == "gaussian_nll" else MSELoss()
 
 
 def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
     """One refiner for all stages, or one a segment."""
     if config.refiner in PRESETS:
-        gaussian = config.error == "gaussian"
-        build = partial(PublishedRefiner, config.refiner, codebook_size=config.codebook_size, gaussian=gaussian)
+        gaussian = config.stage_loss == "gaussian_nll"
+        build = partial(OriginalRefiner, config.refiner, codebook_size=config.codebook_size, gaussian=gaussian)
     else:
         build = partial(
             ConvRefiner,
@@ -239,7 +241,7 @@ def build_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:
     return in_segments(build, config.num_stages, config.segment_length, active_stages=config.active_stages)
 
 
-def share_in_use(codes: Tensor, codebook_size: int) -> Tensor:
+def usage_fraction(codes: Tensor, codebook_size: int) -> Tensor:
     """How many of the options this batch `b` chose at least once, as a share of those it could have."""
     chosen = torch.zeros(codebook_size, device=codes.device).index_fill_(0, codes, 1)
     return chosen.sum() / min(codebook_size, len(codes))

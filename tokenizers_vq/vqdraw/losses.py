@@ -32,11 +32,11 @@ class MSELoss:
         """Mean squared error of every proposal against the target, `b k`."""
         return options.squared_errors(target - state)
 
-    def wanted(self, target: Tensor) -> Tensor:
+    def target_state(self, target: Tensor) -> Tensor:
         """The target."""
         return target
 
-    def observed(self, state: Tensor) -> Tensor:
+    def reconstruct(self, state: Tensor) -> Tensor:
         """The state."""
         return state
 
@@ -48,15 +48,15 @@ class GaussianNLLLoss:
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
         """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
-        mean, log_std = (state[:, None] + options.all()).chunk(2, dim=2)
+        mean, log_std = (state[:, None] + options.all_steps()).chunk(2, dim=2)
         scaled = (target[:, None] - mean) * torch.exp(-log_std)
         return (0.5 * scaled.square() + log_std).flatten(2).mean(dim=2) + 0.5 * math.log(2 * math.pi)
 
-    def wanted(self, target: Tensor) -> Tensor:
+    def target_state(self, target: Tensor) -> Tensor:
         """The target as mean, with a standard deviation of one."""
         return torch.cat([target, torch.zeros_like(target)], dim=1)
 
-    def observed(self, state: Tensor) -> Tensor:
+    def reconstruct(self, state: Tensor) -> Tensor:
         """The mean."""
         return state.chunk(2, dim=1)[0]
 
@@ -75,7 +75,7 @@ class BCELoss:
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
         """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
-        logits = state[:, None] + options.all()
+        logits = state[:, None] + options.all_steps()
         pixels = self.pixels(target)[:, None].expand_as(logits)
         errors = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
         return errors.flatten(2).mean(dim=2)
@@ -84,11 +84,11 @@ class BCELoss:
         """Normalised -> [0, 1]."""
         return (target * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
-    def wanted(self, target: Tensor) -> Tensor:
+    def target_state(self, target: Tensor) -> Tensor:
         """Logits that come near the target."""
         return CONFIDENT_LOGIT * (2 * self.pixels(target) - 1)
 
-    def observed(self, state: Tensor) -> Tensor:
+    def reconstruct(self, state: Tensor) -> Tensor:
         """Probabilities, normalised."""
         return (state.sigmoid() - self.config.pixel_mean) / self.config.pixel_std
 
@@ -107,19 +107,19 @@ class CrossEntropyLoss:
         """
         shared = isinstance(options, SharedOptions)
         if shared and not torch.is_grad_enabled() and not state.any():
-            return shared_cross_entropies(options.steps(), target)
+            return shared_cross_entropies(options.shared_steps(), target)
         if shared or torch.is_grad_enabled():
-            return cross_entropies(state[:, None] + options.all(), target)
+            return cross_entropies(state[:, None] + options.all_steps(), target)
         at_once = LOGITS_AT_ONCE_ON_CPU if state.device.type == "cpu" else LOGITS_AT_ONCE
         groups = torch.arange(len(target), device=target.device).split(max(1, at_once // state.shape[1:].numel()))
-        return torch.cat([cross_entropies_after(options.select, group, state, target) for group in groups])
+        return torch.cat([cross_entropies_after(options.select_examples, group, state, target) for group in groups])
 
-    def wanted(self, target: Tensor) -> Tensor:
+    def target_state(self, target: Tensor) -> Tensor:
         """Logits that are sure of the target, and zero where it does not matter."""
         symbols = F.one_hot(target.clamp(min=0), self.num_symbols)
         return CONFIDENT_SYMBOL_LOGIT * symbols * (target != IGNORE_INDEX)[..., None]
 
-    def observed(self, state: Tensor) -> Tensor:
+    def reconstruct(self, state: Tensor) -> Tensor:
         """The likeliest symbols, `b t`."""
         return state.argmax(dim=2)
 
@@ -151,12 +151,12 @@ def cross_entropies_after(select: Callable[[Tensor], Options], group: Tensor, st
     state, target = state[group], target[group]
     least, largest = state.aminmax(dim=2, keepdim=True)
     if state.numel() and (largest - least).amax() < WIDEST_STATE:
-        steps = select(group).all()
+        steps = select(group).all_steps()
         right = logits_of(steps, target) + logits_of(state[:, None], target) - rearrange(largest, "b t 1 -> b 1 t")
         sums = einsum(steps.exp_(), (state - largest).exp(), "b k t v, b t v -> b k t")
         if sums.amin() > SMALLEST_SUM and sums.amax() < math.inf:
             return mean_over_live(sums.log() - right, target)
-    return cross_entropies(state[:, None] + select(group).all(), target)
+    return cross_entropies(state[:, None] + select(group).all_steps(), target)
 
 
 def logits_of(logits: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..loading import first_line
-from .original_refiners import PRESETS, PublishedRefiner, state_channels
+from .original_refiners import PRESETS, OriginalRefiner, state_channels
 from .pt_to_safetensors import read_pt
 
 BUFFERS = {"_stages", "_grad_decay"}  # of one number each
@@ -72,7 +72,7 @@ def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
             if bias.shape[1] == state_channels(name, gaussian=gaussian) and ours == shapes:
                 return preset | {
                     "refiner": name,
-                    "error": "gaussian" if gaussian else "squared",
+                    "stage_loss": "gaussian_nll" if gaussian else "mse",
                     "checkpoint_stages": False,
                     "image_size": bias.shape[-1],
                     "codebook_size": len(bias),
@@ -92,6 +92,6 @@ def expected_shapes(
 ) -> dict[str, torch.Size]:
     """Shapes of the tensors of all refiners of an architecture, by their names in `VQDraw`."""
     with torch.device("meta"):
-        refiner = PublishedRefiner(name, num_stages=num_stages, codebook_size=codebook_size, gaussian=gaussian)
+        refiner = OriginalRefiner(name, num_stages=num_stages, codebook_size=codebook_size, gaussian=gaussian)
     prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]
     return {prefix + key: tensor.shape for prefix in prefixes for key, tensor in refiner.state_dict().items()}

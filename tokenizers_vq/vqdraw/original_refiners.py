@@ -132,7 +132,7 @@ def state_channels(name: str, *, gaussian: bool) -> int:
     return PRESETS[name]["num_channels"] * (2 if gaussian else 1)
 
 
-class PublishedRefiner(nn.Module):
+class OriginalRefiner(nn.Module):
     """One of the published refiners, by the name of its data set: "mnist", "svhn", "cifar10" or "celeba".
 
     Args:

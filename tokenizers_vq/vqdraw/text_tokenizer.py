@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..base import TokenizerOutput
 from ..text_base import IGNORE_INDEX, TextSpanConfig, TextSpanTokenizer
 from ..validation import check_counts, check_stages
-from .core import VQDraw, build_draw
+from .core import VQDraw
 from .losses import CrossEntropyLoss
 from .refiners import DilatedConvRefiner, in_segments
 
@@ -72,10 +72,10 @@ class VQDrawForText(TextSpanTokenizer):
 
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
-        self.error = CrossEntropyLoss(self.num_symbols)
+        self.stage_loss = CrossEntropyLoss(self.num_symbols)
         refiner = build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans)
         shape = self.span_length, self.num_symbols
-        self.draw = build_draw(config, refiner, self.error, state_shape=shape, num_joint=self.num_spans)
+        self.vqdraw = VQDraw.from_config(config, refiner, self.stage_loss, state_shape=shape, group_size=self.num_spans)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,7 +86,7 @@ class VQDrawForText(TextSpanTokenizer):
     @property
     def code_shape(self) -> tuple[int, ...]:
         """Active stages and spans."""
-        return (self.draw.num_stages, self.num_spans)
+        return (self.vqdraw.num_stages, self.num_spans)
 
     @property
     def positions_per_codebook(self) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class VQDrawForText(TextSpanTokenizer):
 
     def encode_symbols(self, symbols: Tensor) -> Tensor:
         """Symbols `b t` -> codes `b (n s)`."""
-        return self._by_stage(self.draw(self.make_labels(symbols)).codes)
+        return self._by_stage(self.vqdraw(self.make_labels(symbols)).codes)
 
     def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
         """Codes `b (n s)`, of which some are `mask`, -> symbols `b t`."""
@@ -116,28 +116,28 @@ class VQDrawForText(TextSpanTokenizer):
     def _states(self, codes: Tensor, mask: Tensor) -> Iterator[Tensor]:
         """After each stage of the codes `b (n s)`, each span's state after the last of its codes that is `mask`, `(b s) t v`."""
         by_span, is_given = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, mask))
-        before = self.draw.first_state(len(by_span))
+        before = self.vqdraw.initial_state(len(by_span))
         with torch.autocast(codes.device.type, enabled=False):
-            for stage, state in enumerate(self.draw.states(by_span)):
+            for stage, state in enumerate(self.vqdraw.decode_progressively(by_span)):
                 before = torch.where(is_given[:, stage, None, None], state, before)
                 yield before
 
     def _observed(self, state: Tensor) -> Tensor:
         """States of spans `(b s) t v` -> the likeliest symbols `b (s t)`."""
-        return rearrange(self.error.observed(state), "(b s) t -> b (s t)", s=self.num_spans)
+        return rearrange(self.stage_loss.reconstruct(state), "(b s) t -> b (s t)", s=self.num_spans)
 
     def forward(self, symbols: Tensor) -> TokenizerOutput:
         """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
         target = self.make_labels(symbols)
-        drawing = self.draw(target)
-        observed = self.error.observed(drawing.state.detach())
+        output = self.vqdraw(target)
+        observed = self.stage_loss.reconstruct(output.state.detach())
         live = (target != IGNORE_INDEX).sum()
         metrics = {
             "byte_accuracy": (observed == target).sum() / live,
-            "nats_per_byte": drawing.chosen[:, -1].detach().sum() * self.span_length / live,
+            "nats_per_byte": output.best_error[:, -1].detach().sum() * self.span_length / live,
         }
         reconstruction = rearrange(observed, "(b s) t -> b (s t)", s=self.num_spans)
-        return TokenizerOutput(self.draw.loss(drawing), reconstruction, self._by_stage(drawing.codes), metrics)
+        return TokenizerOutput(self.vqdraw.loss(output), reconstruction, self._by_stage(output.codes), metrics)
 
     def _by_stage(self, codes: Tensor) -> Tensor:
         """Codes of spans `(b s) n` -> codes of texts `b (n s)`."""
@@ -152,7 +152,7 @@ class VQDrawForText(TextSpanTokenizer):
         """Start as a residual quantizer of `b t`; see `VQDraw.init_from_data`."""
         spans = self.make_labels(symbols)
         spans = spans[(spans != IGNORE_INDEX).any(dim=1)]
-        self.draw.init_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
+        self.vqdraw.init_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
 
 
 def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:

@@ -31,7 +31,7 @@ def errors_and_time(model: VQDrawForImages, pixel_values: Tensor, beam_size: int
     codes = model.encode(pixel_values, beam_size=beam_size)
     seconds = time.process_time() - started
     shown = model.normalize(model.decode(codes))
-    errors = (model.draw.decode(codes) - target).square().mean(), (shown - target).square().mean()
+    errors = (model.vqdraw.decode(codes) - target).square().mean(), (shown - target).square().mean()
     return float(errors[0]), float(errors[1]), seconds
 
 

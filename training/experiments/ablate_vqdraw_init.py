@@ -56,7 +56,7 @@ def figures(model: VQDrawForImages, test: Tensor) -> str:
     model.eval()
     target = model.normalize(test)
     codes = model.encode(test)
-    error = (model.draw.decode(codes) - target).square().mean()
+    error = (model.vqdraw.decode(codes) - target).square().mean()
     used = [len(column.unique()) for column in codes.T]
     model.train()
     return f"error {error:.4f}  options in use: {used[0]} of 64 at stage 0, {sum(used) / len(used):.1f} of 64 per stage"

@@ -60,7 +60,7 @@ def test_a_text_model_goes_on(rows, data, tmp_path):
 def test_settings_that_leave_the_weights_alone_may_change(data, vqdraw, tmp_path):
     settings = {"tokenizer": "vqdraw", "init_from": vqdraw, "model": {"num_aux_options": 2, "epsilon": 0.5}}
     model = train_tokenizer(recipe(data, tmp_path / "out", **settings))
-    assert model.config.num_aux_options == 2 and model.draw.epsilon == 0.5
+    assert model.config.num_aux_options == 2 and model.vqdraw.epsilon == 0.5
 
 
 @pytest.mark.parametrize(

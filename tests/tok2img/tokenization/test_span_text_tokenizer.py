@@ -255,7 +255,7 @@ class TestReport:
         *_, second, _ = vqdraw.decode_symbols_progressively(codes[:1])
         seen = vqdraw.decode_with_mask(codes, prefix_mask(vqdraw, symbols, 2))
         assert torch.equal(seen[0, :12], second[0, :12])
-        assert torch.equal(seen[1], vqdraw.error.observed(vqdraw.draw.first_state(4)).flatten())
+        assert torch.equal(seen[1], vqdraw.stage_loss.reconstruct(vqdraw.vqdraw.initial_state(4)).flatten())
 
     def test_needs_texts(self, model):
         with pytest.raises(ValueError, match="no texts"):

@@ -181,7 +181,7 @@ class TestOtherRows:
 @pytest.mark.parametrize("build", [tiny_vqdraw, partial(tiny_vqvae, codebook_size=40)], ids=["vqdraw", "vqvae"])
 def test_what_is_counted_but_not_saved_with_a_model_goes_on_too(tmp_path, monkeypatch, build):
     """Options revived at step 6; a codebook that waits until step 10 for vectors enough to start from."""
-    monkeypatch.setattr(vqdraw, "REVIVE_EVERY", 6)
+    monkeypatch.setattr(vqdraw, "REPLACEMENT_INTERVAL", 6)
     trainer = partial(tokenizer_trainer_in, build=build, max_steps=12)
     whole = trainer(tmp_path / "whole")
     whole.train()

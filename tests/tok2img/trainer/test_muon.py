@@ -93,7 +93,7 @@ def test_hidden_layers_are_matrices_and_neither_tables_nor_heads_nor_what_looks_
 
 def test_of_a_tokenizer_heads_of_stages_are_no_matrices():
     settings = {"image_size": 8, "num_channels": 1, "num_stages": 2, "hidden_channels": 16, "feature_channels": 16}
-    refiner = VQDrawForImages(VQDrawImageConfig(**settings, num_residual_blocks=1)).draw.refiner
+    refiner = VQDrawForImages(VQDrawImageConfig(**settings, num_residual_blocks=1)).vqdraw.refiner
     chosen = {id(matrix) for matrix in muon_parameters(refiner)}
     names = {name for name, parameter in refiner.named_parameters() if id(parameter) in chosen}
     assert names == {

@@ -58,7 +58,9 @@ def test_step_errors_equal_those_of_the_direct_convolution(directly):
 def test_step_errors_have_the_same_bits_in_every_batch(batch_size):
     steps, residual = conv_options(num_examples=28), torch.randn(28, 3, 32, 32)
     with torch.no_grad():
-        parts = [steps.select(some).squared_errors(residual[some]) for some in torch.arange(28).split(batch_size)]
+        parts = [
+            steps.select_examples(some).squared_errors(residual[some]) for some in torch.arange(28).split(batch_size)
+        ]
         assert torch.equal(torch.cat(parts), steps.squared_errors(residual))
 
 
@@ -74,7 +76,7 @@ def test_dft_matrices_made_under_another_default_device_work_on_a_cpu():
     dft_matrices.cache_clear()
     with torch.device("meta"):
         dft_matrices(12)
-    assert fft_conv2d(torch.randn(1, 2, 16, 16), torch.randn(3, 2, 5, 5)).isfinite().all()
+    assert fft_conv2d(torch.randn(1, 2, 16, 16), torch.randn(3, 2, 5, 5)).isfinite().all_steps()
 
 
 def test_fft_conv_follows_a_kernel_that_changes_in_place():

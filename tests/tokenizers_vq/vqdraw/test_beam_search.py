@@ -21,7 +21,7 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best_one(tiny_vqdraw, images)
     every = torch.tensor(list(product(range(8), repeat=4)))
     for example, found in zip(images, codes, strict=True):
         target = tiny_vqdraw.normalize(example[None])
-        states = torch.cat([tiny_vqdraw.draw.decode(some) for some in every.split(512)])
+        states = torch.cat([tiny_vqdraw.vqdraw.decode(some) for some in every.split(512)])
         best = every[(states - target).square().flatten(1).mean(dim=1).argmin()]
         assert torch.equal(found, best)
 
@@ -42,9 +42,9 @@ def test_an_image_is_searched_alone_as_it_is_in_a_batch(tiny_vqdraw, images, bea
 
 def test_groups_hold_no_more_states_than_the_greedy_loop(tiny_vqdraw, images, monkeypatch):
     sizes = []
-    options = tiny_vqdraw.draw.options
+    propose = tiny_vqdraw.vqdraw.propose
     monkeypatch.setattr(
-        tiny_vqdraw.draw, "options", lambda state, stage: (sizes.append(len(state)), options(state, stage))[1]
+        tiny_vqdraw.vqdraw, "propose", lambda state, stage: (sizes.append(len(state)), propose(state, stage))[1]
     )
     many = images.repeat(4, 1, 1, 1)
     tiny_vqdraw.encode(many, beam_size=3)
@@ -76,10 +76,12 @@ def test_margins_are_above_errors_below_zero():
 
 @pytest.mark.parametrize("beam_size", [2, 4, 8])
 def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
-    sizes, options = [], tiny_vqdraw.draw.options
+    sizes, propose = [], tiny_vqdraw.vqdraw.propose
     monkeypatch.setattr("tokenizers_vq.vqdraw.beam_search.MARGIN", 100.0)
     monkeypatch.setattr(
-        tiny_vqdraw.draw, "options", lambda state, stage: (sizes.append((stage, len(state))), options(state, stage))[1]
+        tiny_vqdraw.vqdraw,
+        "propose",
+        lambda state, stage: (sizes.append((stage, len(state))), propose(state, stage))[1],
     )
     tiny_vqdraw.encode(images, beam_size=beam_size)
     looked_at = sum(size for stage, size in sizes if stage)  # at stage 0 one look serves all

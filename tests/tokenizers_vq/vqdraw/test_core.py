@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from tokenizers_vq.vqdraw.core import REVIVE_EVERY, REVIVED_SHARE, VQDraw, VQDrawOutput
+from tokenizers_vq.vqdraw.core import REPLACEMENT_INTERVAL, REPLACEMENT_STEP, VQDraw, VQDrawOutput, plain_vqdraw
 from tokenizers_vq.vqdraw.losses import MSELoss
 from tokenizers_vq.vqdraw.options import (
     BiasedOptions,
@@ -39,7 +39,7 @@ OPTIONS = {
     "biased convolved": lambda: BiasedOptions(conv_options(), random(6, *SHAPE)),
     "shared": lambda: SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5),
     "shared convolved": lambda: SharedOptions(
-        BiasedOptions(conv_options().select(torch.tensor([2])), random(6, *SHAPE)), 5
+        BiasedOptions(conv_options().select_examples(torch.tensor([2])), random(6, *SHAPE)), 5
     ),
     "biased linear": lambda: BiasedOptions(linear_options(), random(6, *SHAPE)),
     "biased shared": lambda: BiasedOptions(SharedOptions(DenseOptions(random(1, 6, *SHAPE)), 5), random(6, *SHAPE)),
@@ -62,26 +62,17 @@ class DenseRefiner(nn.Module):
         self.refiner = refiner
 
     def forward(self, state: Tensor, stage: int) -> DenseOptions:
-        return DenseOptions(self.refiner(state, stage).all())
+        return DenseOptions(self.refiner(state, stage).all_steps())
 
 
-def plain_loop(draw: VQDraw, target: Tensor) -> VQDrawOutput:
-    """The definition, with every proposal in memory and every example looking for itself."""
-    state, codes, errors = torch.zeros_like(target), [], []
-    for stage in range(draw.num_stages):
-        steps = draw.refiner(state, stage).all()
-        proposals = state[:, None] + (steps + draw.biases[stage] if stage < len(draw.biases) else steps)
-        error = (proposals - target[:, None]).square().flatten(2).mean(dim=2)
-        codes.append(error.argmin(dim=1))
-        errors.append(error)
-        state = proposals[torch.arange(len(target)), codes[-1]]
-    errors = torch.stack(errors, dim=1)
-    return VQDrawOutput(state, torch.stack(codes, dim=1), errors, errors.amin(dim=2), errors.mean(dim=(0, 2)))
+def run_plain(vqdraw: VQDraw, target: Tensor) -> VQDrawOutput:
+    """The definition, with the parts of a loop."""
+    return plain_vqdraw(vqdraw.refiner, vqdraw.biases, target, vqdraw.num_stages)
 
 
 @pytest.fixture
 def refiner(tiny_vqdraw) -> nn.Module:
-    return tiny_vqdraw.draw.refiner.double()
+    return tiny_vqdraw.vqdraw.refiner.double()
 
 
 @pytest.fixture
@@ -91,7 +82,7 @@ def target(images) -> Tensor:
 
 def build(refiner: nn.Module, *, num_biased_stages: int = 2, **settings) -> VQDraw:
     """Four stages of eight options, the first two biased, in float64."""
-    draw = VQDraw(
+    vqdraw = VQDraw(
         refiner,
         MSELoss(),
         state_shape=SHAPE,
@@ -101,12 +92,12 @@ def build(refiner: nn.Module, *, num_biased_stages: int = 2, **settings) -> VQDr
         **settings,
     )
     torch.manual_seed(3)
-    nn.init.normal_(draw.biases, std=0.3)
-    return draw.double()
+    nn.init.normal_(vqdraw.biases, std=0.3)
+    return vqdraw.double()
 
 
-def gradients(draw: VQDraw, loss: Tensor) -> list[Tensor]:
-    parameters = list(draw.parameters())
+def gradients(vqdraw: VQDraw, loss: Tensor) -> list[Tensor]:
+    parameters = list(vqdraw.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [
         torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found, strict=True)
@@ -118,23 +109,25 @@ def gradients(draw: VQDraw, loss: Tensor) -> list[Tensor]:
 
 def test_options_choose_what_dense_options_choose(options):
     codes = torch.tensor([[5, 0], [0, 0], [3, 1], [3, 2], [1, 4]])
-    expected = torch.stack([steps[chosen] for steps, chosen in zip(options.all(), codes, strict=True)])
-    torch.testing.assert_close(options.chosen(codes), expected)
+    expected = torch.stack([steps[chosen] for steps, chosen in zip(options.all_steps(), codes, strict=True)])
+    torch.testing.assert_close(options.gather_steps(codes), expected)
 
 
 def test_options_of_some_examples_are_those_of_the_whole(options):
     examples = torch.tensor([4, 0, 0])
-    torch.testing.assert_close(options.select(examples).all(), options.all()[examples])
+    torch.testing.assert_close(options.select_examples(examples).all_steps(), options.all_steps()[examples])
 
 
 def test_options_have_the_squared_errors_of_dense_options(options):
     residual = random(5, *SHAPE)
-    torch.testing.assert_close(options.squared_errors(residual), DenseOptions(options.all()).squared_errors(residual))
+    torch.testing.assert_close(
+        options.squared_errors(residual), DenseOptions(options.all_steps()).squared_errors(residual)
+    )
 
 
 def test_options_have_the_products_of_dense_options(options):
     biases = random(6, *SHAPE)
-    torch.testing.assert_close(options.products(biases), DenseOptions(options.all()).products(biases))
+    torch.testing.assert_close(options.bias_products(biases), DenseOptions(options.all_steps()).bias_products(biases))
 
 
 def test_squared_errors_are_those_of_the_proposals():
@@ -148,60 +141,60 @@ def test_squared_errors_are_those_of_the_proposals():
 
 @pytest.mark.parametrize("num_biased_stages", [1, 2, 4])
 def test_the_loop_equals_the_plain_one(refiner, target, num_biased_stages):
-    draw = build(refiner, num_biased_stages=num_biased_stages, final_coeff=0.5)
-    fast, plain = draw(target), plain_loop(draw, target)
+    vqdraw = build(refiner, num_biased_stages=num_biased_stages, final_coeff=0.5)
+    fast, plain = vqdraw(target), run_plain(vqdraw, target)
     assert torch.equal(fast.codes, plain.codes) and len(fast.codes.unique()) > 2
     torch.testing.assert_close(fast.state, plain.state)
     torch.testing.assert_close(fast.errors, plain.errors)
-    torch.testing.assert_close(draw.loss(fast), draw.loss(plain))
+    torch.testing.assert_close(vqdraw.loss(fast), vqdraw.loss(plain))
 
 
 def test_the_gradients_of_the_loop_are_those_of_the_plain_one(refiner, target):
-    draw = build(refiner, final_coeff=0.5)
-    fast = gradients(draw, draw.loss(draw(target)))
-    plain = gradients(draw, draw.loss(plain_loop(draw, target)))
+    vqdraw = build(refiner, final_coeff=0.5)
+    fast = gradients(vqdraw, vqdraw.loss(vqdraw(target)))
+    plain = gradients(vqdraw, vqdraw.loss(run_plain(vqdraw, target)))
     torch.testing.assert_close(fast, plain)
     assert all(gradient.any() for gradient in fast)
 
 
 def test_options_in_memory_draw_the_same(refiner, target):
-    draw, dense = build(refiner), build(DenseRefiner(refiner))
-    fast, slow = draw(target), dense(target)
+    vqdraw, dense = build(refiner), build(DenseRefiner(refiner))
+    fast, slow = vqdraw(target), dense(target)
     assert torch.equal(fast.codes, slow.codes)
     torch.testing.assert_close(fast.state, slow.state)
-    torch.testing.assert_close(gradients(draw, draw.loss(fast)), gradients(dense, dense.loss(slow)))
+    torch.testing.assert_close(gradients(vqdraw, vqdraw.loss(fast)), gradients(dense, dense.loss(slow)))
 
 
 def test_each_stage_takes_the_best_step(refiner, target):
-    drawing = build(refiner)(target)
-    assert torch.equal(drawing.codes, drawing.errors.argmin(dim=2))
+    output = build(refiner)(target)
+    assert torch.equal(output.codes, output.errors.argmin(dim=2))
 
 
 @pytest.mark.parametrize("grad_decay", [0.0, 0.3, 1.0])
 def test_any_prefix_of_the_codes_decodes_to_the_state_after_so_many_stages(refiner, target, grad_decay):
-    draw, state = build(refiner, grad_decay=grad_decay).float(), torch.zeros_like(target).float()
-    codes = draw(target.float()).codes
-    for stage in range(draw.num_stages):
-        state = draw.stage(state, target.float(), stage).state
-        assert torch.equal(draw.decode(codes[:, : stage + 1]), state), "to the last bit"
+    vqdraw, state = build(refiner, grad_decay=grad_decay).float(), torch.zeros_like(target).float()
+    codes = vqdraw(target.float()).codes
+    for stage in range(vqdraw.num_stages):
+        state = vqdraw.run_stage(state, target.float(), stage).state
+        assert torch.equal(vqdraw.decode(codes[:, : stage + 1]), state), "to the last bit"
 
 
 def test_an_example_draws_alone_as_it_does_in_a_batch(refiner, target):
-    draw = build(refiner)
-    together = draw(target)
+    vqdraw = build(refiner)
+    together = vqdraw(target)
     for example in range(len(target)):
-        alone = draw(target[example : example + 1])
+        alone = vqdraw(target[example : example + 1])
         assert torch.equal(alone.codes[0], together.codes[example])
         torch.testing.assert_close(alone.state[0], together.state[example])
 
 
 @pytest.mark.parametrize(("aux_coeff", "final_coeff"), [(0.0, 0.0), (0.01, 0.0), (0.3, 0.7)])
 def test_the_loss_is_the_formula(refiner, target, aux_coeff, final_coeff):
-    draw = build(refiner, aux_coeff=aux_coeff, final_coeff=final_coeff)
-    drawing = draw(target)
-    chosen = drawing.errors.gather(2, drawing.codes[..., None])
-    expected = chosen.mean() + aux_coeff * drawing.errors.mean() + final_coeff * chosen[:, -1].mean()
-    torch.testing.assert_close(draw.loss(drawing), expected)
+    vqdraw = build(refiner, aux_coeff=aux_coeff, final_coeff=final_coeff)
+    output = vqdraw(target)
+    chosen = output.errors.gather(2, output.codes[..., None])
+    expected = chosen.mean() + aux_coeff * output.errors.mean() + final_coeff * chosen[:, -1].mean()
+    torch.testing.assert_close(vqdraw.loss(output), expected)
 
 
 # Gradients through the chain
@@ -209,8 +202,8 @@ def test_the_loss_is_the_formula(refiner, target, aux_coeff, final_coeff):
 
 def through_one_link(refiner: nn.Module, target: Tensor, grad_decay: float) -> Tensor:
     """Gradient of stage 1's chosen errors in the biases of stage 0."""
-    draw = build(refiner, grad_decay=grad_decay)
-    (gradient,) = torch.autograd.grad(draw(target).errors[:, 1].amin(dim=1).mean(), draw.biases)
+    vqdraw = build(refiner, grad_decay=grad_decay)
+    (gradient,) = torch.autograd.grad(vqdraw(target).errors[:, 1].amin(dim=1).mean(), vqdraw.biases)
     return gradient[0]
 
 
@@ -224,26 +217,26 @@ def test_grad_decay_cuts_its_share_of_the_gradient_between_stages(refiner, targe
     torch.testing.assert_close(through_one_link(refiner, target, grad_decay), expected)
 
 
-def test_grad_decay_changes_no_drawing(refiner, target):
+def test_grad_decay_changes_no_output(refiner, target):
     assert torch.equal(build(refiner, grad_decay=0.3)(target).state, build(refiner)(target).state)
 
 
 def test_checkpointed_stages_have_the_same_gradients(refiner, target):
-    draw, remembering = build(refiner), build(refiner, checkpoint_stages=True)
+    vqdraw, remembering = build(refiner), build(refiner, checkpoint_stages=True)
     torch.testing.assert_close(
-        gradients(remembering, remembering.loss(remembering(target))), gradients(draw, draw.loss(draw(target)))
+        gradients(remembering, remembering.loss(remembering(target))), gradients(vqdraw, vqdraw.loss(vqdraw(target)))
     )
 
 
 def test_bfloat16_autocast_leaves_the_errors_their_digits(refiner):
-    draw = build(refiner).float()
+    vqdraw = build(refiner).float()
     state, codes = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 3, 4, 5])
-    near = state + draw.options(state, 1).chosen(codes[:, None]).squeeze(1) + 0.02 * torch.randn(6, *SHAPE)
-    expected = draw.stage(state, near, 1)
+    near = state + vqdraw.propose(state, 1).gather_steps(codes[:, None]).squeeze(1) + 0.02 * torch.randn(6, *SHAPE)
+    expected = vqdraw.run_stage(state, near, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        found = draw.stage(state, near, 1)
+        found = vqdraw.run_stage(state, near, 1)
     assert found.errors.dtype == torch.float32 and torch.equal(found.codes, expected.codes)
-    torch.testing.assert_close(found.chosen, expected.chosen, rtol=0.1, atol=0)
+    torch.testing.assert_close(found.best_error, expected.best_error, rtol=0.1, atol=0)
 
 
 # The start
@@ -291,7 +284,9 @@ def test_starting_from_data_carries_no_gradient(stepless, many):
 def test_the_sparse_form_draws_and_judges_the_same(refiner, target):
     exact, sparse = build(refiner).train()(target), build(refiner, num_aux_options=3).train()(target)
     assert torch.equal(sparse.codes, exact.codes) and not sparse.errors.requires_grad
-    torch.testing.assert_close((sparse.state, sparse.errors, sparse.chosen), (exact.state, exact.errors, exact.chosen))
+    torch.testing.assert_close(
+        (sparse.state, sparse.errors, sparse.best_error), (exact.state, exact.errors, exact.best_error)
+    )
 
 
 def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
@@ -305,26 +300,26 @@ def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
     found, expected = (torch.cat([each.flatten() for each in every]) for every in (mean, exact))
     one = torch.cat([each.flatten() for each in draws[0]])
     assert (found - expected).norm() < 0.03 * expected.norm()
-    assert (one - expected).norm() > 3 * (found - expected).norm(), "each draw is rough, their mean is not"
+    assert (one - expected).norm() > 3 * (found - expected).norm(), "each vqdraw is rough, their mean is not"
 
 
 def test_without_a_gradient_all_options_count(refiner, target):
-    draw = build(refiner, num_aux_options=1).eval()
-    drawing = draw(target)
-    torch.testing.assert_close(drawing.aux, drawing.errors.mean(dim=(0, 2)))
+    vqdraw = build(refiner, num_aux_options=1).eval()
+    output = vqdraw(target)
+    torch.testing.assert_close(output.mean_error, output.errors.mean(dim=(0, 2)))
 
 
 # Random codes
 
 
 def test_epsilon_takes_other_steps_in_training_alone(refiner, target):
-    draw = build(refiner, epsilon=0.5)
+    vqdraw = build(refiner, epsilon=0.5)
     many = target.repeat(50, 1, 1, 1)
-    drawing = draw.train()(many)
-    other = (drawing.codes != drawing.errors.argmin(dim=2)).double().mean()
+    output = vqdraw.train()(many)
+    other = (output.codes != output.errors.argmin(dim=2)).double().mean()
     assert 0.3 < other < 0.5 * 7 / 8 + 0.1
-    torch.testing.assert_close(drawing.chosen, drawing.errors.amin(dim=2))
-    assert torch.equal(draw.eval()(many).codes, build(refiner).eval()(many).codes)
+    torch.testing.assert_close(output.best_error, output.errors.amin(dim=2))
+    assert torch.equal(vqdraw.eval()(many).codes, build(refiner).eval()(many).codes)
 
 
 def test_epsilon_leaves_encoding_alone(refiner, target):
@@ -347,7 +342,7 @@ def dead(stepless, many) -> VQDraw:
 
 def test_options_out_of_use_come_back_at_any_stage(dead, many):
     assert 3 not in dead(many).codes[:, 0] and 5 not in dead(many).codes[:, 2]
-    for _ in range(REVIVE_EVERY):
+    for _ in range(REPLACEMENT_INTERVAL):
         dead(many)
     codes = dead.eval()(many).codes
     assert 3 in codes[:, 0] and 5 in codes[:, 2]
@@ -355,7 +350,7 @@ def test_options_out_of_use_come_back_at_any_stage(dead, many):
 
 def test_options_that_are_taken_at_random_alone_are_out_of_use(dead, many):
     dead.epsilon = 0.3
-    for _ in range(REVIVE_EVERY + 1):
+    for _ in range(REPLACEMENT_INTERVAL + 1):
         dead(many)
     codes = dead.eval()(many).codes
     assert 3 in codes[:, 0] and 5 in codes[:, 2]
@@ -366,7 +361,7 @@ def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 3] = mask[2, 5] = True
     dead.replace_dead_options(many, mask)
-    assert dead(many).chosen[:, -1].mean() < before.chosen[:, -1].mean()
+    assert dead(many).best_error[:, -1].mean() < before.best_error[:, -1].mean()
     assert torch.equal(dead.biases[~mask], biases[~mask]) and (dead.biases[mask] != biases[mask]).any()
 
 
@@ -376,14 +371,14 @@ def test_a_revived_option_goes_from_the_best_step_towards_a_target(dead, many):
     before = dead.eval()(many)
     dead.replace_dead_options(many, mask)
     # What is missing shrinks to a share of it, for one of the targets, so its square to the square of that.
-    ratios = dead(many).errors[:, 0, 3] / before.chosen[:, 0]
-    assert (ratios - (1 - REVIVED_SHARE) ** 2).abs().min() < 1e-5
+    ratios = dead(many).errors[:, 0, 3] / before.best_error[:, 0]
+    assert (ratios - (1 - REPLACEMENT_STEP) ** 2).abs().min() < 1e-5
 
 
 def test_revival_can_be_left_out(dead, many):
-    dead.revive_options = False
+    dead.replaces_dead_options = False
     biases = dead.biases.detach().clone()
-    for _ in range(2 * REVIVE_EVERY):
+    for _ in range(2 * REPLACEMENT_INTERVAL):
         dead(many)
     assert torch.equal(dead.biases, biases)
 
@@ -391,7 +386,7 @@ def test_revival_can_be_left_out(dead, many):
 def test_a_loop_in_use_is_left_alone(stepless, many):
     stepless.init_from_data(many)
     biases = stepless.biases.detach().clone()
-    for _ in range(2 * REVIVE_EVERY):
+    for _ in range(2 * REPLACEMENT_INTERVAL):
         stepless.train()(many)
     assert torch.equal(stepless.biases, biases)
 
@@ -402,9 +397,9 @@ def test_a_loop_compiles_once_however_many_batches_there_are(stepless, many):
     for _ in range(2):
         compiled(many)
     graphs = counter.frame_count
-    for _ in range(REVIVE_EVERY):
+    for _ in range(REPLACEMENT_INTERVAL):
         compiled(many)
-    assert counter.frame_count == graphs and stepless.num_batches == REVIVE_EVERY + 2
+    assert counter.frame_count == graphs and stepless.num_batches == REPLACEMENT_INTERVAL + 2
 
 
 def test_segments_past_the_active_stages_are_not_trained():

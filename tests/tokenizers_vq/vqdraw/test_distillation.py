@@ -9,7 +9,7 @@ SIZES = {"hidden_channels": 16, "num_residual_blocks": 1, "vector_dim": 32}
 @pytest.fixture
 def distillation(tiny_vqdraw) -> Distillation:
     torch.manual_seed(0)
-    return Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(tiny_vqdraw, **SIZES)), tiny_vqdraw)
+    return Distillation(VQDrawStudent(VQDrawStudentConfig.from_teacher(tiny_vqdraw, **SIZES)), tiny_vqdraw)
 
 
 @pytest.fixture
@@ -48,16 +48,16 @@ def test_every_parameter_of_the_student_gets_a_gradient(distillation, images):
 def test_codes_one_after_another_are_those_that_the_parallel_form_finds_likeliest(distillation, images):
     student = distillation.student
     codes = student.encode(images)
-    logits = student.predict(student.look(student.normalize(images)), codes)
+    logits = student.code_head(student.encoder(student.normalize(images)), codes)
     assert torch.equal(logits.argmax(dim=2), codes)
 
 
 def test_a_code_is_predicted_from_those_before_it_alone(distillation, images):
     student, codes = distillation.student, distillation.teacher.encode(images)
-    seen = student.look(student.normalize(images))
+    seen = student.encoder(student.normalize(images))
     changed = codes.clone()
     changed[:, 1] = (changed[:, 1] + 1) % student.codebook_size
-    same = student.predict(seen, codes), student.predict(seen, changed)
+    same = student.code_head(seen, codes), student.code_head(seen, changed)
     assert torch.equal(same[0][:, :2], same[1][:, :2]) and not torch.equal(same[0][:, 2:], same[1][:, 2:])
 
 
@@ -71,7 +71,7 @@ def test_held_out_figures_compare_student_and_teacher(learned, images):
 def test_a_student_of_another_shape_is_refused(tiny_vqdraw):
     other = VQDrawForImages(VQDrawImageConfig(image_size=8, num_stages=5, codebook_size=8, hidden_channels=16))
     with pytest.raises(ValueError, match="this student has num_stages 5, its teacher"):
-        Distillation(VQDrawStudent(VQDrawStudentConfig.of_teacher(other, **SIZES)), tiny_vqdraw)
+        Distillation(VQDrawStudent(VQDrawStudentConfig.from_teacher(other, **SIZES)), tiny_vqdraw)
 
 
 def test_saves_the_student_alone(learned, images, tmp_path):

@@ -73,12 +73,12 @@ def test_starting_from_data_refuses_pixels_that_are_not_finite(images):
 
 
 def test_the_loss_is_the_drawings_in_normalised_pixels(tiny_vqdraw, images):
-    drawing = tiny_vqdraw.draw((images - 0.5) / 0.25)
-    torch.testing.assert_close(tiny_vqdraw(images).loss, tiny_vqdraw.draw.loss(drawing))
+    drawing = tiny_vqdraw.vqdraw((images - 0.5) / 0.25)
+    torch.testing.assert_close(tiny_vqdraw(images).loss, tiny_vqdraw.vqdraw.loss(drawing))
 
 
 def test_the_reported_error_is_in_pixels(tiny_vqdraw, images):
-    state = tiny_vqdraw.draw((images - 0.5) / 0.25).state
+    state = tiny_vqdraw.vqdraw((images - 0.5) / 0.25).state
     torch.testing.assert_close(tiny_vqdraw(images).metrics["mse"], (state * 0.25 + 0.5 - images).square().mean())
 
 
@@ -89,13 +89,13 @@ def test_the_reported_use_is_the_share_of_first_codes(tiny_vqdraw, images):
 
 @pytest.mark.parametrize("segment_length", [1, 2])
 def test_segments_have_refiners_of_their_own(segment_length):
-    refiner = build(segment_length=segment_length).draw.refiner
+    refiner = build(segment_length=segment_length).vqdraw.refiner
     assert isinstance(refiner, SegmentedRefiner) and len(refiner.refiners) == 4 // segment_length
 
 
 @pytest.mark.parametrize("segment_length", [0, 4])
 def test_one_segment_is_one_refiner(segment_length):
-    assert isinstance(build(segment_length=segment_length).draw.refiner, ConvRefiner)
+    assert isinstance(build(segment_length=segment_length).vqdraw.refiner, ConvRefiner)
 
 
 def test_a_later_segment_changes_no_earlier_stage(images):
@@ -103,7 +103,7 @@ def test_a_later_segment_changes_no_earlier_stage(images):
     perturb(model)
     codes = model.encode(images)
     before = [model.decode(codes[:, :length]) for length in (2, 3)]
-    perturb(model.draw.refiner.refiners[1])
+    perturb(model.vqdraw.refiner.refiners[1])
     assert torch.equal(model.encode(images)[:, :2], codes[:, :2])
     assert torch.equal(model.decode(codes[:, :2]), before[0])
     assert not torch.equal(model.decode(codes[:, :3]), before[1])
@@ -129,15 +129,15 @@ def test_every_variant_decodes_to_its_reconstruction_and_trains_every_parameter(
 def test_in_bfloat16_the_refiner_computes_and_errors_do_not(refiner, beam_size, monkeypatch):
     sizes = {"image_size": 28 if refiner == "mnist" else 8, "num_stages": 3, "codebook_size": 8}
     model = VQDrawForImages(VQDrawImageConfig(**sizes, refiner=refiner, num_channels=1, encode_dtype="bfloat16")).eval()
-    seen, error = [], model.draw.error
+    seen, error = [], model.vqdraw.stage_loss
 
     def watched_error(options, state, target):
         seen.append((torch.is_autocast_enabled("cpu"), state.dtype))
         return error(options, state, target)
 
-    monkeypatch.setattr(model.draw, "error", watched_error)
+    monkeypatch.setattr(model.vqdraw, "stage_loss", watched_error)
     inside = []
-    handle = model.draw.refiner.register_forward_hook(
+    handle = model.vqdraw.refiner.register_forward_hook(
         lambda *_: inside.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
     )
     pixels = torch.rand(2, 1, sizes["image_size"], sizes["image_size"])

@@ -27,25 +27,25 @@ def test_the_gaussian_error_is_the_negative_log_likelihood():
 
 def test_the_bernoulli_error_is_the_negative_log_likelihood():
     steps, state, pixels = random(*SHAPE), random(*TARGET), torch.rand(TARGET, dtype=torch.float64).round()
-    error = BCELoss(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
+    stage_loss = BCELoss(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
     expected = -Bernoulli(logits=state[:, None] + steps).log_prob(pixels[:, None]).flatten(2).mean(dim=2)
-    torch.testing.assert_close(error(DenseOptions(steps), state, (pixels - 0.3) / 0.2), expected)
+    torch.testing.assert_close(stage_loss(DenseOptions(steps), state, (pixels - 0.3) / 0.2), expected)
 
 
-@pytest.mark.parametrize("error", [MSELoss(), GaussianNLLLoss(), BCELoss(VQDrawImageConfig())])
-def test_the_wanted_state_is_seen_as_the_target(error):
+@pytest.mark.parametrize("stage_loss", [MSELoss(), GaussianNLLLoss(), BCELoss(VQDrawImageConfig())])
+def test_the_wanted_state_is_seen_as_the_target(stage_loss):
     target = (torch.rand(TARGET).round() - 0.5) / 0.25
-    state = error.wanted(target)
-    assert state.shape[1] == error.state_channels * target.shape[1]
-    torch.testing.assert_close(error.observed(state), target, atol=0.2, rtol=0)
+    state = stage_loss.target_state(target)
+    assert state.shape[1] == stage_loss.state_channels * target.shape[1]
+    torch.testing.assert_close(stage_loss.reconstruct(state), target, atol=0.2, rtol=0)
 
 
-@pytest.mark.parametrize("error", ["gaussian", "bernoulli"])
-def test_models_of_every_error_train_and_decode_to_their_reconstruction(error, images, tmp_path):
+@pytest.mark.parametrize("stage_loss", ["gaussian_nll", "bce"])
+def test_models_of_every_error_train_and_decode_to_their_reconstruction(stage_loss, images, tmp_path):
     config = VQDrawImageConfig(
-        image_size=8, num_stages=3, codebook_size=4, hidden_channels=16, feature_channels=8, error=error
+        image_size=8, num_stages=3, codebook_size=4, hidden_channels=16, feature_channels=8, stage_loss=stage_loss
     )
-    model, pixels = VQDrawForImages(config), images.round() if error == "bernoulli" else images
+    model, pixels = VQDrawForImages(config), images.round() if stage_loss == "bce" else images
     model.init_from_data(pixels)
     before = model(pixels).loss.item()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -62,5 +62,5 @@ def test_models_of_every_error_train_and_decode_to_their_reconstruction(error, i
 
 
 def test_an_unknown_error_is_refused():
-    with pytest.raises(ValueError, match="error must be one of squared, gaussian, bernoulli, got 'cubic'"):
-        VQDrawImageConfig(error="cubic")
+    with pytest.raises(ValueError, match="stage_loss must be one of mse, gaussian_nll, bce, got 'cubic'"):
+        VQDrawImageConfig(stage_loss="cubic")

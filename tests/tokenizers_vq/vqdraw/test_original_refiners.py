@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig, load_image
 from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.modules.stage_conditioning import StageGain
-from tokenizers_vq.vqdraw.original_refiners import PRESETS, PublishedRefiner, ResidualStack
+from tokenizers_vq.vqdraw.original_refiners import PRESETS, OriginalRefiner, ResidualStack
 
 SHARED = Path(__file__).parents[4] / "shared"
 REFERENCE = SHARED / "reference" / "vqdraw_mnist_60bit.safetensors"
@@ -35,13 +35,13 @@ def plain(stack: nn.ModuleList, x: Tensor, stage: int) -> Tensor:
 
 def published_names(model: VQDrawForImages, *, last_layer: int, several: bool) -> dict[str, Tensor]:
     """A state dict as the published code names it."""
-    bias = model.draw.biases.data[0]
-    if model.config.error == "gaussian":
+    bias = model.vqdraw.biases.data[0]
+    if model.config.stage_loss == "gaussian_nll":
         bias = rearrange(bias, "k (s c) h w -> k c h w s", s=2).contiguous()
     renamed = {"bias": bias, "_grad_decay": torch.tensor(0.25)}
     renamed["_stages"] = torch.tensor(model.num_codes)
     head = f".layers.{last_layer}.module_list." if several else f".layers.{last_layer}."
-    for name, tensor in model.draw.refiner.state_dict().items():
+    for name, tensor in model.vqdraw.refiner.state_dict().items():
         name = f"refiner.{name}".replace(".refiners.", ".segments.").replace(".gain", ".embeddings")
         renamed[name.replace(".heads.", head) if several else name.replace(".heads.0.", head)] = tensor
     return renamed
@@ -51,12 +51,12 @@ def small(name: str, **overrides: str) -> VQDrawForImages:
     """A model with few stages and options, its biases moved off zero."""
     settings = {"codebook_size": 3, "num_stages": 4, "segment_length": 2} | SIZES.get(name, {}) | overrides
     model = VQDrawForImages(VQDrawImageConfig.preset(name, **settings)).eval()
-    nn.init.normal_(model.draw.biases)
+    nn.init.normal_(model.vqdraw.biases)
     return model
 
 
 def last_layer(model: VQDrawForImages) -> int:
-    return len(next(each for each in model.modules() if isinstance(each, PublishedRefiner)).layers)
+    return len(next(each for each in model.modules() if isinstance(each, OriginalRefiner)).layers)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -69,25 +69,25 @@ def test_presets_have_the_published_bits(name):
 def test_presets_have_the_published_sizes(name):
     with torch.device("meta"):
         model = VQDrawForImages(VQDrawImageConfig.preset(name))
-    assert sum(each.numel() for each in model.draw.refiner.parameters()) == pytest.approx(PARAMETERS[name], rel=0.05)
+    assert sum(each.numel() for each in model.vqdraw.refiner.parameters()) == pytest.approx(PARAMETERS[name], rel=0.05)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_folded_gains_equal_multiplied_ones(name):
-    refiner = PublishedRefiner(name, num_stages=2, codebook_size=3)
+    refiner = OriginalRefiner(name, num_stages=2, codebook_size=3)
     state = torch.randn(2, PRESETS[name]["num_channels"], PRESETS[name]["image_size"], PRESETS[name]["image_size"])
     torch.testing.assert_close(refiner.layers(state, 1), plain(refiner.layers, state, 1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "error"), [*((name, "squared") for name in PRESETS), ("mnist", "gaussian")])
+@pytest.mark.parametrize(("name", "stage_loss"), [*((name, "mse") for name in PRESETS), ("mnist", "gaussian_nll")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_checkpoints_of_every_architecture_come_back_whole(name, error, suffix, tmp_path):
-    model = small(name, error=error)
+def test_checkpoints_of_every_architecture_come_back_whole(name, stage_loss, suffix, tmp_path):
+    model = small(name, stage_loss=stage_loss)
     tensors = published_names(model, last_layer=last_layer(model), several=name == "svhn")
     path = tmp_path / f"model{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(tensors, path)
     loaded = VQDrawForImages.from_vq_draw_checkpoint(path)
-    assert (loaded.config.refiner, loaded.config.error, loaded.config.grad_decay) == (name, error, 0.25)
+    assert (loaded.config.refiner, loaded.config.stage_loss, loaded.config.grad_decay) == (name, stage_loss, 0.25)
     assert loaded.config.segment_length == model.config.segment_length
     pixels = torch.rand(2, model.config.num_channels, model.config.image_size, model.config.image_size)
     assert torch.equal(loaded.encode(pixels), model.encode(pixels))
@@ -96,17 +96,17 @@ def test_checkpoints_of_every_architecture_come_back_whole(name, error, suffix, 
 
 
 def test_what_no_tensor_tells_of_a_checkpoint_can_be_said(tmp_path):
-    model = small("mnist", error="bernoulli")
+    model = small("mnist", stage_loss="bce")
     save_file(published_names(model, last_layer=last_layer(model), several=False), tmp_path / "model.safetensors")
-    loaded = VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors", error="bernoulli", beam_size=2)
+    loaded = VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors", stage_loss="bce", beam_size=2)
     pixels = torch.rand(2, 1, 28, 28).round()
     assert loaded.config.beam_size == 2 and torch.equal(loaded.encode(pixels), model.encode(pixels))
 
 
 def test_a_gaussian_refiner_sees_deviations():
-    refiner = PublishedRefiner("mnist", num_stages=2, codebook_size=3, gaussian=True)
+    refiner = OriginalRefiner("mnist", num_stages=2, codebook_size=3, gaussian=True)
     mean, log_std = torch.randn(2, 2, 1, 28, 28)
-    steps = refiner(torch.cat([mean, log_std], dim=1), 1).all()
+    steps = refiner(torch.cat([mean, log_std], dim=1), 1).all_steps()
     seen = plain(refiner.layers, torch.cat([mean, log_std.exp()], dim=1), 1)
     plain_steps = rearrange(refiner.heads[0](seen) * refiner.output_scale, "b (k s) h w -> b k s h w", s=2)
     torch.testing.assert_close(steps, plain_steps, atol=1e-4, rtol=1e-4)
@@ -121,10 +121,10 @@ def test_a_checkpoint_trained_on_fewer_stages_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [*((name, "squared") for name in PRESETS), ("mnist", "gaussian"), ("mnist", "bernoulli")]
+    ("name", "stage_loss"), [*((name, "mse") for name in PRESETS), ("mnist", "gaussian_nll"), ("mnist", "bce")]
 )
-def test_published_architectures_decode_to_their_reconstruction_and_train_every_parameter(name, error):
-    model = small(name, error=error)
+def test_published_architectures_decode_to_their_reconstruction_and_train_every_parameter(name, stage_loss):
+    model = small(name, stage_loss=stage_loss)
     pixels = torch.rand(3, model.config.num_channels, model.config.image_size, model.config.image_size)
     output = model(pixels)
     assert torch.equal(model.decode(output.codes), output.reconstruction.detach())
@@ -235,9 +235,9 @@ def digits() -> Tensor:
 def test_the_published_model_codes_1000_digits_exactly(published, digits):
     expected = load_file(REFERENCE.with_name("vqdraw_mnist_expected.safetensors"))
     with torch.no_grad():
-        drawings = [published.draw(published.normalize(some)) for some in digits.split(100)]
+        drawings = [published.vqdraw(published.normalize(some)) for some in digits.split(100)]
     assert torch.equal(torch.cat([each.codes for each in drawings]), expected["codes"].long())
-    stage_errors = torch.cat([each.chosen for each in drawings])
+    stage_errors = torch.cat([each.best_error for each in drawings])
     torch.testing.assert_close(stage_errors.mean(dim=0), expected["stage_mse"].mean(dim=0), atol=1e-6, rtol=0)
     torch.testing.assert_close(stage_errors[:, -1], expected["mse"], atol=2e-6, rtol=0)
 
@@ -247,7 +247,7 @@ def test_a_beam_finds_better_codes_of_the_published_model(published, digits):
     some = digits[:100]
     target = published.normalize(some)
     errors = {
-        beam: (published.draw.decode(published.encode(some, beam_size=beam)) - target).square().mean().item()
+        beam: (published.vqdraw.decode(published.encode(some, beam_size=beam)) - target).square().mean().item()
         for beam in (1, 2, 4, 8)
     }
     assert errors[2] < 0.905 * errors[1] and errors[4] < 0.835 * errors[1] and errors[8] < 0.81 * errors[1]
@@ -261,6 +261,6 @@ def test_codes_searched_in_bfloat16_decode_as_near(published, digits, beam_size,
     for dtype in ("float32", "bfloat16"):
         monkeypatch.setattr(published.config, "encode_dtype", dtype)
         codes = published.encode(digits[:500], beam_size=beam_size)
-        errors[dtype] = (published.draw.decode(codes) - target).square().mean().item()
+        errors[dtype] = (published.vqdraw.decode(codes) - target).square().mean().item()
     assert errors["bfloat16"] != errors["float32"]
     assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.003)

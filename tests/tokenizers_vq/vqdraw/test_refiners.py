@@ -38,13 +38,13 @@ class Named(nn.Module):
 
 
 def test_a_fresh_refiner_proposes_to_stay(images):
-    assert not any(fresh()(images, stage).all().any() for stage in range(4))
+    assert not any(fresh()(images, stage).all_steps().any() for stage in range(4))
 
 
 def test_the_first_gradient_of_a_fresh_refiner_reaches_its_head(images):
     module = fresh()
     sum(module(images, stage).squared_errors(images).mean() for stage in range(4)).backward()
-    assert module.head.grad.flatten(2).any(dim=2).all()
+    assert module.head.grad.flatten(2).any(dim=2).all_steps()
 
 
 def test_every_parameter_gets_a_gradient_once_the_head_has_moved(refiner, images):
@@ -54,29 +54,29 @@ def test_every_parameter_gets_a_gradient_once_the_head_has_moved(refiner, images
 
 def test_options_have_the_shape_of_the_state(refiner, images):
     options = refiner(images, 2)
-    assert isinstance(options, LinearOptions) and options.all().shape == (6, 5, *images.shape[1:])
+    assert isinstance(options, LinearOptions) and options.all_steps().shape == (6, 5, *images.shape[1:])
 
 
 @pytest.mark.parametrize("size", [(4, 4), (12, 8)])
 def test_any_multiple_of_four_runs(refiner, size):
-    assert refiner(torch.randn(2, 3, *size), 0).all().shape == (2, 5, 3, *size)
+    assert refiner(torch.randn(2, 3, *size), 0).all_steps().shape == (2, 5, 3, *size)
 
 
 def test_an_example_gets_alone_what_it_gets_in_a_batch(refiner, images):
-    torch.testing.assert_close(refiner(images[2:3], 1).all()[0], refiner(images, 1).all()[2])
+    torch.testing.assert_close(refiner(images[2:3], 1).all_steps()[0], refiner(images, 1).all_steps()[2])
 
 
 def test_stages_propose_differently_from_the_same_state(refiner, images):
-    assert not torch.allclose(refiner(images, 0).all(), refiner(images, 1).all())
+    assert not torch.allclose(refiner(images, 0).all_steps(), refiner(images, 1).all_steps())
 
 
 def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
-    before = [refiner(images, stage).all() for stage in range(4)]
+    before = [refiner(images, stage).all_steps() for stage in range(4)]
     with torch.no_grad():
         for module in refiner.modules():
             if isinstance(module, StageGain):
                 module.gain[2] *= 1.5
-    changed = [not torch.equal(refiner(images, stage).all(), before[stage]) for stage in range(4)]
+    changed = [not torch.equal(refiner(images, stage).all_steps(), before[stage]) for stage in range(4)]
     assert changed == [False, False, True, False]
 
 
@@ -102,7 +102,7 @@ def test_fresh_gains_change_nothing(images):
 
 def test_each_segment_asks_its_own_refiner_from_its_first_stage():
     refiner = SegmentedRefiner([Named(1), Named(2), Named(3)], segment_length=2)
-    answers = [refiner(torch.zeros(1), stage).all().item() for stage in range(6)]
+    answers = [refiner(torch.zeros(1), stage).all_steps().item() for stage in range(6)]
     assert answers == [10, 11, 20, 21, 30, 31]
 
 

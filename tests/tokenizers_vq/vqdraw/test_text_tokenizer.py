@@ -72,17 +72,19 @@ class TestOptions:
         return EmbeddedOptions(random(5, 6, 4), random(7, 3, 4), random(9, 3))
 
     def test_every_form_equals_the_dense_one(self, options):
-        dense, codes = DenseOptions(options.all()), torch.randint(7, (5, 2))
+        dense, codes = DenseOptions(options.all_steps()), torch.randint(7, (5, 2))
         assert dense.steps.shape == (5, 7, 6, 9)
-        torch.testing.assert_close(options.chosen(codes), dense.chosen(codes))
-        torch.testing.assert_close(options.select(codes[:, 0] % 5).all(), dense.select(codes[:, 0] % 5).all())
+        torch.testing.assert_close(options.gather_steps(codes), dense.gather_steps(codes))
+        torch.testing.assert_close(
+            options.select_examples(codes[:, 0] % 5).all_steps(), dense.select_examples(codes[:, 0] % 5).all_steps()
+        )
         residual, biases = random(5, 6, 9), random(7, 6, 9)
         torch.testing.assert_close(options.squared_errors(residual), dense.squared_errors(residual))
-        torch.testing.assert_close(options.products(biases), dense.products(biases))
+        torch.testing.assert_close(options.bias_products(biases), dense.bias_products(biases))
 
     def test_a_step_is_an_embedding_of_a_linear_map_of_the_features(self, options):
         expected = options.embedding @ options.weight[3] @ options.features[2, 5]
-        torch.testing.assert_close(options.all()[2, 3, 5], expected)
+        torch.testing.assert_close(options.all_steps()[2, 3, 5], expected)
 
 
 class TestError:
@@ -91,7 +93,7 @@ class TestError:
         options = BiasedOptions(DenseOptions(random(num_examples, 3, 6, 9)), random(3, 6, 9))
         state, target = random(num_examples, 6, 9), torch.randint(9, (num_examples, 6))
         target[0, 2:] = IGNORE_INDEX
-        logits = (state[:, None] + options.all()).movedim(3, 1)
+        logits = (state[:, None] + options.all_steps()).movedim(3, 1)
         expected = F.cross_entropy(
             logits, target[:, None].expand(-1, 3, -1), ignore_index=IGNORE_INDEX, reduction="none"
         ).mean(dim=2)
@@ -131,8 +133,8 @@ class TestError:
 
     def test_the_wanted_state_is_seen_as_the_target(self):
         error, target = CrossEntropyLoss(9), torch.randint(9, (4, 6))
-        assert torch.equal(error.observed(error.wanted(target)), target)
-        assert not error.wanted(torch.full((1, 6), IGNORE_INDEX)).any()
+        assert torch.equal(error.reconstruct(error.target_state(target)), target)
+        assert not error.target_state(torch.full((1, 6), IGNORE_INDEX)).any()
 
 
 class TestText:
@@ -209,7 +211,7 @@ class TestCodes:
     def test_spans_know_their_neighbours(self, model):
         """Else a longer context would change nothing."""
         one, other = model.texts_to_symbols(["aaaaaabbbbbb"]), model.texts_to_symbols(["aaaaaacccccc"])
-        states = [model.draw(model.make_labels(each)).errors.view(3, 3, 8)[0] for each in (one, other)]
+        states = [model.vqdraw(model.make_labels(each)).errors.view(3, 3, 8)[0] for each in (one, other)]
         assert torch.equal(states[0][0], states[1][0]) and not torch.equal(states[0][1:], states[1][1:])
 
     def test_prefixes_decode_to_the_stages(self, model):
@@ -257,12 +259,12 @@ class TestTraining:
     def test_every_parameter_gets_a_gradient(self):
         model = tiny().train()
         model(model.texts_to_symbols(TEXTS)).loss.backward()
-        unread = {"draw.refiner.head", "draw.biases"}  # of options that nothing chose
+        unread = {"vqdraw.refiner.head", "vqdraw.biases"}  # of options that nothing chose
         idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not set(idle) - unread
 
     def test_errors_fall_from_stage_to_stage(self, trained):
-        errors = trained.draw(trained.make_labels(trained.texts_to_symbols(TEXTS))).chosen.mean(dim=0)
+        errors = trained.vqdraw(trained.make_labels(trained.texts_to_symbols(TEXTS))).best_error.mean(dim=0)
         assert all(after < before for before, after in pairwise(errors.tolist()))
 
     def test_stage_checkpointing_changes_no_gradient(self):
@@ -278,9 +280,9 @@ class TestTraining:
         target = model.make_labels(model.texts_to_symbols(TEXTS))
         dead = torch.zeros(3, 8, dtype=torch.bool)
         dead[0, 5] = True
-        before = model.draw.biases.clone()
-        model.draw.replace_dead_options(target, dead)
-        moved = (model.draw.biases != before).flatten(2).any(dim=2)
+        before = model.vqdraw.biases.clone()
+        model.vqdraw.replace_dead_options(target, dead)
+        moved = (model.vqdraw.biases != before).flatten(2).any(dim=2)
         assert torch.equal(moved, dead)
 
 
@@ -322,7 +324,7 @@ class TestFolder:
 
     def test_segments_have_refiners_of_their_own(self):
         model = tiny(num_stages=4, segment_length=2)
-        assert len(model.draw.refiner.refiners) == 2 and model.encode(TEXTS).shape == (5, 12)
+        assert len(model.vqdraw.refiner.refiners) == 2 and model.encode(TEXTS).shape == (5, 12)
 
     def test_fewer_stages_may_be_active(self):
         assert tiny(active_stages=2).encode(TEXTS).shape == (5, 6)

@@ -15,7 +15,7 @@ def vqdraw():
     )
     torch.manual_seed(0)
     model = VQDrawForImages(config).eval()
-    torch.nn.init.normal_(model.draw.biases, std=2.0)
+    torch.nn.init.normal_(model.vqdraw.biases, std=2.0)
     return model
 
 
