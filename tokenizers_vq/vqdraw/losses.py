@@ -1,6 +1,7 @@
-"""How far a VQ-DRAW state is from what it should be.
+"""Stage losses of VQ-DRAW: errors between states and targets.
 
-Targets are normalised pixels, `b c h w`, or symbols of a text, `b t`; what a state holds depends on the error.
+Targets are normalized pixels `b c h w`, or symbols of a text `b t`. Each loss defines what a state
+holds. The formulas are those of torch's losses of the same names, as a mean for each option.
 """
 
 import math
@@ -15,156 +16,182 @@ from torch import Tensor
 from ..text_base import IGNORE_INDEX
 from .options import Options, SharedOptions
 
-CONFIDENT_LOGIT = 3.0  # logit of a pixel that is black or white: 0.95
-CONFIDENT_SYMBOL_LOGIT = 8.0  # logit of the right one among some hundred
-# Of one option, for which the search proposes together: on a CPU about what fits a cache with all options.
-LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_CPU = 2**20, 2**12
-# What float32, which holds exp(-87) to exp(88), sums exactly: states of this range of logits, sums of exponentials above this.
-WIDEST_STATE, SMALLEST_SUM = 80.0, math.exp(-60)
+CONFIDENT_LOGIT = 3.0  # logit of a black or white pixel in a target state: a probability of 0.95
+CONFIDENT_SYMBOL_LOGIT = 8.0  # the same for one symbol among a few hundred
+# Logits of one option that the search computes together. On a CPU all options then fit into its cache.
+MAX_LOGITS, MAX_LOGITS_ON_CPU = 2**20, 2**12
+# float32 holds exp(-87) to exp(88). `_cross_entropies_by_products` sums exponentials exactly if the
+# logits of a state differ by less than the first number and the sums are above the second.
+MAX_LOGIT_RANGE, MIN_SUM = 80.0, math.exp(-60)
 
 
 class MSELoss:
-    """The state is the image."""
+    """Mean squared error. The state is the image, `b c h w`."""
 
-    state_channels = 1
+    channel_multiplier = 1
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of every proposal against the target, `b k`."""
+        """Return the mean squared error of every option, `b k`."""
         return options.squared_errors(target - state)
 
     def target_state(self, target: Tensor) -> Tensor:
-        """The target."""
+        """Return the target itself."""
         return target
 
     def reconstruct(self, state: Tensor) -> Tensor:
-        """The state."""
+        """Return the state itself."""
         return state
 
 
 class GaussianNLLLoss:
-    """The state holds a mean and the logarithm of a standard deviation for each pixel and channel: `b 2c h w`."""
+    """Negative log-likelihood of pixels under normal distributions.
 
-    state_channels = 2
+    The state holds means, then logarithms of standard deviations: `b (2 c) h w`.
+    """
+
+    channel_multiplier = 2
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
+        """Return the mean negative log-likelihood under every option, nats per value, `b k`."""
         mean, log_std = (state[:, None] + options.all_steps()).chunk(2, dim=2)
         scaled = (target[:, None] - mean) * torch.exp(-log_std)
         return (0.5 * scaled.square() + log_std).flatten(2).mean(dim=2) + 0.5 * math.log(2 * math.pi)
 
     def target_state(self, target: Tensor) -> Tensor:
-        """The target as mean, with a standard deviation of one."""
+        """Return the target as mean, with a standard deviation of one."""
         return torch.cat([target, torch.zeros_like(target)], dim=1)
 
     def reconstruct(self, state: Tensor) -> Tensor:
-        """The mean."""
+        """Return the mean, `b c h w`."""
         return state.chunk(2, dim=1)[0]
 
 
 class BCELoss:
-    """The state holds the logit of each pixel, which is black or white.
+    """Binary cross-entropy of pixels in [0, 1]. The state holds logits, `b c h w`.
 
     Args:
-        config: its `pixel_mean` and `pixel_std`, as they are when asked, are those of the normalisation that targets come in.
+        config: Image config. Its `pixel_mean` and `pixel_std` turn normalized targets into pixels. They
+            are read at each call, because a config may change after the model was built.
     """
 
-    state_channels = 1
+    channel_multiplier = 1
 
     def __init__(self, config: Any):
         self.config = config
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """Mean negative log likelihood of the target under every proposal, nats a value of a pixel, `b k`."""
+        """Return the mean binary cross-entropy of every option, nats per value, `b k`."""
         logits = state[:, None] + options.all_steps()
-        pixels = self.pixels(target)[:, None].expand_as(logits)
+        pixels = self.denormalize(target)[:, None].expand_as(logits)
         errors = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
         return errors.flatten(2).mean(dim=2)
 
-    def pixels(self, target: Tensor) -> Tensor:
-        """Normalised -> [0, 1]."""
+    def denormalize(self, target: Tensor) -> Tensor:
+        """Convert normalized pixels to [0, 1]."""
         return (target * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
 
     def target_state(self, target: Tensor) -> Tensor:
-        """Logits that come near the target."""
-        return CONFIDENT_LOGIT * (2 * self.pixels(target) - 1)
+        """Return logits whose probabilities are close to the target."""
+        return CONFIDENT_LOGIT * (2 * self.denormalize(target) - 1)
 
     def reconstruct(self, state: Tensor) -> Tensor:
-        """Probabilities, normalised."""
+        """Return the probabilities, normalized."""
         return (state.sigmoid() - self.config.pixel_mean) / self.config.pixel_std
 
 
 class CrossEntropyLoss:
-    """The state holds a logit for every symbol at each position, `b t v`; targets are symbols `b t`, or `IGNORE_INDEX`."""
+    """Cross-entropy of symbols. The state holds logits, `b t v`.
+
+    Args:
+        num_symbols: Number of symbols, v.
+    """
 
     def __init__(self, num_symbols: int):
         self.num_symbols = num_symbols
 
     def __call__(self, options: Options, state: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy of the target under every proposal, nats, summed over positions and divided by their number, `b k`.
+        """Return the cross-entropy of every option, nats, summed over positions and divided by t, `b k`.
 
-        Where no gradient is wanted, a few examples at a time and in place: the proposals of a batch, `b k t v`, need never stand in
-        memory at once. And where all examples have the same state and steps, as at stage 0, once for all.
+        Without a gradient a few examples at a time are computed in place, so that memory never holds
+        the logits of a batch, `b k t v`. Options that all examples share are computed once.
+
+        Args:
+            options: Options of the stage.
+            state: Logits, `b t v`.
+            target: Symbols `b t`; `IGNORE_INDEX` where the error counts as zero.
         """
-        shared = isinstance(options, SharedOptions)
-        if shared and not torch.is_grad_enabled() and not state.any():
-            return shared_cross_entropies(options.shared_steps(), target)
-        if shared or torch.is_grad_enabled():
-            return cross_entropies(state[:, None] + options.all_steps(), target)
-        at_once = LOGITS_AT_ONCE_ON_CPU if state.device.type == "cpu" else LOGITS_AT_ONCE
-        groups = torch.arange(len(target), device=target.device).split(max(1, at_once // state.shape[1:].numel()))
-        return torch.cat([cross_entropies_after(options.select_examples, group, state, target) for group in groups])
+        is_shared = isinstance(options, SharedOptions)
+        if is_shared and not torch.is_grad_enabled() and not state.any():
+            return _shared_cross_entropies(options.shared_steps(), target)
+        if is_shared or torch.is_grad_enabled():
+            return _cross_entropies(state[:, None] + options.all_steps(), target)
+        max_logits = MAX_LOGITS_ON_CPU if state.device.type == "cpu" else MAX_LOGITS
+        groups = torch.arange(len(target), device=target.device).split(max(1, max_logits // state.shape[1:].numel()))
+        return torch.cat(
+            [_cross_entropies_by_products(options.select_examples, group, state, target) for group in groups]
+        )
 
     def target_state(self, target: Tensor) -> Tensor:
-        """Logits that are sure of the target, and zero where it does not matter."""
+        """Return logits that are confident of the target, and zero at ignored positions."""
         symbols = F.one_hot(target.clamp(min=0), self.num_symbols)
         return CONFIDENT_SYMBOL_LOGIT * symbols * (target != IGNORE_INDEX)[..., None]
 
     def reconstruct(self, state: Tensor) -> Tensor:
-        """The likeliest symbols, `b t`."""
+        """Return the most likely symbols, `b t`."""
         return state.argmax(dim=2)
 
 
-def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits `b k t v` of what the symbols `b t` should be -> nats, a mean over positions, `b k`."""
+def _cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
+    """Compute the cross-entropies of logits `b k t v` and symbols `b t`, the plain form, `b k`."""
     symbols = target[:, None].expand(logits.shape[:3])
     errors = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return errors.view(symbols.shape).sum(dim=2) / target.shape[1]
 
 
-def shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
-    """`cross_entropies` of logits `k t v` that all examples share."""
+def _shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
+    """Compute the cross-entropies of logits `k t v` that all examples share, `b k`."""
     positions = torch.arange(target.shape[1], device=target.device)
-    right = logits.log_softmax(dim=2)[:, positions, target.clamp(min=0)]
-    return mean_over_live(-right.transpose(0, 1), target)
+    log_likelihoods = logits.log_softmax(dim=2)[:, positions, target.clamp(min=0)]
+    return _mean_over_valid(-log_likelihoods.transpose(0, 1), target)
 
 
-def cross_entropies_after(select: Callable[[Tensor], Options], group: Tensor, state: Tensor, target: Tensor) -> Tensor:
-    """`cross_entropies` of the states `b t v` of some examples after each of their options, without gradient.
+def _cross_entropies_by_products(
+    select_examples: Callable[[Tensor], Options], group: Tensor, state: Tensor, target: Tensor
+) -> Tensor:
+    """Compute the cross-entropies of some examples without a gradient, `n k`.
 
-    The sum of exp(state + step) is a product of exp(step) with exp(state): the logits themselves are never made. Where it leaves what
-    float32 sums exactly, the plain way is taken. Of 128 positions of 283 symbols in 0.6 of its time; of short spans of few in no less.
+    The sum of exp(state + step) is a matrix product of exp(step) and exp(state), so the logits are
+    never computed. If it leaves the range that float32 sums exactly, the plain form is used.
+    Measured: 0.6 of the plain time for 128 positions of 283 symbols, the same for short spans.
 
     Args:
-        select: makes the options of examples, anew each time, for their steps are used up.
-        group: the examples, named by their numbers `n`.
+        select_examples: Function that computes the options of examples. It is called again for the
+            plain form, because the exponentials overwrite the steps.
+        group: Indices of the examples, `n`.
+        state: Logits of all examples, `b t v`.
+        target: Symbols of all examples, `b t`.
     """
     state, target = state[group], target[group]
     least, largest = state.aminmax(dim=2, keepdim=True)
-    if state.numel() and (largest - least).amax() < WIDEST_STATE:
-        steps = select(group).all_steps()
-        right = logits_of(steps, target) + logits_of(state[:, None], target) - rearrange(largest, "b t 1 -> b 1 t")
+    if state.numel() and (largest - least).amax() < MAX_LOGIT_RANGE:
+        steps = select_examples(group).all_steps()
+        target_logits = (
+            _gather_logits(steps, target)
+            + _gather_logits(state[:, None], target)
+            - rearrange(largest, "b t 1 -> b 1 t")
+        )
         sums = einsum(steps.exp_(), (state - largest).exp(), "b k t v, b t v -> b k t")
-        if sums.amin() > SMALLEST_SUM and sums.amax() < math.inf:
-            return mean_over_live(sums.log() - right, target)
-    return cross_entropies(state[:, None] + select(group).all_steps(), target)
+        if sums.amin() > MIN_SUM and sums.amax() < math.inf:
+            return _mean_over_valid(sums.log() - target_logits, target)
+    return _cross_entropies(state[:, None] + select_examples(group).all_steps(), target)
 
 
-def logits_of(logits: Tensor, target: Tensor) -> Tensor:
-    """Of logits `b k t v` those of the symbols `b t`: `b k t`."""
+def _gather_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """Gather the logits of the target symbols: `b k t v`, `b t` -> `b k t`."""
     symbols = target.clamp(min=0)[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
     return logits.gather(3, symbols).squeeze(3)
 
 
-def mean_over_live(errors: Tensor, target: Tensor) -> Tensor:
-    """Errors `b k t` -> `b k`, zero counted for positions that do not matter."""
+def _mean_over_valid(errors: Tensor, target: Tensor) -> Tensor:
+    """Average errors `b k t` over all t, with zero for ignored positions, `b k`."""
     return (errors * (target != IGNORE_INDEX)[:, None]).sum(dim=2) / target.shape[1]

@@ -1,4 +1,4 @@
-"""Read checkpoints of VQ-DRAW's original code."""
+"""Convert checkpoints of the original VQ-DRAW code (github.com/unixpickle/vq-draw)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,22 @@ from torch import Tensor
 
 from ..loading import first_line
 from .original_refiners import PRESETS, OriginalRefiner, state_channels
-from .pt_to_safetensors import read_pt
+from .pt_to_safetensors import load_pt
 
-BUFFERS = {"_stages", "_grad_decay"}  # of one number each
+SCALAR_BUFFERS = {"_stages", "_grad_decay"}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: safetensors, or a `.pt` file of tensors alone. ValueError for any other file."""
+    """Load the tensors of a checkpoint by name.
+
+    Args:
+        path: A safetensors file, or a `.pt` file that holds only tensors.
+
+    Raises:
+        ValueError: For any other file.
+    """
     if Path(path).suffix != ".safetensors":
-        return read_pt(path)
+        return load_pt(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -27,10 +34,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under the names that `VQDraw` has for its tensors; its two buffers stay out."""
+    """Rename the tensors of an original state dict to those of `VQDraw`. Its two buffers are left out."""
+    # The last layer of an original stack is our head: one layer, or a `module_list` with one a stage.
     layers = [name.partition(".layers.")[2].split(".")[0] for name in tensors if ".layers." in name]
     head = f".layers.{max(map(int, filter(str.isdecimal, layers)), default=-1)}."
-    renamed = {"biases": biases_of(tensors)[None]} if "bias" in tensors else {}
+    renamed = {"biases": convert_biases(tensors)[None]} if "bias" in tensors else {}
     for name, tensor in tensors.items():
         if name.startswith("refiner."):
             name = name.replace(".segments.", ".refiners.").replace(".embeddings", ".gain")
@@ -38,38 +46,47 @@ def convert_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def is_gaussian(tensors: dict[str, Tensor]) -> bool:
-    """Whether a published state dict draws a mean and a deviation of each pixel: they are the last axis of its biases."""
+def has_gaussian_loss(tensors: dict[str, Tensor]) -> bool:
+    """Return True if the biases have a last axis of two, mean and log standard deviation."""
     return "bias" in tensors and tensors["bias"].ndim == 5 and tensors["bias"].shape[-1] == 2
 
 
-def biases_of(tensors: dict[str, Tensor]) -> Tensor:
-    """The biases `k c h w` of a published state dict, or what stands for them there; means, then deviations, are channels of ours."""
+def convert_biases(tensors: dict[str, Tensor]) -> Tensor:
+    """Return the biases of an original state dict as `k c h w`, or an empty tensor if it has none.
+
+    With a Gaussian loss the original has `k c h w 2`. Here means, then deviations, are channels.
+    """
     bias = tensors.get("bias", torch.zeros(0))
-    return rearrange(bias, "k c h w s -> k (s c) h w") if is_gaussian(tensors) else bias
+    return rearrange(bias, "k c h w s -> k (s c) h w") if has_gaussian_loss(tensors) else bias
 
 
-def segment_sizes(tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """How many refiners a published state dict holds, and the stages of each; 0 where it holds none."""
+def count_segments(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the number of refiners and of stages of each; 0 stages if there is no stage embedding."""
     segments = {name.split(".")[2] for name in tensors if name.startswith("refiner.segments.")}
     gains = [tensor for name, tensor in tensors.items() if name.endswith(".embeddings")]
     return max(1, len(segments)), len(gains[0]) if gains else 0
 
 
 def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The settings of `VQDrawImageConfig` for a published state dict, read off its tensors.
+    """Infer the settings of `VQDrawImageConfig` from the tensors of an original state dict.
+
+    Args:
+        tensors: Tensors by their original names.
+
+    Returns:
+        Settings by name.
 
     Raises:
-        ValueError: for tensors that no published architecture has.
+        ValueError: If no architecture of the paper has these tensors.
     """
-    bias, gaussian = biases_of(tensors), is_gaussian(tensors)
-    num_refiners, length = segment_sizes(tensors)
-    ours = {name: tensor.shape for name, tensor in convert_state_dict(tensors).items() if name != "biases"}
-    whole = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
-    if whole and all(tensors[name].numel() == 1 for name in BUFFERS & tensors.keys()):
+    bias, gaussian = convert_biases(tensors), has_gaussian_loss(tensors)
+    num_refiners, length = count_segments(tensors)
+    shapes = {name: tensor.shape for name, tensor in convert_state_dict(tensors).items() if name != "biases"}
+    is_plausible = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
+    if is_plausible and all(tensors[name].numel() == 1 for name in SCALAR_BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
-            shapes = expected_shapes(name, len(bias), length, num_refiners, gaussian=gaussian)
-            if bias.shape[1] == state_channels(name, gaussian=gaussian) and ours == shapes:
+            expected = expected_shapes(name, len(bias), length, num_refiners, gaussian=gaussian)
+            if bias.shape[1] == state_channels(name, gaussian=gaussian) and shapes == expected:
                 return preset | {
                     "refiner": name,
                     "stage_loss": "gaussian_nll" if gaussian else "mse",
@@ -82,15 +99,26 @@ def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
                     "grad_decay": float(tensors.get("_grad_decay", torch.tensor(0.0))),
                 }
     raise ValueError(
-        f"no published architecture ({', '.join(PRESETS)}) has these {len(tensors)} tensors; "
-        f"bias is {tuple(bias.shape)}, {num_refiners} refiners of {length} stages"
+        f"Expected the tensors of an original architecture ({', '.join(PRESETS)}), got {len(tensors)} tensors "
+        f"that fit none: bias is {tuple(bias.shape)}, {num_refiners} refiners of {length} stages."
     )
 
 
 def expected_shapes(
     name: str, codebook_size: int, num_stages: int, num_refiners: int, *, gaussian: bool
 ) -> dict[str, torch.Size]:
-    """Shapes of the tensors of all refiners of an architecture, by their names in `VQDraw`."""
+    """Return the shapes of an architecture's refiners.
+
+    Args:
+        name: Name of the architecture, a key of `PRESETS`.
+        codebook_size: Options at each stage.
+        num_stages: Stages of each refiner.
+        num_refiners: Number of refiners, one for each segment.
+        gaussian: True if states hold means and deviations.
+
+    Returns:
+        Shapes by the names that the tensors have in `VQDraw`.
+    """
     with torch.device("meta"):
         refiner = OriginalRefiner(name, num_stages=num_stages, codebook_size=codebook_size, gaussian=gaussian)
     prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]

@@ -1,4 +1,8 @@
-"""Refiners: networks that look at a state and propose the next steps, knowing the stage they are at; for images, and for text."""
+"""Refiners of VQ-DRAW: networks that propose the next steps from a state and its stage.
+
+`ConvRefiner` is for images, `DilatedConvRefiner` for text, and `SegmentedRefiner` holds one of them
+for each segment of stages.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -12,11 +16,17 @@ from ..modules.dilated_conv import DilatedBlock
 from ..modules.stage_conditioning import StageGain, StageNorm
 from .options import EmbeddedOptions, LinearOptions, Options
 
-PATCH = 2  # options are made on a grid half as fine as the pixels, four pixels of each channel at a place
+PATCH = 2  # a cell of the half grid makes 2x2 pixels of a step
 
 
 class StagedBlock(nn.Module):
-    """A residual block whose two layers are scaled by the stage: `b c h w` -> `b c h w`."""
+    """Pre-activation residual block whose two convolutions are scaled by the stage.
+
+    Args:
+        num_stages: Number of stages.
+        num_channels: Channels of input and output.
+        hidden_channels: Channels between the convolutions.
+    """
 
     def __init__(self, num_stages: int, num_channels: int, hidden_channels: int):
         super().__init__()
@@ -27,18 +37,24 @@ class StagedBlock(nn.Module):
         self.scale_hidden = StageGain(num_stages, hidden_channels)
 
     def forward(self, x: Tensor, stage: int) -> Tensor:
-        """`b c h w` -> `b c h w`."""
+        """Apply the block: `b c h w` -> `b c h w`."""
         normed = self.scale_in.scaled_norm(self.norm, x, stage).relu_()
         return x + self.project(self.scale_hidden.scaled_conv(self.expand, normed, stage).relu_())
 
 
 class ConvRefiner(nn.Module):
-    """Proposes steps for images: down to a quarter of the size, blocks there, back to half, and a linear head for each stage.
+    """Proposes steps for images, like a small U-Net.
+
+    Two strided convolutions lead to a quarter of the size, residual blocks follow there, and a
+    transposed convolution leads back to half the size. Each stage has a linear head of its own.
 
     Args:
-        num_channels: of the image.
-        hidden_channels: on the quarter grid.
-        feature_channels: on the half grid, and into the head.
+        num_stages: Number of stages.
+        codebook_size: Steps at each stage, k.
+        num_channels: Channels of a state.
+        hidden_channels: Channels on the quarter grid.
+        feature_channels: Channels on the half grid, the head's input.
+        num_residual_blocks: Residual blocks on the quarter grid.
     """
 
     def __init__(
@@ -63,30 +79,39 @@ class ConvRefiner(nn.Module):
         self.norm = group_norm(feature_channels)
         self.scale_out = StageGain(num_stages, feature_channels)
         pixels = num_channels * PATCH * PATCH
-        # Zero: at first every step is its bias, or nothing.
+        # Zeros: at first each step equals its bias, so that `VQDraw.init_from_data` decides what it is.
         self.head = nn.Parameter(torch.zeros(num_stages, codebook_size, pixels, feature_channels + 1))
 
     def forward(self, state: Tensor, stage: int) -> Options:
-        """State `b c h w` -> the options of a stage."""
+        """Return the options of a stage for states `b c h w`."""
         fine = self.half_scale.scaled_conv(self.to_half, channels_last(state), stage).relu_()
         coarse = self.to_quarter(fine)
         for block in self.blocks:
             coarse = block(coarse, stage)
         features = self.refine(fine + channels_last(self.back(F.relu(coarse))), stage)
         features = self.scale_out.scaled_norm(self.norm, features, stage).relu_()
+        # A constant feature gives the linear head its bias.
         features = F.pad(rearrange(features, "b f h w -> b h w f"), (0, 1), value=1.0)
         return LinearOptions(features, self.head[stage], PATCH)
 
 
 class DilatedConvRefiner(nn.Module):
-    """Proposes steps for text, seen from both sides: dilated convolutions over what each position is believed to hold.
+    """Proposes steps for text with bidirectional dilated convolutions.
 
-    A code may cover the whole text or a span of it. Spans of one text lie side by side in the batch, `(b s) t ...`; the convolutions run
-    over the text as a whole, so each span knows what its neighbours say so far.
+    Its input is the distribution over symbols at each position. The spans of one text are next to
+    each other in the batch, `(b s) t ...`, but the convolutions run over the whole text. So each span
+    knows the current state of its neighbors.
 
     Args:
-        num_symbols: logits at each position. num_spans: of one text; span_length: positions of one.
-        hidden_channels, dilations: of the blocks. feature_channels: into the head. embedding_dim: of the space that steps are made in.
+        num_stages: Number of stages.
+        codebook_size: Steps at each stage, k.
+        num_symbols: Number of symbols, v.
+        num_spans: Spans of a text, s.
+        span_length: Positions of a span, t.
+        hidden_channels: Channels of the blocks.
+        feature_channels: Channels of the head's input.
+        embedding_dim: Dimension of the space in which steps are made, see `EmbeddedOptions`.
+        dilations: One block for each dilation.
     """
 
     def __init__(
@@ -109,14 +134,15 @@ class DilatedConvRefiner(nn.Module):
         self.blocks = nn.ModuleList(DilatedBlock(num_stages, hidden_channels, dilation) for dilation in dilations)
         self.norm = StageNorm(num_stages, hidden_channels)
         self.features = nn.Linear(hidden_channels, feature_channels)
-        # Zero: at first every step is its bias, or nothing.
+        # Zeros: at first each step equals its bias, see `ConvRefiner`.
         self.head = nn.Parameter(torch.zeros(num_stages, codebook_size, embedding_dim, feature_channels))
         self.embedding = nn.Parameter(torch.randn(num_symbols, embedding_dim) * embedding_dim**-0.5)
 
     def forward(self, state: Tensor, stage: int) -> Options:
-        """State `(b s) t v` -> the options of a stage."""
-        belief = rearrange(state, "(b s) t v -> b (s t) v", s=self.num_spans).softmax(dim=2)
-        hidden = self.read(belief * belief.shape[2] ** 0.5) + self.positions
+        """Return the options of a stage for states `(b s) t v`."""
+        probabilities = rearrange(state, "(b s) t v -> b (s t) v", s=self.num_spans).softmax(dim=2)
+        # A uniform distribution over v symbols has the norm v^-0.5: the factor makes it one.
+        hidden = self.read(probabilities * probabilities.shape[2] ** 0.5) + self.positions
         for block in self.blocks:
             hidden = block(hidden, stage)
         features = self.features(self.norm(hidden, stage).relu_())
@@ -125,26 +151,39 @@ class DilatedConvRefiner(nn.Module):
 
 
 class SegmentedRefiner(nn.Module):
-    """Gives each run of `segment_length` stages a refiner of its own."""
+    """Refiner of several segments of stages, with a refiner for each.
+
+    Args:
+        refiners: Refiners of the segments, in order.
+        segment_length: Stages of a segment.
+    """
 
     def __init__(self, refiners: list[nn.Module], segment_length: int):
         super().__init__()
         self.refiners, self.segment_length = nn.ModuleList(refiners), segment_length
 
     def forward(self, state: Tensor, stage: int) -> Options:
-        """State `b ...` -> the options of a stage, counted from 0 over all segments."""
+        """Return the options of a stage, counted over all segments, for states `b ...`."""
         return self.refiners[stage // self.segment_length](state, stage % self.segment_length)
 
 
-def in_segments(
+def build_segments(
     build: Callable[..., nn.Module], num_stages: int, segment_length: int, *, active_stages: int = 0
 ) -> nn.Module:
-    """A refiner for every `segment_length` stages, from `build(num_stages=...)`; 0: one for all.
+    """Build one refiner for each segment of stages.
 
-    Those that none of the first `active_stages` comes to (0: all do) are not trained.
+    Args:
+        build: Function that builds a refiner from `num_stages`.
+        num_stages: Number of stages of all segments together.
+        segment_length: Stages of a segment; 0 = one segment.
+        active_stages: Stages that are run; 0 = all. Segments after them are frozen.
+
+    Returns:
+        A `SegmentedRefiner`, or the only refiner if there is one segment.
     """
     length = segment_length or num_stages
     refiners = [build(num_stages=length) for _ in range(num_stages // length)]
-    for unreached in refiners[-(-(active_stages or num_stages) // length) :]:
-        unreached.requires_grad_(False)
+    num_active_segments = -(-(active_stages or num_stages) // length)
+    for refiner in refiners[num_active_segments:]:
+        refiner.requires_grad_(False)
     return refiners[0] if len(refiners) == 1 else SegmentedRefiner(refiners, length)

@@ -1,4 +1,4 @@
-"""VQ-DRAW for text: bytes as codes from coarse to fine, seen from both sides."""
+"""VQ-DRAW for text: coarse-to-fine codes of bytes, from a bidirectional refiner."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,22 +12,44 @@ from ..text_base import IGNORE_INDEX, TextSpanConfig, TextSpanTokenizer
 from ..validation import check_counts, check_stages
 from .core import VQDraw
 from .losses import CrossEntropyLoss
-from .refiners import DilatedConvRefiner, in_segments
+from .refiners import DilatedConvRefiner, build_segments
 
-TEXTS_TO_START_FROM, VALUES_TO_START_FROM = 2**14, 2**24
+# K-means needs no more texts, and its vectors `(s t v)` at most this number of values in memory.
+NUM_INIT_TEXTS, MAX_INIT_VALUES = 2**14, 2**24
 
 
 class VQDrawTextConfig(TextSpanConfig):
-    """Settings of a `VQDrawForText`; a text takes `num_stages` codes of `codebook_size` options for each of its spans.
+    """Settings of a `VQDrawForText`. Each span of a text has `num_stages` codes below `codebook_size`.
+
+    `TextSpanConfig` has `max_length`, `span_length`, `span_unit` and `alphabet`. In the paper one span
+    is the whole text. Short spans search many more combinations with the same bits: with 6 bytes and
+    64 options, each stage costs one bit per byte.
 
     Attributes:
-        max_length, span_length, span_unit, alphabet: see `TextSpanConfig`. In the original one span is the whole text; short ones search
-            far more combinations at the same bits: with 6 bytes and 64 options each stage costs one bit a byte.
-        hidden_channels, feature_channels, embedding_dim, dilations: size of the refiner, see `DilatedConvRefiner`.
-        segment_length: stages that share a refiner; 0: all of them.
-        active_stages: go through the first so many stages only; 0: all.
-        num_biased_stages: stages with a learned bias for each option; 0: all.
-        aux_coeff, num_aux_options, final_coeff, grad_decay, epsilon, checkpoint_stages, revive: see `VQDraw`.
+        num_stages: Number of stages (default 4).
+        codebook_size: Options at each stage (default 64).
+        hidden_channels: Channels of the refiner's blocks, see `DilatedConvRefiner` (default 128).
+        feature_channels: Channels of its head's input (default 64).
+        embedding_dim: Dimension of the space in which its steps are made (default 32).
+        dilations: Dilations of its blocks.
+        segment_length: Stages that share a refiner; 0 (default) = all stages.
+        active_stages: Run this number of first stages only; 0 (default) = all.
+        num_biased_stages: First stages whose options have learned biases; 0 (default) = all.
+        aux_coeff: Weight of the mean error over options, see `VQDraw` for this and the next six.
+        num_aux_options: Random options that estimate that mean (default 4); 0 = all options.
+        final_coeff: Weight of the last stage's error (default 0).
+        grad_decay: Fraction of the gradient removed between stages (default 0).
+        epsilon: Probability of a random option in training (default 0).
+        checkpoint_stages: Recompute stages in the backward pass to save memory (default false).
+        replace_dead_options: Move options that are hardly chosen (default true).
+
+    Raises:
+        ValueError: If a setting is unknown, has another type or is out of range.
+
+    Example:
+        >>> config = VQDrawTextConfig(max_length=24, span_length=6, num_stages=2)
+        >>> config.max_length // config.span_length * config.num_stages
+        8
     """
 
     model_type = "tok2img_vqdraw_text"
@@ -62,9 +84,22 @@ class VQDrawTextConfig(TextSpanConfig):
 
 
 class VQDrawForText(TextSpanTokenizer):
-    """Codes that spell a text out more and more exactly; any prefix of them decodes.
+    """Text tokenizer with coarse-to-fine codes; any prefix decodes.
 
-    Codes are `b (n s)`: all spans at the first stage, then all at the second. A span past the end of its text has code 0 at every stage.
+    Codes are `b (n s)`: those of all spans at the first stage, then at the second. Spans past the end
+    of a text have code 0 at every stage.
+
+    Args:
+        config: Settings of the model.
+
+    Example:
+        >>> sizes = {"max_length": 12, "span_length": 6, "hidden_channels": 16, "dilations": [1]}
+        >>> model = VQDrawForText(VQDrawTextConfig(num_stages=3, **sizes)).eval()
+        >>> codes = model.encode(["a red fox", "two"])
+        >>> codes.shape, model.code_shape
+        (torch.Size([2, 6]), (3, 2))
+        >>> codes.view(2, 3, 2)[1, :, 1]
+        tensor([0, 0, 0])
     """
 
     config_class = VQDrawTextConfig
@@ -73,90 +108,104 @@ class VQDrawForText(TextSpanTokenizer):
     def __init__(self, config: VQDrawTextConfig):
         super().__init__(config)
         self.stage_loss = CrossEntropyLoss(self.num_symbols)
-        refiner = build_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans)
+        refiner = build_text_refiner(config, num_symbols=self.num_symbols, num_spans=self.num_spans)
         shape = self.span_length, self.num_symbols
         self.vqdraw = VQDraw.from_config(config, refiner, self.stage_loss, state_shape=shape, group_size=self.num_spans)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts initialise themselves; loading leaves what is not saved for us to set."""
+        """Reset the counters, which are not saved. Modules initialize their own weights."""
         if isinstance(module, VQDraw):
             module.reset_usage()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Active stages and spans."""
+        """Number of active stages, number of spans."""
         return (self.vqdraw.num_stages, self.num_spans)
 
     @property
     def positions_per_codebook(self) -> tuple[int, ...]:
-        """Code 5 of one stage has nothing to do with code 5 of another."""
+        """One for each code: those of different stages are unrelated."""
         return (1,) * self.num_codes
 
     @property
     def supports_prefix_decoding(self) -> bool:
-        """They do: codes go from coarse to fine."""
+        """True: the first codes decode to a rough text."""
         return True
-
-    def encode_symbols(self, symbols: Tensor) -> Tensor:
-        """Symbols `b t` -> codes `b (n s)`."""
-        return self._by_stage(self.vqdraw(self.make_labels(symbols)).codes)
-
-    def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """Codes `b (n s)`, of which some are `mask`, -> symbols `b t`."""
-        *_, last = self._states(codes, mask)
-        return self._observed(last)
-
-    @torch.no_grad()
-    def decode_symbols_progressively(self, codes: Tensor) -> Iterator[Tensor]:
-        """As the plain form, in one pass."""
-        for state in self._states(*self.pad_to_stages(codes)):
-            yield self._observed(state)
-
-    def _states(self, codes: Tensor, mask: Tensor) -> Iterator[Tensor]:
-        """After each stage of the codes `b (n s)`, each span's state after the last of its codes that is `mask`, `(b s) t v`."""
-        by_span, is_given = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, mask))
-        before = self.vqdraw.initial_state(len(by_span))
-        with torch.autocast(codes.device.type, enabled=False):
-            for stage, state in enumerate(self.vqdraw.decode_progressively(by_span)):
-                before = torch.where(is_given[:, stage, None, None], state, before)
-                yield before
-
-    def _observed(self, state: Tensor) -> Tensor:
-        """States of spans `(b s) t v` -> the likeliest symbols `b (s t)`."""
-        return rearrange(self.stage_loss.reconstruct(state), "(b s) t -> b (s t)", s=self.num_spans)
-
-    def forward(self, symbols: Tensor) -> TokenizerOutput:
-        """Symbols `b t` -> loss, reconstruction (symbols `b t`), codes and metrics."""
-        target = self.make_labels(symbols)
-        output = self.vqdraw(target)
-        observed = self.stage_loss.reconstruct(output.state.detach())
-        live = (target != IGNORE_INDEX).sum()
-        metrics = {
-            "byte_accuracy": (observed == target).sum() / live,
-            "nats_per_byte": output.best_error[:, -1].detach().sum() * self.span_length / live,
-        }
-        reconstruction = rearrange(observed, "(b s) t -> b (s t)", s=self.num_spans)
-        return TokenizerOutput(self.vqdraw.loss(output), reconstruction, self._by_stage(output.codes), metrics)
-
-    def _by_stage(self, codes: Tensor) -> Tensor:
-        """Codes of spans `(b s) n` -> codes of texts `b (n s)`."""
-        return rearrange(codes, "(b s) n -> b (n s)", s=self.num_spans)
 
     @property
     def num_init_examples(self) -> int:
-        """Enough for k-means at every stage."""
-        return TEXTS_TO_START_FROM
+        """Number of texts for k-means at every stage."""
+        return NUM_INIT_TEXTS
 
     def init_from_data(self, symbols: Tensor) -> None:
-        """Start as a residual quantizer of `b t`; see `VQDraw.init_from_data`."""
+        """Initialize as a residual quantizer of symbols `b t`, see `VQDraw.init_from_data`."""
         spans = self.make_labels(symbols)
         spans = spans[(spans != IGNORE_INDEX).any(dim=1)]
-        self.vqdraw.init_from_data(spans[: VALUES_TO_START_FROM // (self.span_length * self.num_symbols)])
+        self.vqdraw.init_from_data(spans[: MAX_INIT_VALUES // (self.span_length * self.num_symbols)])
+
+    def encode_symbols(self, symbols: Tensor) -> Tensor:
+        """Encode symbols `b t` to codes `b (n s)`."""
+        return self._stage_major(self.vqdraw(self.make_labels(symbols)).codes)
+
+    def decode_with_mask(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """Decode codes `b (n s)` to symbols `b t`, ignoring those where `mask` is False."""
+        *_, last = self._iter_states(codes, mask)
+        return self._to_symbols(last)
+
+    @torch.no_grad()
+    def decode_symbols_progressively(self, codes: Tensor) -> Iterator[Tensor]:
+        """Yield the symbols `b t` after each stage.
+
+        Equals the plain form of the base class, which starts again for every stage; this one does
+        all stages in one pass.
+        """
+        for state in self._iter_states(*self.pad_to_stages(codes)):
+            yield self._to_symbols(state)
+
+    def _iter_states(self, codes: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Yield the states of spans `(b s) t v` after each stage of the codes `b (n s)`.
+
+        A span keeps its state from the last stage at which `mask`, `b (n s)`, is True.
+        """
+        span_codes, span_mask = (rearrange(each, "b (n s) -> (b s) n", s=self.num_spans) for each in (codes, mask))
+        kept = self.vqdraw.initial_state(len(span_codes))
+        with torch.autocast(codes.device.type, enabled=False):
+            for stage, state in enumerate(self.vqdraw.decode_progressively(span_codes)):
+                kept = torch.where(span_mask[:, stage, None, None], state, kept)
+                yield kept
+
+    def _to_symbols(self, state: Tensor) -> Tensor:
+        """Convert states of spans `(b s) t v` to the most likely symbols `b (s t)`."""
+        return rearrange(self.stage_loss.reconstruct(state), "(b s) t -> b (s t)", s=self.num_spans)
+
+    def forward(self, symbols: Tensor) -> TokenizerOutput:
+        """Compute the training loss, reconstruction `b t`, codes and metrics of symbols `b t`."""
+        target = self.make_labels(symbols)
+        output = self.vqdraw(target)
+        predicted = self.stage_loss.reconstruct(output.state.detach())
+        num_valid = (target != IGNORE_INDEX).sum()
+        metrics = {
+            "byte_accuracy": (predicted == target).sum() / num_valid,
+            # The stage loss divides by the positions of a span; here by those that are not ignored.
+            "nats_per_byte": output.best_error[:, -1].detach().sum() * self.span_length / num_valid,
+        }
+        reconstruction = rearrange(predicted, "(b s) t -> b (s t)", s=self.num_spans)
+        return TokenizerOutput(self.vqdraw.loss(output), reconstruction, self._stage_major(output.codes), metrics)
+
+    def _stage_major(self, codes: Tensor) -> Tensor:
+        """Reorder codes of spans `(b s) n` to codes of texts `b (n s)`."""
+        return rearrange(codes, "(b s) n -> b (n s)", s=self.num_spans)
 
 
-def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:
-    """One refiner for all stages, or one a segment."""
+def build_text_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int) -> nn.Module:
+    """Build one refiner for all stages, or one for each segment.
+
+    Args:
+        config: Settings of the model.
+        num_symbols: Number of symbols, v.
+        num_spans: Spans of a text, s.
+    """
     build = partial(
         DilatedConvRefiner,
         codebook_size=config.codebook_size,
@@ -168,4 +217,4 @@ def build_refiner(config: VQDrawTextConfig, *, num_symbols: int, num_spans: int)
         embedding_dim=config.embedding_dim,
         dilations=config.dilations,
     )
-    return in_segments(build, config.num_stages, config.segment_length, active_stages=config.active_stages)
+    return build_segments(build, config.num_stages, config.segment_length, active_stages=config.active_stages)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from tokenizers_vq.vqdraw.beam_search import best_of_all
+from tokenizers_vq.vqdraw.beam_search import select_beams
 
 
 def errors_of(model, codes, images) -> torch.Tensor:
@@ -65,19 +65,19 @@ ERRORS = torch.tensor([[5.0, 1.0, 9.0], [2.0, 7.0, 3.0], [8.0, 6.0, 7.0]])
     ],
 )
 def test_the_best_come_first_whatever_sequence_they_extend(num, margin, expected):
-    kept = best_of_all(ERRORS, torch.tensor([0, 0, 1]), torch.tensor(num), margin)
+    kept = select_beams(ERRORS, torch.tensor([0, 0, 1]), torch.tensor(num), margin)
     assert [tuple(each) for each in torch.stack(kept, dim=1).tolist()] == expected
 
 
 def test_margins_are_above_errors_below_zero():
-    kept = best_of_all(-ERRORS, torch.tensor([0, 0, 1]), torch.tensor([2, 2]), 0.2)
+    kept = select_beams(-ERRORS, torch.tensor([0, 0, 1]), torch.tensor([2, 2]), 0.2)
     assert torch.stack(kept, dim=1).tolist() == [[0, 0, 2], [1, 2, 0], [1, 2, 2]]
 
 
 @pytest.mark.parametrize("beam_size", [2, 4, 8])
 def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
     sizes, propose = [], tiny_vqdraw.vqdraw.propose
-    monkeypatch.setattr("tokenizers_vq.vqdraw.beam_search.MARGIN", 100.0)
+    monkeypatch.setattr("tokenizers_vq.vqdraw.beam_search.PRUNING_MARGIN", 100.0)
     monkeypatch.setattr(
         tiny_vqdraw.vqdraw,
         "propose",
@@ -90,7 +90,7 @@ def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
 
 @pytest.mark.parametrize("beam_size", [0, -2])
 def test_a_beam_below_one_is_refused(tiny_vqdraw, images, beam_size):
-    with pytest.raises(ValueError, match=f"beam_size must be at least 1, got {beam_size}"):
+    with pytest.raises(ValueError, match=f"Expected beam_size of at least 1, got {beam_size}"):
         tiny_vqdraw.encode(images, beam_size=beam_size)
 
 

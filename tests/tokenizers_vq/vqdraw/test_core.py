@@ -15,7 +15,7 @@ from tokenizers_vq.vqdraw.options import (
     Options,
     SharedOptions,
 )
-from tokenizers_vq.vqdraw.refiners import in_segments
+from tokenizers_vq.vqdraw.refiners import build_segments
 
 SHAPE = (3, 8, 8)
 
@@ -403,5 +403,5 @@ def test_a_loop_compiles_once_however_many_batches_there_are(stepless, many):
 
 
 def test_segments_past_the_active_stages_are_not_trained():
-    refiner = in_segments(lambda num_stages: nn.Linear(2, num_stages), 6, 2, active_stages=3)
+    refiner = build_segments(lambda num_stages: nn.Linear(2, num_stages), 6, 2, active_stages=3)
     assert [weight.requires_grad for weight in refiner.parameters()] == [True] * 4 + [False] * 2

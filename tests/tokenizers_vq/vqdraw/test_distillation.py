@@ -70,7 +70,7 @@ def test_held_out_figures_compare_student_and_teacher(learned, images):
 
 def test_a_student_of_another_shape_is_refused(tiny_vqdraw):
     other = VQDrawForImages(VQDrawImageConfig(image_size=8, num_stages=5, codebook_size=8, hidden_channels=16))
-    with pytest.raises(ValueError, match="this student has num_stages 5, its teacher"):
+    with pytest.raises(ValueError, match="Expected a student with the teacher's num_stages 4, got 5"):
         Distillation(VQDrawStudent(VQDrawStudentConfig.from_teacher(other, **SIZES)), tiny_vqdraw)
 
 

@@ -36,7 +36,7 @@ def test_the_bernoulli_error_is_the_negative_log_likelihood():
 def test_the_wanted_state_is_seen_as_the_target(stage_loss):
     target = (torch.rand(TARGET).round() - 0.5) / 0.25
     state = stage_loss.target_state(target)
-    assert state.shape[1] == stage_loss.state_channels * target.shape[1]
+    assert state.shape[1] == stage_loss.channel_multiplier * target.shape[1]
     torch.testing.assert_close(stage_loss.reconstruct(state), target, atol=0.2, rtol=0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenizers_vq import VQDrawForImages, VQDrawImageConfig, load_image
 from tokenizers_vq.images.processing import pixels_from_images
 from tokenizers_vq.modules.stage_conditioning import StageGain
-from tokenizers_vq.vqdraw.original_refiners import PRESETS, OriginalRefiner, ResidualStack
+from tokenizers_vq.vqdraw.original_refiners import PRESETS, OriginalRefiner, ResidualSequential
 
 SHARED = Path(__file__).parents[4] / "shared"
 REFERENCE = SHARED / "reference" / "vqdraw_mnist_60bit.safetensors"
@@ -30,7 +30,7 @@ def plain(stack: nn.ModuleList, x: Tensor, stage: int) -> Tensor:
             x = x * layer.gain[stage][:, None, None]
         else:
             x = plain(layer, x, stage) if isinstance(layer, nn.ModuleList) else layer(x)
-    return inside + x if isinstance(stack, ResidualStack) else x
+    return inside + x if isinstance(stack, ResidualSequential) else x
 
 
 def published_names(model: VQDrawForImages, *, last_layer: int, several: bool) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def test_published_architectures_decode_to_their_reconstruction_and_train_every_
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"weight": torch.zeros(3)}, "no published architecture"),
+        ({"weight": torch.zeros(3)}, "fit none"),
         ({"bias": torch.zeros(8, 1, 28, 28), "refiner.layers.1.embeddings": torch.zeros(4, 32)}, "4 stages"),
     ],
 )
@@ -152,7 +152,7 @@ def test_tensors_of_another_architecture_are_refused(tensors, message, tmp_path)
     [
         ("bias", torch.zeros(3, 1, 32, 28), r"bias is \(3, 1, 32, 28\)"),
         ("bias", torch.full((3, 1, 28, 28), torch.nan), "holds values that are not finite"),
-        ("_stages", torch.tensor([1, 2]), "no published architecture"),
+        ("_stages", torch.tensor([1, 2]), "fit none"),
     ],
     ids=["oblong", "NaN", "two numbers of stages"],
 )
@@ -185,14 +185,14 @@ class Hostile:
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save({"bias": Hostile(tmp_path / "harm")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt is no file of tensors alone"):
+    with pytest.raises(ValueError, match=r"Expected .*model\.pt to hold tensors only"):
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.pt")
     assert not (tmp_path / "harm").exists()
 
 
 def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
     Path(tmp_path, "model.pt").write_text("no weights")
-    with pytest.raises(ValueError, match=r"tensors alone: torch\.save did not write it") as refusal:
+    with pytest.raises(ValueError, match=r"tensors only: torch\.save did not write it") as refusal:
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.pt")
     assert "weights_only" not in str(refusal.value)
 
@@ -201,7 +201,7 @@ def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
     ("settings", "message"),
     [
         ({"refiner": "imagenet"}, "refiner must be one of conv, mnist, svhn, cifar10, celeba, got 'imagenet'"),
-        ({"refiner": "mnist"}, "refiner 'mnist' draws 1 channels, got 3"),
+        ({"refiner": "mnist"}, "Expected num_channels 1 for refiner 'mnist', got 3"),
         ({"active_stages": 21}, "active_stages 21 is more than num_stages 20"),
         ({"num_biased_stages": 21}, "num_biased_stages 21 is more than num_stages 20"),
     ],

@@ -44,7 +44,7 @@ def test_a_fresh_refiner_proposes_to_stay(images):
 def test_the_first_gradient_of_a_fresh_refiner_reaches_its_head(images):
     module = fresh()
     sum(module(images, stage).squared_errors(images).mean() for stage in range(4)).backward()
-    assert module.head.grad.flatten(2).any(dim=2).all_steps()
+    assert module.head.grad.flatten(2).any(dim=2).all()
 
 
 def test_every_parameter_gets_a_gradient_once_the_head_has_moved(refiner, images):
