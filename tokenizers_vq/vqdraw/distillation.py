@@ -271,7 +271,7 @@ class Distillation(ModelWithLoss):
     def forward(self, pixel_values: Tensor) -> TokenizerOutput:
         """Compute the loss, and the student's reconstruction and codes, of images `b c h w` in [0, 1].
 
-        In eval mode there are no random codes, and the metrics compare student and teacher.
+        In eval mode it uses the real images alone, and the metrics compare student and teacher.
         """
         codes = self.teacher.encode(pixel_values)
         if not self.training:

@@ -140,8 +140,8 @@ class BiasedOptions:
     def squared_errors(self, residual: Tensor) -> Tensor:
         """Return the mean squared error of every step, `b ...` -> `b k`.
 
-        With the steps d and biases e it is |r - d|^2 + 2 d.e - 2 r.e + |e|^2, where the first two
-        terms come from the options without biases.
+        With steps d and biases e it is |r - d|^2 + 2 d.e - 2 r.e + |e|^2. The options without biases
+        compute the first two terms.
         """
         r, e = residual.flatten(1), self.biases.flatten(1)
         bias_terms = (e.square().sum(1) - 2 * r @ e.T) / r.shape[1]

@@ -61,7 +61,7 @@ def convert_biases(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def count_segments(tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Return the number of refiners and of stages of each; 0 stages if there is no stage embedding."""
+    """Return the number of refiners and of stages of each; 0 stages without stage embeddings."""
     segments = {name.split(".")[2] for name in tensors if name.startswith("refiner.segments.")}
     gains = [tensor for name, tensor in tensors.items() if name.endswith(".embeddings")]
     return max(1, len(segments)), len(gains[0]) if gains else 0

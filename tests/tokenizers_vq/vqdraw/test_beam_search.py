@@ -1,4 +1,4 @@
-"""Beam search against trying every sequence."""
+"""Beam search, compared with exhaustive search."""
 
 from itertools import product
 
@@ -12,11 +12,11 @@ def errors_of(model, codes, images) -> torch.Tensor:
     return (model.decode(codes) - images).square().flatten(1).mean(dim=1)
 
 
-def test_a_beam_of_one_is_the_greedy_loop(tiny_vqdraw, images):
+def test_beam_of_one_equals_greedy_encoding(tiny_vqdraw, images):
     assert torch.equal(tiny_vqdraw.encode(images, beam_size=1), tiny_vqdraw(images).codes)
 
 
-def test_a_beam_as_wide_as_all_sequences_finds_the_best_one(tiny_vqdraw, images):
+def test_exhaustive_beam_finds_the_best_sequence(tiny_vqdraw, images):
     codes = tiny_vqdraw.encode(images, beam_size=8**3)
     every = torch.tensor(list(product(range(8), repeat=4)))
     for example, found in zip(images, codes, strict=True):
@@ -27,20 +27,20 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best_one(tiny_vqdraw, images)
 
 
 @pytest.mark.parametrize("beam_size", [2, 4, 8])
-def test_a_beam_lowers_the_error(tiny_vqdraw, images, beam_size):
+def test_beam_search_lowers_the_error(tiny_vqdraw, images, beam_size):
     greedy, better = tiny_vqdraw.encode(images), tiny_vqdraw.encode(images, beam_size=beam_size)
     assert better.shape == greedy.shape
     assert errors_of(tiny_vqdraw, better, images).mean() < errors_of(tiny_vqdraw, greedy, images).mean()
 
 
 @pytest.mark.parametrize("beam_size", [2, 3, 8])
-def test_an_image_is_searched_alone_as_it_is_in_a_batch(tiny_vqdraw, images, beam_size):
+def test_beam_search_gives_the_same_codes_alone_and_in_a_batch(tiny_vqdraw, images, beam_size):
     together = tiny_vqdraw.encode(images, beam_size=beam_size)
     alone = [tiny_vqdraw.encode(image[None], beam_size=beam_size) for image in images]
     assert torch.equal(torch.cat(alone), together)
 
 
-def test_groups_hold_no_more_states_than_the_greedy_loop(tiny_vqdraw, images, monkeypatch):
+def test_groups_hold_at_most_the_states_of_greedy_encoding(tiny_vqdraw, images, monkeypatch):
     sizes = []
     propose = tiny_vqdraw.vqdraw.propose
     monkeypatch.setattr(
@@ -64,18 +64,18 @@ ERRORS = torch.tensor([[5.0, 1.0, 9.0], [2.0, 7.0, 3.0], [8.0, 6.0, 7.0]])
         ([9, 9], 0.0, [(0, 0, 1), (1, 2, 1)]),
     ],
 )
-def test_the_best_come_first_whatever_sequence_they_extend(num, margin, expected):
+def test_select_beams_returns_the_best_continuations_first(num, margin, expected):
     kept = select_beams(ERRORS, torch.tensor([0, 0, 1]), torch.tensor(num), margin)
     assert [tuple(each) for each in torch.stack(kept, dim=1).tolist()] == expected
 
 
-def test_margins_are_above_errors_below_zero():
+def test_select_beams_adds_the_margin_to_negative_errors():
     kept = select_beams(-ERRORS, torch.tensor([0, 0, 1]), torch.tensor([2, 2]), 0.2)
     assert torch.stack(kept, dim=1).tolist() == [[0, 0, 2], [1, 2, 0], [1, 2, 2]]
 
 
 @pytest.mark.parametrize("beam_size", [2, 4, 8])
-def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
+def test_beam_search_evaluates_a_bounded_number_of_states(tiny_vqdraw, images, monkeypatch, beam_size):
     sizes, propose = [], tiny_vqdraw.vqdraw.propose
     monkeypatch.setattr("tokenizers_vq.vqdraw.beam_search.PRUNING_MARGIN", 100.0)
     monkeypatch.setattr(
@@ -89,11 +89,11 @@ def test_the_cost_is_bounded(tiny_vqdraw, images, monkeypatch, beam_size):
 
 
 @pytest.mark.parametrize("beam_size", [0, -2])
-def test_a_beam_below_one_is_refused(tiny_vqdraw, images, beam_size):
+def test_beam_size_below_one_raises(tiny_vqdraw, images, beam_size):
     with pytest.raises(ValueError, match=f"Expected beam_size of at least 1, got {beam_size}"):
         tiny_vqdraw.encode(images, beam_size=beam_size)
 
 
-def test_data_sets_are_tokenized_with_the_beam_of_the_config(tiny_vqdraw, images):
+def test_encode_with_search_uses_the_beam_size_of_the_config(tiny_vqdraw, images):
     tiny_vqdraw.config.beam_size = 3
     assert torch.equal(tiny_vqdraw.encode_with_search(images), tiny_vqdraw.encode(images, beam_size=3))

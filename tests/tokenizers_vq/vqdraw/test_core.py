@@ -1,4 +1,4 @@
-"""The stage loop, and every fast form against the plain one."""
+"""The stage loop, and every fast form compared with the plain one."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def options(request) -> Options:
 
 
 class DenseRefiner(nn.Module):
-    """Another refiner's steps, in memory."""
+    """A refiner whose options are dense."""
 
     def __init__(self, refiner: nn.Module):
         super().__init__()
@@ -107,13 +107,13 @@ def gradients(vqdraw: VQDraw, loss: Tensor) -> list[Tensor]:
 # Options
 
 
-def test_options_choose_what_dense_options_choose(options):
+def test_options_gather_the_steps_of_dense_options(options):
     codes = torch.tensor([[5, 0], [0, 0], [3, 1], [3, 2], [1, 4]])
     expected = torch.stack([steps[chosen] for steps, chosen in zip(options.all_steps(), codes, strict=True)])
     torch.testing.assert_close(options.gather_steps(codes), expected)
 
 
-def test_options_of_some_examples_are_those_of_the_whole(options):
+def test_selected_options_equal_those_of_the_whole_batch(options):
     examples = torch.tensor([4, 0, 0])
     torch.testing.assert_close(options.select_examples(examples).all_steps(), options.all_steps()[examples])
 
@@ -125,12 +125,12 @@ def test_options_have_the_squared_errors_of_dense_options(options):
     )
 
 
-def test_options_have_the_products_of_dense_options(options):
+def test_options_have_the_bias_products_of_dense_options(options):
     biases = random(6, *SHAPE)
     torch.testing.assert_close(options.bias_products(biases), DenseOptions(options.all_steps()).bias_products(biases))
 
 
-def test_squared_errors_are_those_of_the_proposals():
+def test_mse_loss_equals_the_squared_error_of_the_options():
     steps, state, target = random(5, 6, *SHAPE), random(5, *SHAPE), random(5, *SHAPE)
     expected = (state[:, None] + steps - target[:, None]).square().flatten(2).mean(dim=2)
     torch.testing.assert_close(MSELoss()(DenseOptions(steps), state, target), expected)
@@ -140,7 +140,7 @@ def test_squared_errors_are_those_of_the_proposals():
 
 
 @pytest.mark.parametrize("num_biased_stages", [1, 2, 4])
-def test_the_loop_equals_the_plain_one(refiner, target, num_biased_stages):
+def test_vqdraw_equals_the_plain_loop(refiner, target, num_biased_stages):
     vqdraw = build(refiner, num_biased_stages=num_biased_stages, final_coeff=0.5)
     fast, plain = vqdraw(target), run_plain(vqdraw, target)
     assert torch.equal(fast.codes, plain.codes) and len(fast.codes.unique()) > 2
@@ -149,7 +149,7 @@ def test_the_loop_equals_the_plain_one(refiner, target, num_biased_stages):
     torch.testing.assert_close(vqdraw.loss(fast), vqdraw.loss(plain))
 
 
-def test_the_gradients_of_the_loop_are_those_of_the_plain_one(refiner, target):
+def test_gradients_equal_those_of_the_plain_loop(refiner, target):
     vqdraw = build(refiner, final_coeff=0.5)
     fast = gradients(vqdraw, vqdraw.loss(vqdraw(target)))
     plain = gradients(vqdraw, vqdraw.loss(run_plain(vqdraw, target)))
@@ -157,7 +157,7 @@ def test_the_gradients_of_the_loop_are_those_of_the_plain_one(refiner, target):
     assert all(gradient.any() for gradient in fast)
 
 
-def test_options_in_memory_draw_the_same(refiner, target):
+def test_dense_options_give_the_same_codes_and_gradients(refiner, target):
     vqdraw, dense = build(refiner), build(DenseRefiner(refiner))
     fast, slow = vqdraw(target), dense(target)
     assert torch.equal(fast.codes, slow.codes)
@@ -171,7 +171,7 @@ def test_each_stage_takes_the_best_step(refiner, target):
 
 
 @pytest.mark.parametrize("grad_decay", [0.0, 0.3, 1.0])
-def test_any_prefix_of_the_codes_decodes_to_the_state_after_so_many_stages(refiner, target, grad_decay):
+def test_prefix_of_codes_decodes_to_the_state_after_its_stages(refiner, target, grad_decay):
     vqdraw, state = build(refiner, grad_decay=grad_decay).float(), torch.zeros_like(target).float()
     codes = vqdraw(target.float()).codes
     for stage in range(vqdraw.num_stages):
@@ -179,7 +179,7 @@ def test_any_prefix_of_the_codes_decodes_to_the_state_after_so_many_stages(refin
         assert torch.equal(vqdraw.decode(codes[:, : stage + 1]), state), "to the last bit"
 
 
-def test_an_example_draws_alone_as_it_does_in_a_batch(refiner, target):
+def test_example_gets_the_same_codes_alone_and_in_a_batch(refiner, target):
     vqdraw = build(refiner)
     together = vqdraw(target)
     for example in range(len(target)):
@@ -189,7 +189,7 @@ def test_an_example_draws_alone_as_it_does_in_a_batch(refiner, target):
 
 
 @pytest.mark.parametrize(("aux_coeff", "final_coeff"), [(0.0, 0.0), (0.01, 0.0), (0.3, 0.7)])
-def test_the_loss_is_the_formula(refiner, target, aux_coeff, final_coeff):
+def test_loss_equals_its_formula(refiner, target, aux_coeff, final_coeff):
     vqdraw = build(refiner, aux_coeff=aux_coeff, final_coeff=final_coeff)
     output = vqdraw(target)
     chosen = output.errors.gather(2, output.codes[..., None])
@@ -207,17 +207,17 @@ def through_one_link(refiner: nn.Module, target: Tensor, grad_decay: float) -> T
     return gradient[0]
 
 
-def test_the_whole_gradient_flows_between_stages_by_default(refiner, target):
+def test_gradient_flows_between_stages_by_default(refiner, target):
     assert through_one_link(refiner, target, 0.0).any()
 
 
 @pytest.mark.parametrize("grad_decay", [0.3, 1.0])
-def test_grad_decay_cuts_its_share_of_the_gradient_between_stages(refiner, target, grad_decay):
+def test_grad_decay_removes_its_fraction_of_the_gradient(refiner, target, grad_decay):
     expected = (1 - grad_decay) * through_one_link(refiner, target, 0.0)
     torch.testing.assert_close(through_one_link(refiner, target, grad_decay), expected)
 
 
-def test_grad_decay_changes_no_output(refiner, target):
+def test_grad_decay_does_not_change_the_output(refiner, target):
     assert torch.equal(build(refiner, grad_decay=0.3)(target).state, build(refiner)(target).state)
 
 
@@ -228,7 +228,7 @@ def test_checkpointed_stages_have_the_same_gradients(refiner, target):
     )
 
 
-def test_bfloat16_autocast_leaves_the_errors_their_digits(refiner):
+def test_errors_stay_in_float32_under_bfloat16_autocast(refiner):
     vqdraw = build(refiner).float()
     state, codes = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 3, 4, 5])
     near = state + vqdraw.propose(state, 1).gather_steps(codes[:, None]).squeeze(1) + 0.02 * torch.randn(6, *SHAPE)
@@ -239,7 +239,7 @@ def test_bfloat16_autocast_leaves_the_errors_their_digits(refiner):
     torch.testing.assert_close(found.best_error, expected.best_error, rtol=0.1, atol=0)
 
 
-# The start
+# Initialization
 
 
 @pytest.fixture
@@ -249,39 +249,39 @@ def many() -> Tensor:
 
 @pytest.fixture
 def stepless(refiner) -> VQDraw:
-    """A fresh loop, whose refiner proposes no step of its own."""
+    """A new loop whose refiner proposes zero steps."""
     nn.init.zeros_(refiner.head)
     return build(refiner, num_biased_stages=4)
 
 
-def test_starting_from_data_uses_every_option_at_each_stage(stepless, many):
+def test_init_from_data_uses_every_option_at_each_stage(stepless, many):
     stepless.init_from_data(many)
     codes = stepless(many).codes
     assert [len(stage.unique()) for stage in codes.T] == [8] * 4
 
 
-def test_starting_from_data_lowers_the_error_at_each_stage(stepless, many):
+def test_init_from_data_lowers_the_error_at_each_stage(stepless, many):
     stepless.init_from_data(many)
     chosen = stepless(many).errors.amin(dim=2).mean(dim=0)
     assert torch.equal(chosen, chosen.sort(descending=True).values)
     assert chosen[0] < many.square().mean()
 
 
-def test_starting_from_data_puts_the_first_stage_on_its_clusters(stepless):
+def test_init_from_data_sets_the_first_stage_to_the_clusters(stepless):
     centres = random(8, *SHAPE)
     stepless.init_from_data(centres.repeat(8, 1, 1, 1))
     assert stepless(centres).errors.amin(dim=2)[:, -1].max() < 1e-6
 
 
-def test_starting_from_data_carries_no_gradient(stepless, many):
+def test_init_from_data_records_no_gradient(stepless, many):
     stepless.init_from_data(many.requires_grad_())
     assert stepless.biases.is_leaf and stepless.biases.grad is None
 
 
-# A few options instead of all
+# Estimated mean error
 
 
-def test_the_sparse_form_draws_and_judges_the_same(refiner, target):
+def test_estimated_mean_gives_the_same_codes_and_errors(refiner, target):
     exact, sparse = build(refiner).train()(target), build(refiner, num_aux_options=3).train()(target)
     assert torch.equal(sparse.codes, exact.codes) and not sparse.errors.requires_grad
     torch.testing.assert_close(
@@ -289,7 +289,7 @@ def test_the_sparse_form_draws_and_judges_the_same(refiner, target):
     )
 
 
-def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
+def test_estimated_gradient_is_unbiased(refiner, target):
     settings = {"aux_coeff": 0.5, "final_coeff": 0.5}
     exact_draw, sparse_draw = (
         build(refiner, **settings, replace_dead_options=False, num_aux_options=num) for num in (0, 4)
@@ -303,16 +303,16 @@ def test_the_sparse_gradient_is_the_exact_one_on_average(refiner, target):
     assert (one - expected).norm() > 3 * (found - expected).norm(), "each vqdraw is rough, their mean is not"
 
 
-def test_without_a_gradient_all_options_count(refiner, target):
+def test_mean_error_is_exact_without_a_gradient(refiner, target):
     vqdraw = build(refiner, num_aux_options=1).eval()
     output = vqdraw(target)
     torch.testing.assert_close(output.mean_error, output.errors.mean(dim=(0, 2)))
 
 
-# Random codes
+# Epsilon-greedy codes
 
 
-def test_epsilon_takes_other_steps_in_training_alone(refiner, target):
+def test_epsilon_takes_random_options_in_training_only(refiner, target):
     vqdraw = build(refiner, epsilon=0.5)
     many = target.repeat(50, 1, 1, 1)
     output = vqdraw.train()(many)
@@ -322,17 +322,17 @@ def test_epsilon_takes_other_steps_in_training_alone(refiner, target):
     assert torch.equal(vqdraw.eval()(many).codes, build(refiner).eval()(many).codes)
 
 
-def test_epsilon_leaves_encoding_alone(refiner, target):
+def test_epsilon_does_not_change_encoding(refiner, target):
     with torch.no_grad():
         assert torch.equal(build(refiner, epsilon=1.0).train()(target).codes, build(refiner)(target).codes)
 
 
-# Revival
+# Dead options
 
 
 @pytest.fixture
 def dead(stepless, many) -> VQDraw:
-    """A started loop in training, two of whose options lie where no target is."""
+    """An initialized loop in training, with two options far from every target."""
     stepless.init_from_data(many)
     with torch.no_grad():
         stepless.biases[0, 3] += 1e3
@@ -340,7 +340,7 @@ def dead(stepless, many) -> VQDraw:
     return stepless.train()
 
 
-def test_options_out_of_use_come_back_at_any_stage(dead, many):
+def test_dead_options_are_used_again_at_any_stage(dead, many):
     assert 3 not in dead(many).codes[:, 0] and 5 not in dead(many).codes[:, 2]
     for _ in range(REPLACEMENT_INTERVAL):
         dead(many)
@@ -348,7 +348,7 @@ def test_options_out_of_use_come_back_at_any_stage(dead, many):
     assert 3 in codes[:, 0] and 5 in codes[:, 2]
 
 
-def test_options_that_are_taken_at_random_alone_are_out_of_use(dead, many):
+def test_options_taken_by_epsilon_only_count_as_dead(dead, many):
     dead.epsilon = 0.3
     for _ in range(REPLACEMENT_INTERVAL + 1):
         dead(many)
@@ -356,7 +356,7 @@ def test_options_that_are_taken_at_random_alone_are_out_of_use(dead, many):
     assert 3 in codes[:, 0] and 5 in codes[:, 2]
 
 
-def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
+def test_replacement_lowers_the_error_and_moves_dead_options_only(dead, many):
     before, biases = dead.eval()(many), dead.biases.detach().clone()
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 3] = mask[2, 5] = True
@@ -365,17 +365,17 @@ def test_revival_lowers_the_error_and_moves_the_dead_alone(dead, many):
     assert torch.equal(dead.biases[~mask], biases[~mask]) and (dead.biases[mask] != biases[mask]).any()
 
 
-def test_a_revived_option_goes_from_the_best_step_towards_a_target(dead, many):
+def test_replaced_option_goes_from_the_best_option_towards_a_target(dead, many):
     mask = torch.zeros(4, 8, dtype=torch.bool)
     mask[0, 3] = True
     before = dead.eval()(many)
     dead.replace_dead_options(many, mask)
-    # What is missing shrinks to a share of it, for one of the targets, so its square to the square of that.
+    # The residual of one target shrinks by this factor, so its square by the factor squared.
     ratios = dead(many).errors[:, 0, 3] / before.best_error[:, 0]
     assert (ratios - (1 - REPLACEMENT_STEP) ** 2).abs().min() < 1e-5
 
 
-def test_revival_can_be_left_out(dead, many):
+def test_replacement_can_be_disabled(dead, many):
     dead.replaces_dead_options = False
     biases = dead.biases.detach().clone()
     for _ in range(2 * REPLACEMENT_INTERVAL):
@@ -383,7 +383,7 @@ def test_revival_can_be_left_out(dead, many):
     assert torch.equal(dead.biases, biases)
 
 
-def test_a_loop_in_use_is_left_alone(stepless, many):
+def test_options_in_use_are_not_replaced(stepless, many):
     stepless.init_from_data(many)
     biases = stepless.biases.detach().clone()
     for _ in range(2 * REPLACEMENT_INTERVAL):
@@ -391,7 +391,7 @@ def test_a_loop_in_use_is_left_alone(stepless, many):
     assert torch.equal(stepless.biases, biases)
 
 
-def test_a_loop_compiles_once_however_many_batches_there_are(stepless, many):
+def test_vqdraw_compiles_once_for_all_batches(stepless, many):
     counter = CompileCounter()
     compiled = torch.compile(stepless, backend=counter)
     for _ in range(2):
@@ -402,6 +402,6 @@ def test_a_loop_compiles_once_however_many_batches_there_are(stepless, many):
     assert counter.frame_count == graphs and stepless.num_batches == REPLACEMENT_INTERVAL + 2
 
 
-def test_segments_past_the_active_stages_are_not_trained():
+def test_segments_after_the_active_stages_are_frozen():
     refiner = build_segments(lambda num_stages: nn.Linear(2, num_stages), 6, 2, active_stages=3)
     assert [weight.requires_grad for weight in refiner.parameters()] == [True] * 4 + [False] * 2

@@ -31,7 +31,7 @@ def test_any_prefix_of_the_codes_decodes(tiny_vqdraw, images):
     assert not torch.equal(prefixes[0], prefixes[3])
 
 
-def test_the_stages_of_an_image_are_what_its_prefixes_decode_to(tiny_vqdraw, images):
+def test_decode_progressively_equals_decoding_every_prefix(tiny_vqdraw, images):
     codes = tiny_vqdraw.encode(images)
     stages = list(tiny_vqdraw.decode_progressively(codes))
     assert len(stages) == 4
@@ -44,17 +44,17 @@ def test_only_active_stages_have_codes(images):
     assert model.num_codes == 2 and model.encode(images).shape == (6, 2)
 
 
-def test_more_codes_than_stages_are_refused(tiny_vqdraw):
+def test_more_codes_than_stages_raise(tiny_vqdraw):
     with pytest.raises(ValueError, match="codes must be `b 4` or a prefix, got shape `1 5`"):
         tiny_vqdraw.decode(torch.zeros(1, 5, dtype=torch.long))
 
 
-def test_a_fresh_model_draws_the_mean_image(images):
+def test_new_model_decodes_to_the_mean_image(images):
     model = build().eval()
     assert torch.equal(model.decode(model.encode(images)), torch.full_like(images, 0.5))
 
 
-def test_starting_from_data_makes_reconstructions_sharper_code_by_code(images):
+def test_init_from_data_lowers_the_error_code_by_code(images):
     model = build().eval()
     model.init_from_data(images.repeat(2, 1, 1, 1) + 0.1 * torch.rand(12, 3, 8, 8))
     codes = model.encode(images)
@@ -62,27 +62,27 @@ def test_starting_from_data_makes_reconstructions_sharper_code_by_code(images):
     assert errors == sorted(errors, reverse=True) and errors[0] < (images - 0.5).square().mean()
 
 
-def test_starting_from_data_refuses_images_of_another_size():
+def test_init_from_data_with_another_image_size_raises():
     with pytest.raises(ValueError, match="`b 3 8 8`, got"):
         build().init_from_data(torch.zeros(2, 3, 16, 16))
 
 
-def test_starting_from_data_refuses_pixels_that_are_not_finite(images):
+def test_init_from_data_with_non_finite_pixels_raises(images):
     with pytest.raises(ValueError, match="got NaN or infinity"):
         build().init_from_data(torch.full_like(images, torch.nan))
 
 
-def test_the_loss_is_the_drawings_in_normalised_pixels(tiny_vqdraw, images):
+def test_loss_is_computed_in_normalized_pixels(tiny_vqdraw, images):
     drawing = tiny_vqdraw.vqdraw((images - 0.5) / 0.25)
     torch.testing.assert_close(tiny_vqdraw(images).loss, tiny_vqdraw.vqdraw.loss(drawing))
 
 
-def test_the_reported_error_is_in_pixels(tiny_vqdraw, images):
+def test_mse_metric_is_in_pixels(tiny_vqdraw, images):
     state = tiny_vqdraw.vqdraw((images - 0.5) / 0.25).state
     torch.testing.assert_close(tiny_vqdraw(images).metrics["mse"], (state * 0.25 + 0.5 - images).square().mean())
 
 
-def test_the_reported_use_is_the_share_of_first_codes(tiny_vqdraw, images):
+def test_first_stage_usage_is_the_fraction_of_options_chosen(tiny_vqdraw, images):
     output = tiny_vqdraw(images)
     torch.testing.assert_close(output.metrics["first_stage_usage"].item(), len(output.codes[:, 0].unique()) / 6)
 
@@ -98,7 +98,7 @@ def test_one_segment_is_one_refiner(segment_length):
     assert isinstance(build(segment_length=segment_length).vqdraw.refiner, ConvRefiner)
 
 
-def test_a_later_segment_changes_no_earlier_stage(images):
+def test_later_segment_does_not_change_earlier_stages(images):
     model = build(segment_length=2).eval()
     perturb(model)
     codes = model.encode(images)
@@ -109,7 +109,7 @@ def test_a_later_segment_changes_no_earlier_stage(images):
     assert not torch.equal(model.decode(codes[:, :3]), before[1])
 
 
-def test_a_segment_length_that_does_not_divide_the_stages_is_refused():
+def test_segment_length_that_does_not_divide_num_stages_raises():
     with pytest.raises(ValueError, match="num_stages 4 is not a multiple of segment_length 3"):
         build(segment_length=3)
 
@@ -126,7 +126,7 @@ def test_every_variant_decodes_to_its_reconstruction_and_trains_every_parameter(
 
 @pytest.mark.parametrize("beam_size", [1, 2])
 @pytest.mark.parametrize("refiner", ["conv", "mnist"])
-def test_in_bfloat16_the_refiner_computes_and_errors_do_not(refiner, beam_size, monkeypatch):
+def test_encode_in_bfloat16_runs_the_refiner_but_not_the_errors_in_it(refiner, beam_size, monkeypatch):
     sizes = {"image_size": 28 if refiner == "mnist" else 8, "num_stages": 3, "codebook_size": 8}
     model = VQDrawForImages(VQDrawImageConfig(**sizes, refiner=refiner, num_channels=1, encode_dtype="bfloat16")).eval()
     seen, error = [], model.vqdraw.stage_loss
@@ -147,6 +147,6 @@ def test_in_bfloat16_the_refiner_computes_and_errors_do_not(refiner, beam_size, 
     assert set(inside) == {torch.bfloat16}
 
 
-def test_another_type_to_encode_in_is_refused():
+def test_unknown_encode_dtype_raises():
     with pytest.raises(ValueError, match="encode_dtype must be one of float32, bfloat16, got 'float16'"):
         VQDrawImageConfig(encode_dtype="float16")

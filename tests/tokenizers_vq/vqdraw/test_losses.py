@@ -1,4 +1,4 @@
-"""Errors of states that are no images, against torch's own distributions."""
+"""Stage losses, compared with torch's distributions."""
 
 from types import SimpleNamespace
 
@@ -18,14 +18,14 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def test_the_gaussian_error_is_the_negative_log_likelihood():
+def test_gaussian_nll_loss_equals_torchs_log_likelihood():
     steps, state, target = random(5, 6, 4, 4, 4), random(5, 4, 4, 4), random(*TARGET)
     mean, log_std = (state[:, None] + steps).split(2, dim=2)
     expected = -Normal(mean, log_std.exp()).log_prob(target[:, None]).flatten(2).mean(dim=2)
     torch.testing.assert_close(GaussianNLLLoss()(DenseOptions(steps), state, target), expected)
 
 
-def test_the_bernoulli_error_is_the_negative_log_likelihood():
+def test_bce_loss_equals_torchs_log_likelihood():
     steps, state, pixels = random(*SHAPE), random(*TARGET), torch.rand(TARGET, dtype=torch.float64).round()
     stage_loss = BCELoss(SimpleNamespace(pixel_mean=0.3, pixel_std=0.2))
     expected = -Bernoulli(logits=state[:, None] + steps).log_prob(pixels[:, None]).flatten(2).mean(dim=2)
@@ -33,7 +33,7 @@ def test_the_bernoulli_error_is_the_negative_log_likelihood():
 
 
 @pytest.mark.parametrize("stage_loss", [MSELoss(), GaussianNLLLoss(), BCELoss(VQDrawImageConfig())])
-def test_the_wanted_state_is_seen_as_the_target(stage_loss):
+def test_target_state_reconstructs_the_target(stage_loss):
     target = (torch.rand(TARGET).round() - 0.5) / 0.25
     state = stage_loss.target_state(target)
     assert state.shape[1] == stage_loss.channel_multiplier * target.shape[1]
@@ -41,7 +41,7 @@ def test_the_wanted_state_is_seen_as_the_target(stage_loss):
 
 
 @pytest.mark.parametrize("stage_loss", ["gaussian_nll", "bce"])
-def test_models_of_every_error_train_and_decode_to_their_reconstruction(stage_loss, images, tmp_path):
+def test_model_of_every_loss_trains_and_decodes_to_its_reconstruction(stage_loss, images, tmp_path):
     config = VQDrawImageConfig(
         image_size=8, num_stages=3, codebook_size=4, hidden_channels=16, feature_channels=8, stage_loss=stage_loss
     )
@@ -61,6 +61,6 @@ def test_models_of_every_error_train_and_decode_to_their_reconstruction(stage_lo
     assert torch.equal(VQDrawForImages.from_pretrained(tmp_path).encode(pixels), output.codes)
 
 
-def test_an_unknown_error_is_refused():
+def test_unknown_stage_loss_raises():
     with pytest.raises(ValueError, match="stage_loss must be one of mse, gaussian_nll, bce, got 'cubic'"):
         VQDrawImageConfig(stage_loss="cubic")

@@ -1,4 +1,4 @@
-"""The published architectures: loaded from their own names, and exact against what their code computed."""
+"""Checkpoints of the original code: loaded, and compared with what that code computed."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ REFERENCE = SHARED / "reference" / "vqdraw_mnist_60bit.safetensors"
 BITS = {"mnist": 60, "svhn": 120, "cifar10": 600, "celeba": 600}
 PARAMETERS = {"mnist": 0.4876e6, "cifar10": 10 * 8.9e6}
 SIZES = {"mnist": {"segment_length": 0, "num_stages": 3}}
-needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason="the published weights are not at hand")
+needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason="the published weights are not available")
 
 
 def plain(stack: nn.ModuleList, x: Tensor, stage: int) -> Tensor:
-    """Layers one after another, gains as products: the definition."""
+    """Apply the layers in order, with gains as products: the definition."""
     inside = x
     for layer in stack:
         if isinstance(layer, StageGain):
@@ -33,8 +33,8 @@ def plain(stack: nn.ModuleList, x: Tensor, stage: int) -> Tensor:
     return inside + x if isinstance(stack, ResidualSequential) else x
 
 
-def published_names(model: VQDrawForImages, *, last_layer: int, several: bool) -> dict[str, Tensor]:
-    """A state dict as the published code names it."""
+def original_state_dict(model: VQDrawForImages, *, last_layer: int, several: bool) -> dict[str, Tensor]:
+    """Return a state dict with the names of the original code."""
     bias = model.vqdraw.biases.data[0]
     if model.config.stage_loss == "gaussian_nll":
         bias = rearrange(bias, "k (s c) h w -> k c h w s", s=2).contiguous()
@@ -81,9 +81,9 @@ def test_folded_gains_equal_multiplied_ones(name):
 
 @pytest.mark.parametrize(("name", "stage_loss"), [*((name, "mse") for name in PRESETS), ("mnist", "gaussian_nll")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_checkpoints_of_every_architecture_come_back_whole(name, stage_loss, suffix, tmp_path):
+def test_checkpoint_of_every_architecture_loads_with_equal_codes(name, stage_loss, suffix, tmp_path):
     model = small(name, stage_loss=stage_loss)
-    tensors = published_names(model, last_layer=last_layer(model), several=name == "svhn")
+    tensors = original_state_dict(model, last_layer=last_layer(model), several=name == "svhn")
     path = tmp_path / f"model{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(tensors, path)
     loaded = VQDrawForImages.from_vq_draw_checkpoint(path)
@@ -95,15 +95,15 @@ def test_checkpoints_of_every_architecture_come_back_whole(name, stage_loss, suf
     assert torch.equal(VQDrawForImages.from_pretrained(tmp_path / "ours").encode(pixels), model.encode(pixels))
 
 
-def test_what_no_tensor_tells_of_a_checkpoint_can_be_said(tmp_path):
+def test_overrides_set_what_tensors_do_not_tell(tmp_path):
     model = small("mnist", stage_loss="bce")
-    save_file(published_names(model, last_layer=last_layer(model), several=False), tmp_path / "model.safetensors")
+    save_file(original_state_dict(model, last_layer=last_layer(model), several=False), tmp_path / "model.safetensors")
     loaded = VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors", stage_loss="bce", beam_size=2)
     pixels = torch.rand(2, 1, 28, 28).round()
     assert loaded.config.beam_size == 2 and torch.equal(loaded.encode(pixels), model.encode(pixels))
 
 
-def test_a_gaussian_refiner_sees_deviations():
+def test_gaussian_refiner_gets_standard_deviations():
     refiner = OriginalRefiner("mnist", num_stages=2, codebook_size=3, gaussian=True)
     mean, log_std = torch.randn(2, 2, 1, 28, 28)
     steps = refiner(torch.cat([mean, log_std], dim=1), 1).all_steps()
@@ -112,9 +112,9 @@ def test_a_gaussian_refiner_sees_deviations():
     torch.testing.assert_close(steps, plain_steps, atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpoint_trained_on_fewer_stages_says_so(tmp_path):
+def test_checkpoint_trained_on_fewer_stages_sets_active_stages(tmp_path):
     model = small("mnist")
-    tensors = published_names(model, last_layer=last_layer(model), several=False) | {"_stages": torch.tensor(2)}
+    tensors = original_state_dict(model, last_layer=last_layer(model), several=False) | {"_stages": torch.tensor(2)}
     save_file(tensors, tmp_path / "model.safetensors")
     loaded = VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors")
     assert loaded.num_codes == 2 and loaded.config.num_stages == 3
@@ -141,7 +141,7 @@ def test_published_architectures_decode_to_their_reconstruction_and_train_every_
         ({"bias": torch.zeros(8, 1, 28, 28), "refiner.layers.1.embeddings": torch.zeros(4, 32)}, "4 stages"),
     ],
 )
-def test_tensors_of_another_architecture_are_refused(tensors, message, tmp_path):
+def test_tensors_of_another_architecture_raise(tensors, message, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors")
@@ -156,15 +156,15 @@ def test_tensors_of_another_architecture_are_refused(tensors, message, tmp_path)
     ],
     ids=["oblong", "NaN", "two numbers of stages"],
 )
-def test_tensors_that_make_no_model_are_refused(name, tensor, message, tmp_path):
+def test_invalid_tensors_raise(name, tensor, message, tmp_path):
     model = small("mnist")
-    tensors = published_names(model, last_layer=last_layer(model), several=False)
+    tensors = original_state_dict(model, last_layer=last_layer(model), several=False)
     save_file(tensors | {name: tensor}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.safetensors")
 
 
-def test_files_without_tensors_are_refused(tmp_path):
+def test_files_without_tensors_raise(tmp_path):
     for name, content in (("a.safetensors", b"{"), ("b.pt", b"not torch"), ("c.pt", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
@@ -190,7 +190,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
+def test_error_does_not_advise_unsafe_loading(tmp_path):
     Path(tmp_path, "model.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"tensors only: torch\.save did not write it") as refusal:
         VQDrawForImages.from_vq_draw_checkpoint(tmp_path / "model.pt")
@@ -206,12 +206,12 @@ def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
         ({"num_biased_stages": 21}, "num_biased_stages 21 is more than num_stages 20"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_inconsistent_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         VQDrawImageConfig(**settings)
 
 
-def test_an_unknown_preset_is_refused():
+def test_unknown_preset_raises():
     with pytest.raises(ValueError, match="preset must be one of mnist, svhn, cifar10, celeba, got 'imagenet'"):
         VQDrawImageConfig.preset("imagenet")
 
@@ -232,7 +232,7 @@ def digits() -> Tensor:
 
 
 @needs_reference
-def test_the_published_model_codes_1000_digits_exactly(published, digits):
+def test_published_model_encodes_1000_digits_exactly(published, digits):
     expected = load_file(REFERENCE.with_name("vqdraw_mnist_expected.safetensors"))
     with torch.no_grad():
         drawings = [published.vqdraw(published.normalize(some)) for some in digits.split(100)]
@@ -243,7 +243,7 @@ def test_the_published_model_codes_1000_digits_exactly(published, digits):
 
 
 @needs_reference
-def test_a_beam_finds_better_codes_of_the_published_model(published, digits):
+def test_beam_search_lowers_the_error_of_the_published_model(published, digits):
     some = digits[:100]
     target = published.normalize(some)
     errors = {
@@ -255,7 +255,7 @@ def test_a_beam_finds_better_codes_of_the_published_model(published, digits):
 
 @needs_reference
 @pytest.mark.parametrize("beam_size", [1, 2])
-def test_codes_searched_in_bfloat16_decode_as_near(published, digits, beam_size, monkeypatch):
+def test_codes_encoded_in_bfloat16_have_the_same_error(published, digits, beam_size, monkeypatch):
     target = published.normalize(digits[:500])
     errors = {}
     for dtype in ("float32", "bfloat16"):

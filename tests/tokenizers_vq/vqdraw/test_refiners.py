@@ -18,7 +18,7 @@ def fresh() -> ConvRefiner:
 
 @pytest.fixture
 def refiner() -> ConvRefiner:
-    """With every zero perturbed, as after some training."""
+    """With every parameter perturbed, as after some training."""
     module = fresh()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -37,11 +37,11 @@ class Named(nn.Module):
         return DenseOptions(torch.full((len(state), 1), 10.0 * self.name + stage))
 
 
-def test_a_fresh_refiner_proposes_to_stay(images):
+def test_new_refiner_proposes_zero_steps(images):
     assert not any(fresh()(images, stage).all_steps().any() for stage in range(4))
 
 
-def test_the_first_gradient_of_a_fresh_refiner_reaches_its_head(images):
+def test_first_gradient_of_a_new_refiner_reaches_its_head(images):
     module = fresh()
     sum(module(images, stage).squared_errors(images).mean() for stage in range(4)).backward()
     assert module.head.grad.flatten(2).any(dim=2).all()
@@ -58,19 +58,19 @@ def test_options_have_the_shape_of_the_state(refiner, images):
 
 
 @pytest.mark.parametrize("size", [(4, 4), (12, 8)])
-def test_any_multiple_of_four_runs(refiner, size):
+def test_refiner_takes_any_multiple_of_four(refiner, size):
     assert refiner(torch.randn(2, 3, *size), 0).all_steps().shape == (2, 5, 3, *size)
 
 
-def test_an_example_gets_alone_what_it_gets_in_a_batch(refiner, images):
+def test_example_gets_the_same_steps_alone_and_in_a_batch(refiner, images):
     torch.testing.assert_close(refiner(images[2:3], 1).all_steps()[0], refiner(images, 1).all_steps()[2])
 
 
-def test_stages_propose_differently_from_the_same_state(refiner, images):
+def test_stages_propose_different_steps_for_the_same_state(refiner, images):
     assert not torch.allclose(refiner(images, 0).all_steps(), refiner(images, 1).all_steps())
 
 
-def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
+def test_gains_of_a_stage_do_not_change_other_stages(refiner, images):
     before = [refiner(images, stage).all_steps() for stage in range(4)]
     with torch.no_grad():
         for module in refiner.modules():
@@ -81,7 +81,7 @@ def test_the_gains_of_a_stage_touch_no_other_stage(refiner, images):
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 6, 4, stride=2, padding=1), nn.ConvTranspose2d(3, 6, 4, stride=2)])
-def test_gains_scale_what_a_convolution_makes(images, layer):
+def test_scaled_conv_equals_a_scaled_output(images, layer):
     gains = StageGain(4, 6, init=torch.randn)
     expected = layer(images) * gains.gain[1, :, None, None]
     for x in (images, channels_last(images)):
@@ -90,17 +90,17 @@ def test_gains_scale_what_a_convolution_makes(images, layer):
     torch.testing.assert_close(gains.scaled_conv(layer, few, 1), layer(few) * gains.gain[1, :, None, None])
 
 
-def test_gains_scale_what_a_normalisation_makes(images):
+def test_scaled_norm_equals_a_scaled_output(images):
     gains, norm = StageGain(4, 3, init=torch.randn), group_norm(3)
     expected = norm(images) * gains.gain[1, :, None, None]
     torch.testing.assert_close(gains.scaled_norm(norm, images, 1), expected)
 
 
-def test_fresh_gains_change_nothing(images):
+def test_new_gains_change_nothing(images):
     assert torch.equal(StageGain(4, 3).scaled_norm(group_norm(3), images, 1), group_norm(3)(images))
 
 
-def test_each_segment_asks_its_own_refiner_from_its_first_stage():
+def test_each_segment_runs_its_own_refiner_from_stage_zero():
     refiner = SegmentedRefiner([Named(1), Named(2), Named(3)], segment_length=2)
     answers = [refiner(torch.zeros(1), stage).all_steps().item() for stage in range(6)]
     assert answers == [10, 11, 20, 21, 30, 31]

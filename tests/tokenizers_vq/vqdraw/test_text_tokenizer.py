@@ -28,7 +28,7 @@ TINY = {
 
 
 def tiny(**settings) -> VQDrawForText:
-    """With every zero perturbed, as after some training."""
+    """With every parameter perturbed, as after some training."""
     torch.manual_seed(0)
     model = VQDrawForText(VQDrawTextConfig(**TINY | settings))
     with torch.no_grad():
@@ -89,7 +89,7 @@ class TestOptions:
 
 class TestError:
     @pytest.mark.parametrize("num_examples", [1, 20])
-    def test_is_torchs_cross_entropy_over_positions_that_matter(self, num_examples):
+    def test_equals_torchs_cross_entropy_over_valid_positions(self, num_examples):
         options = BiasedOptions(DenseOptions(random(num_examples, 3, 6, 9)), random(3, 6, 9))
         state, target = random(num_examples, 6, 9), torch.randint(9, (num_examples, 6))
         target[0, 2:] = IGNORE_INDEX
@@ -102,7 +102,7 @@ class TestError:
             torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), expected)
 
     @pytest.mark.parametrize("scale", [1, 30, 1000])
-    def test_without_gradient_it_is_the_same_for_steps_of_any_size(self, scale):
+    def test_without_gradient_it_equals_the_plain_form_for_steps_of_any_size(self, scale):
         options, state = DenseOptions(scale * random(4, 3, 6, 9).float()), scale * random(4, 6, 9).float()
         target = torch.randint(9, (4, 6))
         plain = CrossEntropyLoss(9)(options, state, target)
@@ -112,7 +112,7 @@ class TestError:
     @pytest.mark.parametrize("where", ["steps", "state"])
     @pytest.mark.parametrize("symbols", [slice(1, 5), slice(None)])
     @pytest.mark.parametrize("far", [-200.0, -70.0, 70.0, 200.0])
-    def test_without_gradient_it_is_the_same_where_float32_ends(self, where, symbols, far):
+    def test_without_gradient_it_equals_the_plain_form_at_the_limits_of_float32(self, where, symbols, far):
         steps, state = random(4, 3, 6, 9).float(), random(4, 6, 9).float()
         (steps if where == "steps" else state)[..., symbols] += far
         options, target = DenseOptions(steps), torch.randint(9, (4, 6))
@@ -121,7 +121,7 @@ class TestError:
             torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), plain)
 
     @pytest.mark.parametrize("first", [0.0, 0.5])
-    def test_steps_that_all_share_are_looked_at_once(self, first):
+    def test_shared_options_give_the_errors_of_the_plain_form(self, first):
         options = SharedOptions(DenseOptions(random(1, 3, 6, 9)), 5)
         state = torch.full((5, 6, 9), first, dtype=torch.float64)
         state[:, 0, 0] *= 2
@@ -131,7 +131,7 @@ class TestError:
         with torch.no_grad():
             torch.testing.assert_close(CrossEntropyLoss(9)(options, state, target), plain)
 
-    def test_the_wanted_state_is_seen_as_the_target(self):
+    def test_target_state_reconstructs_the_target(self):
         error, target = CrossEntropyLoss(9), torch.randint(9, (4, 6))
         assert torch.equal(error.reconstruct(error.target_state(target)), target)
         assert not error.target_state(torch.full((1, 6), IGNORE_INDEX)).any()
@@ -156,12 +156,12 @@ class TestText:
     def test_bytes_outside_the_alphabet_are_question_marks(self, trained):
         assert trained.symbols_to_texts(trained.texts_to_symbols(["a Zebra é"])) == ["a ?ebra ??"]
 
-    def test_cut_texts_are_reported_and_end_between_characters(self, model, caplog):
+    def test_truncated_texts_are_reported_and_end_between_characters(self, model, caplog):
         with caplog.at_level(logging.WARNING, logger="tokenizers_vq"):
             assert model.symbols_to_texts(model.texts_to_symbols(["a" * 17 + "é", "short"])) == ["a" * 17, "short"]
         assert "1 of 2 texts are longer than 3 spans and were truncated" in caplog.text
 
-    def test_no_texts_are_no_codes(self, model):
+    def test_empty_list_gives_empty_codes(self, model):
         assert model.encode([]).shape == (0, 9)
 
 
@@ -183,7 +183,7 @@ class TestWordSpans:
         live = words.valid_spans(words.texts_to_symbols([text])).sum()
         assert min(words.count_spans(text), words.num_spans) == live
 
-    def test_what_fills_up_is_free(self, words):
+    def test_padding_of_spans_is_ignored(self, words):
         target = words.make_labels(words.texts_to_symbols(["a tiger"])).view(6, 6)
         assert (target != IGNORE_INDEX).sum(dim=1).tolist() == [2, 6, 1, 0, 0, 0]
         assert not words.encode(["a dog"]).view(3, 6)[:, 3:].any()
@@ -200,11 +200,11 @@ class TestCodes:
         assert torch.equal(model.encode(TEXTS), output.codes) and output.codes.shape == (5, 9)
         assert torch.equal(model.decode_symbols(output.codes), output.reconstruction)
 
-    def test_a_text_codes_alone_as_among_others(self, model):
+    def test_text_gets_the_same_codes_alone_and_in_a_batch(self, model):
         together = model.encode(TEXTS)
         assert torch.equal(torch.cat([model.encode([text]) for text in TEXTS]), together)
 
-    def test_after_the_end_of_a_text_they_are_zero(self, model):
+    def test_are_zero_after_the_end_of_a_text(self, model):
         codes = model.encode(TEXTS).view(5, 3, 3)
         assert not codes[2:4, :, 1:].any() and codes[1].any()
 
@@ -231,7 +231,7 @@ class TestCodes:
         assert torch.equal(part[:, :6], after[:, :6]) and torch.equal(part[:, 6:], before[:, 6:])
 
     @pytest.mark.parametrize("codes", [torch.zeros(2, 10), torch.full((2, 9), 8), torch.zeros(2, 10, dtype=torch.long)])
-    def test_that_are_none_are_refused(self, model, codes):
+    def test_invalid_codes_raise(self, model, codes):
         with pytest.raises(ValueError, match="codes must"):
             model.decode(codes)
 
@@ -244,10 +244,10 @@ class TestCodes:
 
 
 class TestTraining:
-    def test_brings_texts_back(self, trained):
+    def test_trained_model_reconstructs_texts(self, trained):
         assert trained.decode(trained.encode(TEXTS)) == TEXTS
 
-    def test_starts_with_every_option_in_use(self):
+    def test_init_from_data_uses_every_option(self):
         model = VQDrawForText(VQDrawTextConfig(**TINY))
         symbols = model.texts_to_symbols(
             ["".join(chr(97 + (start + step) % 26) for step in range(18)) for start in range(26)]
@@ -275,7 +275,7 @@ class TestTraining:
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         torch.testing.assert_close(*gradients)
 
-    def test_revival_moves_dead_options_to_texts_that_need_them(self):
+    def test_replacement_moves_dead_options_only(self):
         model = tiny()
         target = model.make_labels(model.texts_to_symbols(TEXTS))
         dead = torch.zeros(3, 8, dtype=torch.bool)
@@ -306,19 +306,19 @@ class TestFolder:
             ({"num_stage": 2}, "did you mean 'num_stages'"),
         ],
     )
-    def test_settings_that_cannot_be_are_refused(self, settings, message):
+    def test_invalid_settings_raise(self, settings, message):
         with pytest.raises(ValueError, match=message):
             VQDrawTextConfig(**TINY | settings)
 
     @pytest.mark.parametrize(
         "symbols", [torch.zeros(2, 17, dtype=torch.long), torch.full((2, 18), 300), torch.zeros(2, 18)]
     )
-    def test_symbols_that_are_none_are_refused(self, model, symbols):
+    def test_invalid_symbols_raise(self, model, symbols):
         with pytest.raises(ValueError, match="symbols must"):
             model(symbols)
 
     @pytest.mark.parametrize("texts", [[1], [None], ["\ud800"]])
-    def test_what_is_no_text_is_refused(self, model, texts):
+    def test_invalid_texts_raise(self, model, texts):
         with pytest.raises(ValueError, match="text 0"):
             model.encode(texts)
 
