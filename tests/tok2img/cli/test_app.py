@@ -138,7 +138,7 @@ def test_every_command_does_its_part_of_the_whole_job(tok2img, data, tmp_path):
     assert report["figures"] == [str(tmp_path / "model_figures" / name) for name in ("samples.png", "curves.png")]
 
 
-def test_a_prior_can_be_trained_from_images_at_once(tok2img, data, tokenizer, tmp_path):
+def test_train_prior_from_images_tokenizes_them_first(tok2img, data, tokenizer, tmp_path):
     keys = ["--data", data, "--image-tokenizer", tokenizer, "--vocab-size", "260", "--depth", "1"]
     _, complaint, code = tok2img("train-prior", *keys, "--out", tmp_path / "model", *SHORT)
     assert code == 0, complaint
@@ -168,19 +168,19 @@ def test_a_recipe_file_and_the_command_line_make_one_run(tok2img, data, tmp_path
     assert (config["hidden_channels"], config["codebook_size"], config["num_decoder_blocks"]) == (16, 8, 1)
 
 
-def test_cut_captions_are_said(tok2img, data, tokenizer, tmp_path):
+def test_tokenize_with_long_captions_reports_truncation(tok2img, data, tokenizer, tmp_path):
     words = ["--tokenizer", tokenizer, "--out", tmp_path / "tokens", "--text-length", 2, "--vocab-size", 256]
     said, _, code = tok2img("tokenize", data, *words)
     assert code == 0 and "24 captions were longer than 2 text tokens and were truncated" in said
 
 
-def test_the_same_seed_writes_the_same_file(tok2img, model, tmp_path):
+def test_generate_with_the_same_seed_writes_the_same_file(tok2img, model, tmp_path):
     for name in ("one.png", "two.png"):
         tok2img("generate", "a dog", "--model", model, "--seed", 3, "--num-images", 4, "--out", tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_named_images_are_reconstructed(tok2img, tokenizer, pil_images, tmp_path):
+def test_reconstruct_with_image_files_writes_a_sheet(tok2img, tokenizer, pil_images, tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(2)]
     for file, image in zip(files, pil_images, strict=False):
         image.save(file)
@@ -405,7 +405,7 @@ class TestBadRequestsForImages:
         refused(*words, "--num-images", -2, names="num-images")
 
 
-def test_images_of_an_evaluation_go_to_the_folder_that_is_asked_for(tok2img, tokenizer, data, tmp_path):
+def test_evaluate_with_figures_folder_saves_figures_there(tok2img, tokenizer, data, tmp_path):
     words = ["--tokenizer", tokenizer, "--data", data, "--split", "train", "--out", tmp_path / "report.json"]
     _, complaint, code = tok2img("evaluate", *words, "--figures", tmp_path / "drawn")
     assert code == 0, complaint
@@ -423,7 +423,7 @@ def test_an_evaluation_without_matplotlib_does_its_work_and_says_what_it_left_ou
     assert json.loads((tmp_path / "report.json").read_text())["figures"] == [sheet]
 
 
-def test_an_evaluation_keeps_its_figures_where_a_chart_fails(tok2img, tokenizer, data, tmp_path, monkeypatch):
+def test_evaluate_with_failing_chart_keeps_the_report(tok2img, tokenizer, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tok2img.visualization.report_figures.plot_code_usage", lambda *_: (_ for _ in ()).throw(ValueError("no chart"))
     )
@@ -443,7 +443,7 @@ def test_evaluate_model_verifies_the_captions_of_the_named_column(tok2img, model
     assert CaptionClassifier.from_pretrained(tmp_path / "verifier").config.captions == ["cat", "dog"]
 
 
-def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):
+def test_evaluate_without_model_or_tokenizer_is_refused(refused, data):
     refused("evaluate", "--data", data, "--out", "a.json", names="--model or --tokenizer")
 
 
@@ -456,7 +456,7 @@ def test_an_evaluation_of_nothing_or_of_both_is_refused(refused, data):
         (["generate", "a", "--model", "m", "--out", "o.png", "--seed", "x"], "Invalid value for '--seed'"),
     ],
 )
-def test_a_command_that_is_not_whole_is_refused_in_one_line(refused, words, message):
+def test_incomplete_command_is_refused_in_one_line(refused, words, message):
     refused(*words, names=message)
 
 
@@ -570,7 +570,7 @@ def test_a_search_that_a_tokenizer_does_not_know_is_refused(refused, data, token
         refused("tokenize", data, "--out", "t", *words, names=named)
 
 
-def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):
+def test_train_ranker_makes_a_ranker_that_generate_uses(tok2img, data, model, tmp_path):
     words = ["--depth", "1", "--vocab-size", "260", "--max-steps", "1", "--batch-size", "4", "--eval-steps", "0"]
     assert tok2img("train-ranker", "--data", data, "--out", tmp_path / "ranker", *words)[2] == 0
     for rank in ([], ["--ranker", tmp_path / "ranker"]):
@@ -579,7 +579,7 @@ def test_a_ranker_is_trained_and_chooses(tok2img, data, model, tmp_path):
         assert code == 0 and load_image(image).size == (8, 8), complaint
 
 
-def test_a_choice_of_none_and_a_ranker_that_is_none_are_refused(refused, model, tmp_path):
+def test_generate_with_invalid_best_of_or_ranker_is_refused(refused, model, tmp_path):
     words = ["generate", "a dog", "--model", model, "--out", "image.png"]
     refused(*words, "--best-of", 0, names="Expected best_of to be at least 1")
     refused(*words, "--best-of", 2, "--ranker", tmp_path, names=f"cannot load a CLIP model from {tmp_path}")

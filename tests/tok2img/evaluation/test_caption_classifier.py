@@ -49,7 +49,7 @@ def test_a_wrong_caption_is_rejected(classifier: CaptionClassifier) -> None:
     assert not classifier.verify(stripes("flat", seed=5), "upright stripes")
 
 
-def test_a_caption_never_trained_on_is_refused(classifier: CaptionClassifier) -> None:
+def test_verify_with_unknown_caption_raises(classifier: CaptionClassifier) -> None:
     with pytest.raises(ValueError, match="'a zebra'"):
         classifier.verify(stripes("flat", seed=5), "a zebra")
 
@@ -88,9 +88,7 @@ def test_a_saved_classifier_verifies_as_before(classifier: CaptionClassifier, tm
 
 
 @pytest.mark.parametrize("name", ["num_channels", "image_size", "captions"])
-def test_settings_without_one_of_those_that_are_saved_are_refused(
-    classifier: CaptionClassifier, tmp_path: Path, name: str
-) -> None:
+def test_from_pretrained_with_missing_setting_raises(classifier: CaptionClassifier, tmp_path: Path, name: str) -> None:
     classifier.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {}}
     del settings[name]

@@ -48,7 +48,7 @@ def pil_images() -> Tensor:
     return BrightnessTokenizer().decode((torch.arange(10)[:, None] + torch.arange(4)) % 5)
 
 
-def test_images_that_survive_their_codes_have_no_error(pil_images: Tensor) -> None:
+def test_evaluate_tokenizer_with_exact_reconstructions_has_no_error(pil_images: Tensor) -> None:
     metrics = evaluate_tokenizer(BrightnessTokenizer(), [pil_images])
     assert (metrics["mse"], metrics["psnr"]) == (0, math.inf)
     assert metrics["ssim"] == pytest.approx(1)
@@ -150,19 +150,19 @@ def test_frechet_distance_needs_two_rows() -> None:
         frechet_distance(torch.ones(1, 3), torch.ones(5, 3))
 
 
-def test_repeated_share_counts_whole_rows() -> None:
+def test_memorization_rate_counts_whole_rows() -> None:
     training = torch.tensor([[1, 2, 3], [4, 5, 6]])
     codes = torch.tensor([[1, 2, 3], [4, 5, 7], [2, 3, 4], [4, 5, 6]])
     assert memorization_rate(codes, training) == 0.5
 
 
-def test_repeated_share_ignores_the_integer_type() -> None:
+def test_memorization_rate_ignores_the_integer_type() -> None:
     codes = torch.tensor([[1, 255, 0], [0, 1, 0]])
     assert memorization_rate(codes, codes.to(torch.uint8)) == 1
     assert memorization_rate(codes.to(torch.uint8), codes[:1].to(torch.int16)) == 0.5
 
 
-def test_repeated_share_refuses_rows_of_another_length() -> None:
+def test_memorization_rate_with_rows_of_other_length_raises() -> None:
     with pytest.raises(ValueError, match="one length"):
         memorization_rate(torch.zeros(2, 3), torch.zeros(2, 4))
 
@@ -199,7 +199,7 @@ def test_caption_accuracy_refuses_captions_that_do_not_pair_up() -> None:
         caption_accuracy(["red"], ["red", "blue"], lambda image, caption: True)
 
 
-def test_an_image_that_sharpens_is_measured_stage_by_stage(tiny_vqdraw, images):
+def test_evaluate_tokenizer_with_stages_measures_every_stage(tiny_vqdraw, images):
     report = evaluate_tokenizer(tiny_vqdraw, images.split(4))
     codes = tiny_vqdraw.encode(images)
     expected = [(tiny_vqdraw.decode(codes[:, :count]) - images).square().mean().item() for count in (1, 2, 3, 4)]
@@ -219,14 +219,14 @@ class Extremes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tokenizer", ["tiny_vqdraw", "tiny_vqvae"])
-def test_a_batch_is_looked_at_once_and_its_codes_never(tokenizer, images, request):
+def test_evaluate_tokenizer_validates_each_batch_once_and_codes_never(tokenizer, images, request):
     image_tokenizer = request.getfixturevalue(tokenizer)
     with Extremes() as looks:
         evaluate_tokenizer(image_tokenizer, images.split(4))
     assert looks.count == len(images.split(4)) > 1
 
 
-def test_images_that_are_none_are_refused(tiny_vqdraw, images):
+def test_evaluate_tokenizer_with_non_finite_images_raises(tiny_vqdraw, images):
     with pytest.raises(ValueError, match="got NaN or infinity"):
         evaluate_tokenizer(tiny_vqdraw, [images, images.clone().fill_(math.nan)])
     with pytest.raises(ValueError, match=r"codes must lie in 0\.\."):  # no check is left out afterwards

@@ -15,12 +15,12 @@ def write(folder, *splits, image=b"content"):
 
 
 @pytest.mark.parametrize("splits", [("train", "validation"), ("train", "validation", "test")])
-def test_unseen_rows_are_of_the_test_split_or_else_of_validation(tmp_path, splits):
+def test_load_eval_split_prefers_test_over_validation(tmp_path, splits):
     write(tmp_path, *splits)
     assert load_eval_split(str(tmp_path))["caption"][:] == [splits[-1]]
 
 
-def test_what_is_wrong_with_the_test_split_is_said(tmp_path):
+def test_load_eval_split_with_damaged_test_split_raises(tmp_path):
     write(tmp_path, "train", "test")
     with pytest.raises(ValueError, match="no column 'titel'"):
         load_eval_split(str(tmp_path), caption_column="titel")
@@ -40,7 +40,7 @@ def test_data_of_the_hub_without_a_test_split_has_its_validation_rows(monkeypatc
     assert load_eval_split("somebody/images")["caption"][:] == ["validation"]
 
 
-def test_a_report_is_json_where_an_error_is_none_and_its_psnr_infinite(tmp_path):
+def test_save_report_with_non_finite_numbers_writes_null(tmp_path):
     text = save_report({"psnr": math.inf, "stages": [{"mse": math.nan}, 0.5]}, tmp_path / "report.json")
     assert json.loads(text) == {"psnr": None, "stages": [{"mse": None}, 0.5]}
     assert (tmp_path / "report.json").read_text() == text + "\n"

@@ -62,7 +62,7 @@ def test_a_very_long_caption_is_cut_with_dots() -> None:
     assert five.size == many.size
 
 
-def test_an_empty_caption_is_no_trouble() -> None:
+def test_captioned_sheet_with_empty_caption_works() -> None:
     assert count(make_captioned_sheet([image()], [""]), RED) == 112**2
 
 

@@ -30,7 +30,7 @@ def test_a_vqvae_has_a_sheet_and_charts(tiny_vqvae, images, pil_images, tmp_path
     assert names == ["code_usage.png", "codebook.png", "curves.png", "reconstructions.png"]
 
 
-def test_a_tokenizer_that_sharpens_has_stages_and_no_map(tiny_vqdraw, images, pil_images, tmp_path):
+def test_vqdraw_figures_have_stages_and_no_codebook_map(tiny_vqdraw, images, pil_images, tmp_path):
     names = draw(tiny_vqdraw, images, pil_images, tmp_path / "p")
     assert names == ["code_usage.png", "reconstructions.png", "stages.png"]
 
@@ -67,7 +67,7 @@ def test_a_run_too_short_to_log_a_loss_has_no_curves(pil_images, captions, tmp_p
     assert save_model_figures(pil_images, captions, log=log, folder=tmp_path) == [str(tmp_path / "samples.png")]
 
 
-def test_a_code_is_shown_as_the_middle_of_the_image_that_has_it_everywhere(tiny_vqvae):
+def test_code_patch_is_the_center_cell_of_a_constant_code_image(tiny_vqvae):
     patches = render_code_patches(tiny_vqvae)
     assert len(patches) == 16 and {patch.size for patch in patches} == {(4, 4)}
     whole = tiny_vqvae.decode(torch.full((1, 4), 5))
@@ -75,9 +75,9 @@ def test_a_code_is_shown_as_the_middle_of_the_image_that_has_it_everywhere(tiny_
     assert list(patches[5].tobytes()) == pytest.approx(middle, abs=1)
 
 
-def test_codes_that_are_no_grid_have_no_patches(tiny_vqdraw):
+def test_code_patches_without_a_grid_are_empty(tiny_vqdraw):
     assert render_code_patches(tiny_vqdraw) == []
 
 
-def test_what_is_shown_is_spread_over_all_rows():
+def test_evenly_spaced_items_cover_all_rows():
     assert choose_evenly_spaced(range(100), 4) == [0, 25, 50, 75] and choose_evenly_spaced("ab", 4) == ["a", "b"]

@@ -35,12 +35,12 @@ def test_errors_are_those_of_the_model_and_smaller_for_images(script, vqdraw, pi
     assert of_image < of_state and milliseconds > 0
 
 
-def test_a_wider_beam_is_nearer(script, vqdraw, pixels):
+def test_wider_beam_has_lower_error(script, vqdraw, pixels):
     greedy, wide = (script("experiments/ablate_beam_size").errors_and_time(vqdraw, pixels, beam)[0] for beam in (1, 8))
     assert wide < greedy
 
 
-def test_it_says_a_line_for_each_beam_and_model(script, vqdraw, tmp_path, capsys):
+def test_main_prints_a_line_for_each_beam_and_model(script, vqdraw, tmp_path, capsys):
     folders = [str(tmp_path / name) for name in ("one", "other")]
     for folder in folders:
         vqdraw.save_pretrained(folder)

@@ -16,7 +16,7 @@ def test_errors_are_those_of_images_and_fall(script, tiny_vqvae, images, monkeyp
     assert searched.codes.equal(tiny_vqvae.encode(images, search_steps=10))
 
 
-def test_it_prints_a_line_for_every_search(script, tiny_vqvae, tiny_vqdraw, tmp_path, capsys):
+def test_main_prints_a_line_for_every_number_of_steps(script, tiny_vqvae, tiny_vqdraw, tmp_path, capsys):
     shapes_dataset("validation", 4).to_parquet(tmp_path / "test.parquet")
     tiny_vqvae.save_pretrained(str(tmp_path / "vqvae"))
     measured = script("experiments/ablate_latent_optimization")

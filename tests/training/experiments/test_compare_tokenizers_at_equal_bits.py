@@ -10,7 +10,7 @@ from tok2img.data.shapes import shapes_dataset
 
 
 @pytest.mark.parametrize(("bits", "num", "least"), [(120, 5, 119), (240, 6, 236)])
-def test_all_train_and_none_takes_more_bits_than_told(script, tmp_path, monkeypatch, bits, num, least):
+def test_all_tokenizers_train_within_the_bit_budget(script, tmp_path, monkeypatch, bits, num, least):
     shapes_dataset("train", 60).to_parquet(tmp_path / "train.parquet")
     shapes_dataset("validation", 20).to_parquet(tmp_path / "validation.parquet")
     equal_bits = script("experiments/compare_tokenizers_at_equal_bits")
