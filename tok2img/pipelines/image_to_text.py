@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ..generation.captioning import can_caption, caption
 from ..generation.sampling import Sampling, random_seed
 from ..tokenization.processor import Tok2ImgProcessor
-from .loading import batches, load_components, move_to
+from .batching import batches
+from .loading import load_components, move_to
 
 
 class ImageToTextPipeline:

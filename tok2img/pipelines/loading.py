@@ -1,7 +1,5 @@
 """Load the components of a pipeline from a folder or the hub, and place them on a device."""
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +56,3 @@ def move_to(prior: Any, processor: Tok2ImgProcessor, *device_or_dtype: str | tor
     prior.to(*device_or_dtype)
     # The image tokenizer stays in float32: bfloat16 would change up to 18 % of the codes.
     image_tokenizer.to(*(each for each in device_or_dtype if not isinstance(each, torch.dtype)))
-
-
-def batches(num: int, size: int, *, multiple: int = 1) -> Iterator[range]:
-    """Split `0..num-1` into ranges of nearly equal length.
-
-    Args:
-        num: Number of rows, a multiple of `multiple`.
-        size: Largest length of a range.
-        multiple: Every length is a multiple of this, even where that exceeds `size`.
-
-    Returns:
-        The ranges, in order.
-
-    Raises:
-        ValueError: If `size` is below 1.
-    """
-    if size < 1:
-        raise ValueError(f"Expected a batch_size of at least 1, got {size}.")
-    units, longest = num // multiple, max(1, size // multiple)
-    length = math.ceil(units / math.ceil(units / longest)) * multiple
-    return (range(first, min(first + length, num)) for first in range(0, num, length))

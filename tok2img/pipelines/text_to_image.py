@@ -22,9 +22,10 @@ from ..generation.likelihood import argmax_per_group, pointwise_mutual_informati
 from ..generation.sampling import Guidance, Sampling, random_seed, slerp_noise, uniform_noise
 from ..tokenization.processor import Tok2ImgProcessor
 from ..visualization.image_sheets import make_captioned_sheet, save_image
+from .batching import batches, expand_prompts
 from .clip_ranker import Ranker
 from .image_conditioning import Keep, encode_init_images, keep_mask
-from .loading import batches, load_components, move_to
+from .loading import load_components, move_to
 from .model_card import SAMPLES_FILE, model_card
 
 # Key of ours in generation_config.json.
@@ -139,7 +140,7 @@ class TextToImagePipeline:
         return str(address)
 
     def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> Self:
-        """Move prior and image tokenizer to a device, and the prior to a dtype: `to("cuda", torch.bfloat16)`."""
+        """Move both models to a device, and the prior to a dtype: `to("cuda", torch.bfloat16)`."""
         move_to(self.prior, self.processor, *device_or_dtype)
         return self
 
@@ -228,43 +229,29 @@ class TextToImagePipeline:
             raise ValueError(f'Expected output_type to be "pil" or "np", got {output_type!r}.')
         self._check_previews(preview_after, on_preview)
         self._warn_of_guidance(sampling, negative_prompt)
-        if (image is None) != (keep is None):
-            raise ValueError("image and keep go together: keep says which codes of the image stay")
         mask = None if keep is None else keep_mask(keep, self.processor.image_tokenizer)
         check_best_of(best_of, ranker, seed=seed, has_previews=bool(preview_after))
         captions = [caption for caption in captions for _ in range(best_of)]
-        inputs = self._prepare_inputs(
-            captions,
-            num_images_per_prompt * best_of,
-            seed=seed,
-            negative_prompt=negative_prompt,
-            image=image,
-        )
+        per_prompt = num_images_per_prompt * best_of
+        inputs = self._prepare_inputs(captions, per_prompt, seed, negative_prompt, image, has_mask=mask is not None)
         if batch_size is None:
             batch_size = max_batch_size(self.prior, self.processor.layout, guidance=sampling.guidance_scale != 1)
         images, codes, scores = [], [], []
         with tqdm(total=len(captions) // best_of, desc="generate", unit=" images", disable=not progress) as bar:
             for rows in batches(len(captions), batch_size, multiple=best_of):
                 batch: dict[str, Any] = {name: value[rows.start : rows.stop] for name, value in inputs.items()}
-                callback = partial(self._preview, rows, preview_after, on_preview) if on_preview else None
-                sampled = generate(
-                    self.prior,
-                    self.processor.layout,
-                    **batch,
-                    sampling=sampling,
-                    keep_mask=mask,
-                    callback=callback,
-                    compile=compile,
-                ).cpu()
+                batch |= {"sampling": sampling, "keep_mask": mask, "compile": compile}
+                if on_preview is not None:
+                    batch["callback"] = partial(self._preview, rows, preview_after, on_preview)
+                sampled = generate(self.prior, self.processor.layout, **batch).cpu()
                 if best_of > 1:
-                    score = self._score(captions[rows.start : rows.stop], batch["text_ids"], sampled, ranker)
-                    best = argmax_per_group(score, best_of)
-                    sampled, scores = sampled[best], [*scores, score[best]]
+                    some = captions[rows.start : rows.stop]
+                    sampled, best_scores = self._select_best(some, batch["text_ids"], sampled, best_of, ranker)
+                    scores.append(best_scores)
                 codes.append(sampled)
                 images.extend(self._decode(sampled))
                 bar.update(len(sampled))
-        results = images if output_type == "pil" else np.stack([as_array(each) for each in images])
-        return TextToImageOutput(results, torch.cat(codes), torch.cat(scores) if scores else None)
+        return collect_output(images, codes, scores, output_type)
 
     def _resolve_sampling(self, **settings: Any) -> Sampling:
         """Replace settings that are None by the model's own."""
@@ -277,10 +264,11 @@ class TextToImagePipeline:
         self,
         captions: list[str],
         per_prompt: int,
-        *,
         seed: int | tuple[int, int] | None,
         negative_prompt: str | None,
         image: Any,
+        *,
+        has_mask: bool,
     ) -> dict[str, Tensor]:
         """Prepare the inputs of `generate` that have one row per candidate.
 
@@ -290,7 +278,13 @@ class TextToImagePipeline:
             seed: As in `__call__`.
             negative_prompt: As in `__call__`.
             image: As in `__call__`.
+            has_mask: Whether the caller said which codes of `image` to keep.
+
+        Raises:
+            ValueError: If there is an image without a mask or a mask without an image.
         """
+        if (image is not None) != has_mask:
+            raise ValueError("image and keep go together: keep says which codes of the image stay")
         num = len(captions)
         inputs: dict[str, Tensor] = {}
         # The image first: a wrong size must not cost the time of encoding the captions.
@@ -315,11 +309,27 @@ class TextToImagePipeline:
         ends = [uniform_noise(int(each), range(num // per_prompt), num_codes) for each in seed]
         return torch.cat([slerp_noise(first, last, per_prompt) for first, last in zip(*ends, strict=True)])
 
-    def _score(self, captions: list[str], text_ids: Tensor, codes: Tensor, ranker: Ranker | None) -> Tensor:
-        """Score how well candidates `b n` match their captions, `b`."""
+    def _select_best(
+        self, captions: list[str], text_ids: Tensor, codes: Tensor, best_of: int, ranker: Ranker | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the best of each `best_of` adjacent candidates.
+
+        Args:
+            captions: Caption of each candidate.
+            text_ids: The captions' text ids, `(b g) t`.
+            codes: Codes of the candidates, `(b g) n`.
+            best_of: Candidates per image, `g`.
+            ranker: As in `__call__`.
+
+        Returns:
+            Codes `b n` and scores `b` of the best candidates.
+        """
         if ranker is None:
-            return pointwise_mutual_information(self.prior, self.processor.layout, text_ids, codes)
-        return torch.as_tensor(ranker(captions, self._decode(codes)))
+            scores = pointwise_mutual_information(self.prior, self.processor.layout, text_ids, codes)
+        else:
+            scores = torch.as_tensor(ranker(captions, self._decode(codes)))
+        best = argmax_per_group(scores, best_of)
+        return codes[best], scores[best]
 
     def _decode(self, codes: Tensor) -> list[Image.Image]:
         """Decode codes `b n` to images, in batches that fit in memory."""
@@ -374,24 +384,12 @@ def check_best_of(best_of: int, ranker: Ranker | None, *, seed: Any, has_preview
         raise ValueError("best_of cannot be combined with previews or with two seeds.")
 
 
-def expand_prompts(prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
-    """Repeat each prompt once per image.
-
-    Raises:
-        ValueError: If there is no prompt, one is not a string, or no image is asked for.
-    """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"Expected prompt to be a caption or a list of captions, got {prompt!r}.")
-    for caption in prompts:
-        if not isinstance(caption, str):
-            raise ValueError(f"Expected each prompt to be a string, got {type(caption).__name__}: {caption!r}.")
-    if num_images_per_prompt < 1:
-        raise ValueError(f"Expected num_images_per_prompt of at least 1, got {num_images_per_prompt}.")
-    return [caption for caption in prompts for _ in range(num_images_per_prompt)]
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    """Convert an image to floats in [0, 1], `h w c`."""
-    array = np.asarray(image, dtype=np.float32) / 255
-    return array[..., None] if array.ndim == 2 else array
+def collect_output(
+    images: list[Image.Image], codes: list[Tensor], scores: list[Tensor], output_type: str
+) -> TextToImageOutput:
+    """Join the results of all batches; convert images to floats, `b h w c`, if `output_type` is "np"."""
+    results: list[Image.Image] | np.ndarray = images
+    if output_type == "np":
+        arrays = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+        results = arrays[..., None] if arrays.ndim == 3 else arrays  # grayscale images have no channel axis
+    return TextToImageOutput(results, torch.cat(codes), torch.cat(scores) if scores else None)

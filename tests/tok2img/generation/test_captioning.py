@@ -68,11 +68,11 @@ class TestShares:
         assert both.metrics["image_loss"] == pytest.approx(drawing.metrics["image_loss"].item())
         torch.testing.assert_close(both.loss, 0.75 * drawing.loss + 0.25 * reading)
 
-    def test_a_share_of_zero_is_the_loss_of_drawing(self, prior, layout, text_ids, codes):
+    def test_a_fraction_of_zero_has_no_caption_loss(self, prior, layout, text_ids, codes):
         output = PriorWithLoss(prior, layout, image_to_text_fraction=0.0).train()(text_ids, codes)
         assert output.metrics.keys() == {"text_loss", "image_loss"}
 
-    def test_about_the_wanted_share_of_rows_captions(self, prior, layout):
+    def test_about_the_given_fraction_of_rows_learns_to_caption(self, prior, layout):
         model = PriorWithLoss(prior, layout, image_to_text_fraction=0.3).train()
         numbers = [model.sample_num_captioning(4, torch.rand(())) for _ in range(500)]
         assert set(numbers) == {1, 2} and 1.1 < sum(numbers) / 500 < 1.3
@@ -82,14 +82,14 @@ class TestShares:
         model = PriorWithLoss(prior, layout, image_to_text_fraction=share).train()
         assert model(text_ids[:1], codes[:1]).loss.isfinite()
 
-    def test_images_that_caption_keep_their_text_when_captions_are_dropped(self, prior, layout, text_ids, codes):
+    def test_caption_dropout_keeps_the_text_of_captioning_rows(self, prior, layout, text_ids, codes):
         model = PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=1.0).train()
         metrics = model(text_ids, codes).metrics
         assert metrics["text_loss"] == 0
         torch.testing.assert_close(metrics["caption_loss"], plain_caption_loss(prior, layout, text_ids[:2], codes[:2]))
 
 
-def test_a_share_of_all_rows_is_refused():
+def test_image_to_text_fraction_of_one_raises():
     with pytest.raises(ValueError, match="'image_to_text_fraction' must be below 1"):
         PriorRecipe(image_to_text_fraction=1.0)
 
@@ -101,7 +101,7 @@ def test_the_two_sequences_hold_the_same_ids_in_another_order(layout, text_ids, 
     assert (two[:, layout.caption_prompt_length - 1] == layout.sep_id).all() and (two[:, 0] == layout.bos_id).all()
 
 
-def test_codes_of_another_length_make_no_prompt(layout):
+def test_caption_prompt_with_too_few_codes_raises(layout):
     with pytest.raises(ValueError, match="codes must be `b 4`"):
         layout.caption_prompt(torch.zeros(1, 3, dtype=torch.int64))
 
@@ -139,7 +139,7 @@ class TestCaption:
         assert any(not other.equal(together) for other in others)
 
     @one_prior
-    def test_it_stops_when_all_have_ended(self, prior, layout, codes, monkeypatch):
+    def test_caption_stops_when_all_have_ended(self, prior, layout, codes, monkeypatch):
         steps = []
 
         def all_ended(logits, uniforms, sampling):
@@ -162,7 +162,7 @@ def both(processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
     return processor.encode_text(rows["caption"][:]), processor.encode_images(rows["image"][:])
 
 
-def test_one_model_learns_to_draw_and_to_caption(processor, both, pil_images, rows):
+def test_one_prior_learns_to_generate_images_and_captions(processor, both, pil_images, rows):
     layout = processor.layout
     prior = build_prior(layout, depth=1)
     model = PriorWithLoss(prior, layout, image_to_text_fraction=0.5, caption_dropout=0.0).train()
@@ -205,7 +205,7 @@ class TestCommand:
 
         return run
 
-    def test_it_prints_a_caption_a_line(self, run, model, pil_images, tmp_path):
+    def test_caption_command_prints_one_line_per_image(self, run, model, pil_images, tmp_path):
         files = [tmp_path / f"{number}.png" for number in range(3)]
         for file, image in zip(files, pil_images, strict=False):
             image.save(file)
@@ -215,7 +215,7 @@ class TestCommand:
         drawn = [run(*files, "--model", model, "--temperature", 1, "--seed", seed)[0] for seed in (1, 1)]
         assert drawn[0] == drawn[1]
 
-    def test_a_bad_image_is_one_line_with_its_name(self, run, model, tmp_path):
+    def test_caption_command_with_a_bad_image_names_the_file(self, run, model, tmp_path):
         (tmp_path / "bad.png").write_bytes(b"no image")
         said, complaint, code = run(tmp_path / "bad.png", "--model", model)
         assert (code, said, len(complaint)) == (2, [], 1) and "bad.png" in complaint[0]
@@ -240,7 +240,7 @@ class TestCommand:
         assert 0 <= report["caption_token_accuracy"] <= 1
         assert "caption_exact_match" not in silent
 
-    def test_the_folder_still_draws_and_says_what_it_can(self, model):
+    def test_a_captioning_model_still_generates_images(self, model):
         pipeline = TextToImagePipeline.from_pretrained(model)
         assert can_caption(pipeline.prior) and len(pipeline("a dog", seed=0).images) == 1
         assert {"caption_loss", "eval_caption_loss"} <= {name for entry in load_log(model) for name in entry}

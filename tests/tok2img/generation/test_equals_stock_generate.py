@@ -68,7 +68,7 @@ def test_a_schedule_guides_each_code_by_its_own_scale(prior, layout, texts):
     assert ends_plain.equal(generate(prior, layout, texts, seed=1, init_codes=apply_guidance, keep_mask=first))
 
 
-def test_every_text_position_is_seen_and_sees(prior, layout, texts):
+def test_every_text_position_attends_and_is_attended_to(prior, layout, texts):
     captioned = texts[(texts != layout.pad_id).all(dim=1)]
     hidden = last_hidden_state(prior, layout.prompt(captioned))
     assert (hidden.norm(dim=-1) > 0.1).all()
@@ -79,14 +79,14 @@ def test_every_text_position_is_seen_and_sees(prior, layout, texts):
         assert (moved[:, position + 1 :] > 1e-3).all() and (moved[:, : position + 1] < 1e-4).all()
 
 
-def test_given_streams_stand_for_those_of_a_seed(prior, layout, texts):
+def test_given_noise_replaces_that_of_the_seed(prior, layout, texts):
     streams = torch.rand(NUM, layout.num_codes, dtype=torch.float64)
     codes = generate(prior, layout, texts, uniforms=streams)
     assert codes.equal(generate(prior, layout, texts, uniforms=streams, seed=9))
     assert not codes.equal(generate(prior, layout, texts))
 
 
-def test_two_seeds_lead_from_the_image_of_one_to_that_of_the_other(pipeline):
+def test_two_seeds_interpolate_between_their_images(pipeline):
     prompts = ["a dog", "a red disc"]
     path = pipeline(prompts, 5, seed=(3, 8)).codes
     first, last = (pipeline(prompts, seed=seed).codes for seed in (3, 8))
@@ -94,7 +94,7 @@ def test_two_seeds_lead_from_the_image_of_one_to_that_of_the_other(pipeline):
 
 
 @pytest.mark.parametrize("seed", [(1,), (1, 2, 3)])
-def test_seeds_that_are_no_pair_are_refused(pipeline, seed):
+def test_one_or_three_seeds_in_a_tuple_raise(pipeline, seed):
     with pytest.raises(ValueError, match="Expected seed to be an integer or two"):
         pipeline("a dog", 4, seed=seed)
 
@@ -108,12 +108,12 @@ def test_a_guidance_schedule_is_saved_as_a_default(pipeline, tmp_path, scale):
     assert again("a dog", 8, seed=0).codes.equal(pipeline("a dog", 8, seed=0).codes)
 
 
-def test_a_function_of_guidance_is_no_default(pipeline):
+def test_default_sampling_with_a_guidance_function_raises(pipeline):
     with pytest.raises(ValueError, match="cannot be saved"):
         pipeline.default_sampling = Sampling(guidance_scale=lambda share: 1 + share)
 
 
-def test_batches_are_as_large_as_a_gigabyte_of_keys_and_values_allows():
+def test_max_batch_size_fits_keys_and_values_in_a_gigabyte():
     def fits(num_codes: int, **settings) -> tuple[int, int]:
         layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=num_codes, codebook_size=6)
         prior = build_prior(layout, depth=2, **settings)
@@ -160,7 +160,7 @@ def test_caption_dropout_of_the_command_line_reaches_training_and_the_folder(
     assert seen == [share] and TextToImagePipeline.from_pretrained(tmp_path / "model").caption_dropout == share
 
 
-def test_guidance_of_a_model_that_saw_every_caption_warns_once(pipeline):
+def test_guidance_without_caption_dropout_warns_once(pipeline):
     pipeline.caption_dropout = 0.0
     with pytest.warns(UserWarning, match="nothing to compare with"):
         pipeline("a dog", seed=0, guidance_scale=2.0)
@@ -170,7 +170,7 @@ def test_guidance_of_a_model_that_saw_every_caption_warns_once(pipeline):
 
 
 @pytest.mark.parametrize(("share", "scale"), [(0.0, 1.0), (0.1, 3.0), (None, 3.0)])
-def test_no_warning_where_guidance_has_what_it_needs(pipeline, share, scale):
+def test_guidance_with_caption_dropout_does_not_warn(pipeline, share, scale):
     if share is not None:
         pipeline.caption_dropout = share
     with warnings.catch_warnings():

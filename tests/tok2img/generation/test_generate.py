@@ -47,7 +47,7 @@ def test_logits_during_generation_are_the_teacher_forced_ones(prior, layout, tex
         torch.testing.assert_close(drawn, forced, atol=1e-4, rtol=1e-4)
 
 
-def test_guided_logits_are_the_teacher_forced_ones_moved_on(prior, layout, text_ids, logits_drawn_from):
+def test_guided_logits_extrapolate_the_teacher_forced_ones(prior, layout, text_ids, logits_drawn_from):
     codes = generate(prior, layout, text_ids, sampling=Sampling(guidance_scale=3.0))
     with_caption = teacher_forced(prior, layout, text_ids, codes)
     without = teacher_forced(prior, layout, layout.null_text_ids(len(text_ids)), codes)
@@ -108,20 +108,20 @@ def test_another_seed_or_index_gives_another_image(prior, layout):
     assert not one.equal(other) and len(one.unique(dim=0)) > 4
 
 
-def test_streams_of_different_seeds_and_indices_differ():
+def test_uniform_noise_differs_between_seeds_and_indices():
     streams = [uniform_noise(seed, range(20), 4) for seed in (0, 1, -1, 2**63)]
     assert len(torch.cat(streams).unique(dim=0)) == 80
 
 
 @only_qwen
-def test_the_given_text_ids_are_left_alone(prior, layout, text_ids):
+def test_generate_does_not_change_its_text_ids(prior, layout, text_ids):
     before = text_ids.clone()
     generate(prior, layout, text_ids, sampling=Sampling(guidance_scale=3.0), negative_text_ids=text_ids)
     assert text_ids.equal(before)
 
 
 @only_qwen
-def test_the_random_numbers_of_torch_are_left_alone(prior, layout, text_ids):
+def test_generate_keeps_the_global_random_state(prior, layout, text_ids):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -137,13 +137,13 @@ def test_ids_are_always_those_of_their_position(prior, layout, text_ids, tempera
 
 
 @only_qwen
-def test_the_only_code_of_top_k_one_is_the_likeliest(prior, layout, text_ids):
+def test_top_k_of_one_is_greedy(prior, layout, text_ids):
     greedy = generate(prior, layout, text_ids, sampling=GREEDY)
     assert generate(prior, layout, text_ids, sampling=Sampling(top_k=1)).equal(greedy)
 
 
 @only_qwen
-def test_every_code_is_shown_as_it_is_drawn(prior, layout, text_ids):
+def test_callback_gets_every_code_when_it_is_sampled(prior, layout, text_ids):
     seen = []
     codes = generate(
         prior, layout, text_ids, callback=lambda position, so_far: seen.append(so_far[:, position].clone())
@@ -169,7 +169,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
         assert (dropped <= smallest).all()
 
 
-def test_drawn_codes_are_as_frequent_as_they_are_likely():
+def test_sample_codes_follows_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -30.0]])
     uniforms = uniform_noise(7, [0], 20_000)[0]
     counts = sample_codes(logits.expand(20_000, 5), uniforms, Sampling(temperature=1.5)).bincount(minlength=5)
@@ -179,14 +179,14 @@ def test_drawn_codes_are_as_frequent_as_they_are_likely():
 
 
 @pytest.mark.parametrize("uniform", [0.0, math.nextafter(1, 0)])
-def test_a_code_that_is_left_out_is_never_drawn(uniform):
+def test_sample_codes_never_returns_a_filtered_code(uniform):
     logits = torch.tensor([[-math.inf, 1.0, 0.0, 0.5, -math.inf]])
     for sampling in (Sampling(), Sampling(top_k=2), Sampling(top_p=0.7)):
         allowed = (1, 2, 3) if sampling == Sampling() else (1, 3)
         assert sample_codes(logits, torch.tensor([uniform], dtype=torch.float64), sampling).item() in allowed
 
 
-def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_always():
+def test_temperature_near_zero_is_greedy():
     logits, uniforms = torch.randn(100, 9), uniform_noise(0, [0], 100)[0]
     assert sample_codes(logits, uniforms, GREEDY).equal(logits.argmax(dim=1))
     assert sample_codes(logits, uniforms, Sampling(temperature=1e-4)).equal(logits.argmax(dim=1))
@@ -200,7 +200,7 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("setting", [{"top_p": 0.0}, {"top_p": 1.01}, {"top_k": 2.5}])
-def test_shares_above_one_or_none_and_parts_of_codes_are_refused(setting):
+def test_top_p_out_of_range_and_fractional_top_k_raise(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Sampling(**setting)
 

@@ -20,7 +20,7 @@ def states_of(prior, layout, text_ids, codes, cache) -> list[torch.Tensor]:
     return [next_hidden_state(prior, some, cache) for some in (prompt, ids[:, :1], ids[:, 1:3])]
 
 
-def test_states_are_those_with_a_cache_that_grows(prior, layout, text_ids, codes):
+def test_states_equal_those_with_a_growing_cache(prior, layout, text_ids, codes):
     roomy, growing = (
         states_of(prior, layout, text_ids, codes, cache)
         for cache in (make_cache(prior, layout.sequence_length), DynamicCache(config=prior.config))
@@ -29,7 +29,7 @@ def test_states_are_those_with_a_cache_that_grows(prior, layout, text_ids, codes
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_is_remembered_stays_where_it_was_written(prior, layout, text_ids, codes):
+def test_keys_and_values_stay_at_their_address(prior, layout, text_ids, codes):
     cache = make_cache(prior, layout.sequence_length)
     states_of(prior, layout, text_ids, codes, cache)
     layer: Any = cache.layers[0]
@@ -40,12 +40,12 @@ def test_what_is_remembered_stays_where_it_was_written(prior, layout, text_ids, 
 
 
 @pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
-def test_positions_beyond_the_room_are_refused(prior, layout, text_ids, codes):
+def test_more_positions_than_allocated_raise(prior, layout, text_ids, codes):
     with pytest.raises(RuntimeError):
         states_of(prior, layout, text_ids, codes, make_cache(prior, layout.prompt_length))
 
 
-def test_layers_that_look_back_over_a_window_keep_their_own_kind(layout):
+def test_make_cache_keeps_sliding_window_layers(layout):
     settings = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
     prior = build_prior(layout, architecture="qwen3", depth=2, use_sliding_window=True, **settings)
     kinds = [type(layer) for layer in make_cache(prior, layout.sequence_length).layers]
@@ -68,7 +68,7 @@ def compilations(monkeypatch) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("layout", [(4,)], indirect=True)
 @pytest.mark.parametrize("architecture", ["qwen3"], indirect=True)
-def test_compiled_layers_draw_the_same_codes_in_batches_of_any_size(prior, layout, text_ids, compilations):
+def test_compiled_generation_gives_the_same_codes(prior, layout, text_ids, compilations):
     for sampling in (Sampling(), Sampling(guidance_scale=3.0)):
         plain = generate(prior, layout, text_ids, sampling=sampling)
         assert generate(prior, layout, text_ids, sampling=sampling, compile=True).equal(plain)

@@ -24,7 +24,7 @@ def clip(rows) -> ClipRanker:
     return build_ranker(rows, vocab_size=270, depth=1)
 
 
-def test_the_likelihood_is_that_of_stock_logits_among_each_positions_codes(prior, layout):
+def test_log_likelihood_equals_that_of_stock_logits_over_each_positions_codes(prior, layout):
     text_ids, codes = torch.randint(layout.text_vocab_size, (3, 3)), torch.randint(6, (3, 4))
     logits = prior(layout.sequence(text_ids, codes)).logits[:, layout.prompt_length - 1 : -1].detach().double()
     expected = torch.zeros(3, dtype=torch.float64)
@@ -34,7 +34,7 @@ def test_the_likelihood_is_that_of_stock_logits_among_each_positions_codes(prior
     torch.testing.assert_close(log_likelihood(prior, layout, text_ids, codes), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_gain_of_no_caption_is_nothing_and_of_a_caption_something(prior, layout):
+def test_pointwise_mutual_information_is_zero_only_for_the_empty_caption(prior, layout):
     text_ids, codes = torch.tensor([[1, 5, 10], [layout.pad_id] * 3]).repeat(40, 1), torch.randint(6, (80, 4))
     gain = pointwise_mutual_information(prior, layout, text_ids, codes)
     assert gain.shape == (80,) and gain[1::2].abs().max() < 1e-4 and gain[::2].abs().min() > 1e-4
@@ -44,17 +44,17 @@ def test_the_gain_of_no_caption_is_nothing_and_of_a_caption_something(prior, lay
     torch.testing.assert_close(gain, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_best_of_each_is_the_first_of_the_highest_scores():
+def test_argmax_per_group_returns_the_first_of_equal_scores():
     assert argmax_per_group(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 4.0]), 3).tolist() == [1, 3]
 
 
-def test_a_score_that_is_no_number_is_refused():
+def test_argmax_per_group_with_nan_raises():
     with pytest.raises(ValueError, match="not finite"):
         argmax_per_group(torch.tensor([1.0, float("nan")]), 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_the_best_candidates_by_the_priors_own_likelihood_are_kept(pipeline, batch_size):
+def test_best_of_keeps_the_candidates_of_highest_mutual_information(pipeline, batch_size):
     output = pipeline(PROMPTS, 2, seed=3, best_of=4, batch_size=batch_size)
     layout = pipeline.processor.layout
     text_ids = pipeline.processor.encode_text([prompt for prompt in PROMPTS for _ in range(8)])
@@ -65,7 +65,7 @@ def test_the_best_candidates_by_the_priors_own_likelihood_are_kept(pipeline, bat
     torch.testing.assert_close(output.scores, scores[best], atol=1e-4, rtol=1e-4)
 
 
-def test_any_function_of_captions_and_images_ranks(pipeline):
+def test_best_of_takes_any_function_as_ranker(pipeline):
     seen = []
 
     def brightness(captions, images):
@@ -79,7 +79,7 @@ def test_any_function_of_captions_and_images_ranks(pipeline):
     assert seen == [prompt for prompt in PROMPTS for _ in range(5)]
 
 
-def test_one_candidate_is_no_choice(pipeline):
+def test_best_of_one_equals_the_plain_call(pipeline):
     plain, one = pipeline(PROMPTS, seed=0), pipeline(PROMPTS, seed=0, best_of=1)
     assert plain.codes.equal(one.codes) and plain.scores is None
 
@@ -92,12 +92,12 @@ def test_one_candidate_is_no_choice(pipeline):
         ({"best_of": 2, "seed": (1, 2)}, "two seeds"),
     ],
 )
-def test_a_choice_that_cannot_be_made_is_refused(pipeline, settings, message):
+def test_best_of_with_conflicting_arguments_raises(pipeline, settings, message):
     with pytest.raises(ValueError, match=message):
         pipeline("a dog", 2, **settings)
 
 
-def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pil_images, tmp_path):
+def test_a_saved_ranker_is_a_clip_folder_with_the_same_scores(clip, captions, pil_images, tmp_path):
     clip.save_pretrained(tmp_path)
     scores = clip(captions, pil_images)
     assert scores.equal(ClipRanker.from_pretrained(tmp_path)(captions, pil_images))
@@ -108,7 +108,7 @@ def test_a_saved_ranker_is_a_clip_folder_and_scores_alike(clip, captions, pil_im
 
 
 @pytest.mark.parametrize("settings", [{"image_mean": []}, {"image_std": [0.5, 0, 0.5]}, {"image_std": None}])
-def test_images_cannot_be_normalised_by_anything(clip, tmp_path, settings):
+def test_from_pretrained_with_an_invalid_mean_or_std_raises(clip, tmp_path, settings):
     clip.save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -179,18 +179,18 @@ def test_a_score_does_not_depend_on_the_batch(clip, captions, pil_images):
     torch.testing.assert_close(clip(captions, pil_images), alone)
 
 
-def test_a_clip_model_reads_what_every_word_says(clip, pil_images):
+def test_scores_depend_on_every_word(clip, pil_images):
     scores = clip(["a red square", "a red disc", "a dog"], pil_images[:1] * 3)
     assert len(scores.unique()) == 3
 
 
-def test_images_of_equal_captions_are_no_opposites(clip):
+def test_equal_captions_are_positives_of_each_other(clip):
     text = clip.encode_text(["a dog"] * 3)
     output = RankerWithLoss(clip.model)(**text, pixel_values=torch.randn(1, 3, 8, 8).repeat(3, 1, 1, 1))
     assert output.metrics["accuracy"] == 1 and output.loss.item() == pytest.approx(math.log(3), rel=1e-5)
 
 
-def test_a_ranker_learns_to_tell_its_captions(rows, tmp_path):
+def test_train_ranker_learns_to_match_its_captions(rows, tmp_path):
     many = concatenate_datasets([rows] * 10)
     many.to_parquet(str(tmp_path / "train.parquet"))
     recipe = RankerRecipe(
@@ -210,5 +210,5 @@ def test_a_folder_without_a_clip_model_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "size"), [(28, 4), (64, 8), (8, 1), (32, 4), (36, 6)])
-def test_patches_cut_an_image_into_eight_columns_or_fewer(side, size):
+def test_patch_size_gives_at_most_eight_columns(side, size):
     assert patch_size(side) == size

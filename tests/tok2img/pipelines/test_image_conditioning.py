@@ -27,7 +27,7 @@ def test_kept_codes_stay_and_a_cache_changes_none_of_the_others(prior, layout, t
 
 
 @pytest.mark.parametrize("keep", MASKS)
-def test_an_image_completed_by_the_same_seed_comes_out_as_it_was_drawn(prior, layout, text_ids, keep):
+def test_completing_an_image_with_its_own_seed_repeats_it(prior, layout, text_ids, keep):
     drawn = generate(prior, layout, text_ids, seed=2)
     assert generate(prior, layout, text_ids, seed=2, init_codes=drawn, keep_mask=torch.tensor(keep)).equal(drawn)
 
@@ -45,7 +45,7 @@ def test_kept_codes_at_the_start_are_read_in_one_pass(prior, layout, text_ids, m
 
 
 @only_qwen
-def test_given_codes_are_left_alone(prior, layout, text_ids):
+def test_generate_does_not_change_its_init_codes(prior, layout, text_ids):
     given = torch.zeros(3, 4, dtype=torch.int64)
     generate(prior, layout, text_ids, init_codes=given, keep_mask=torch.zeros(4, dtype=torch.bool))
     assert not given.any()
@@ -63,18 +63,18 @@ def test_given_codes_are_left_alone(prior, layout, text_ids):
         (torch.full((3, 4), -1), torch.ones(4).bool(), r"0\.\.5, got -1"),
     ],
 )
-def test_given_codes_that_do_not_fit_are_refused(prior, layout, text_ids, given, keep, message):
+def test_generate_with_invalid_init_codes_raises(prior, layout, text_ids, given, keep, message):
     with pytest.raises(ValueError, match=message):
         generate(prior, layout, text_ids, init_codes=given, keep_mask=keep)
 
 
-def test_a_number_keeps_the_first_codes_and_truth_values_those_that_they_say(tiny_vqvae):
+def test_keep_mask_of_a_number_and_of_booleans(tiny_vqvae):
     assert keep_mask(2, tiny_vqvae).tolist() == [True, True, False, False]
     for keep in ([True, False, False, True], torch.tensor([[True, False], [False, True]])):
         assert keep_mask(keep, tiny_vqvae).tolist() == [True, False, False, True]
 
 
-def test_the_top_is_the_upper_half_of_a_grid_and_of_each_of_its_levels(tiny_vqvae, tiny_residual):
+def test_keep_mask_of_top_is_the_upper_half_of_every_grid(tiny_vqvae, tiny_residual):
     assert keep_mask("top", tiny_vqvae).int().tolist() == [1, 1, 0, 0]
     assert keep_mask("top", tiny_residual).int().tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
 
@@ -91,12 +91,12 @@ def test_the_top_is_the_upper_half_of_a_grid_and_of_each_of_its_levels(tiny_vqva
         ([1, 0, 0, 1], "4 booleans"),
     ],
 )
-def test_what_says_not_which_codes_stay_is_refused(tiny_vqvae, keep, message):
+def test_keep_mask_of_an_invalid_value_raises(tiny_vqvae, keep, message):
     with pytest.raises(ValueError, match=message):
         keep_mask(keep, tiny_vqvae)
 
 
-def test_stages_have_no_top(tiny_vqdraw):
+def test_keep_mask_of_top_without_a_grid_raises(tiny_vqdraw):
     with pytest.raises(ValueError, match="Expected codes on one grid"):
         keep_mask("top", tiny_vqdraw)
 
@@ -133,10 +133,10 @@ def test_another_number_of_images_than_prompts_is_refused(pipeline, pil_images):
 
 
 @pytest.mark.parametrize("given", [{"keep": 1}, {"image": images_from_pixels(torch.rand(1, 3, 8, 8))[0]}])
-def test_an_image_and_what_stays_of_it_go_together(pipeline, given):
+def test_image_without_keep_or_keep_without_image_raises(pipeline, given):
     with pytest.raises(ValueError, match="image and keep go together"):
         pipeline("a dog", **given)
 
 
-def test_codes_of_the_model_pass_as_they_are(processor):
+def test_encode_init_images_returns_codes_unchanged(processor):
     assert encode_init_images(torch.arange(4), processor, 3).tolist() == [[0, 1, 2, 3]] * 3

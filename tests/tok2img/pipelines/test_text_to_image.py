@@ -10,7 +10,7 @@ from PIL import Image
 
 from tok2img.generation.generate import generate
 from tok2img.generation.sampling import Sampling
-from tok2img.pipelines.loading import batches
+from tok2img.pipelines.batching import batches
 from tok2img.pipelines.text_to_image import TextToImagePipeline
 from tok2img.prior.model import build_prior
 
@@ -35,7 +35,7 @@ def pipeline(request) -> TextToImagePipeline:
     return TextToImagePipeline(prior, processor)
 
 
-def test_a_caption_becomes_an_image(pipeline):
+def test_pipeline_returns_a_pil_image(pipeline):
     (image,) = pipeline("a red square", seed=0).images
     assert isinstance(image, Image.Image) and image.size == (8, 8)
 
@@ -83,7 +83,7 @@ def test_extreme_defaults_survive_saving_and_loading(pipeline, tmp_path, samplin
     assert TextToImagePipeline.from_pretrained(tmp_path).default_sampling == sampling
 
 
-def test_a_new_prior_follows_its_caption_as_trained(pipeline):
+def test_default_sampling_of_a_new_prior_is_plain(pipeline):
     assert pipeline.default_sampling == Sampling()
 
 
@@ -94,7 +94,7 @@ def test_none_means_the_models_own_default_and_a_value_overrides_it(pipeline):
     assert len(pipeline("a dog", 6, seed=0, temperature=1.0).codes.unique(dim=0)) > 1
 
 
-def test_images_of_a_prompt_follow_one_another(pipeline):
+def test_images_of_a_prompt_are_adjacent(pipeline):
     prompts = ["a dog", "a red disc"]
     output = pipeline(prompts, num_images_per_prompt=3, seed=1)
     assert output.codes.equal(pipeline([prompts[0]] * 3 + [prompts[1]] * 3, seed=1).codes) and len(output.images) == 6
@@ -116,7 +116,7 @@ def test_a_seed_may_be_of_numpy(pipeline):
         assert pipeline("a dog", 2, seed=seed).codes.equal(pipeline("a dog", 2, seed=plain).codes)
 
 
-def test_without_a_seed_every_call_draws_anew(pipeline):
+def test_calls_without_a_seed_differ(pipeline):
     assert not pipeline("a dog", 8).codes.equal(pipeline("a dog", 8).codes)
 
 
@@ -133,7 +133,7 @@ def test_a_negative_prompt_changes_the_result(pipeline):
     assert not pipeline("a dog", 16, seed=0, guidance_scale=3.0, negative_prompt="two green cats").codes.equal(plain)
 
 
-def test_the_empty_negative_prompt_is_what_guidance_leads_away_from_anyway(pipeline):
+def test_the_default_negative_prompt_is_empty(pipeline):
     plain = pipeline("a dog", 8, seed=0, guidance_scale=3.0).codes
     assert pipeline("a dog", 8, seed=0, guidance_scale=3.0, negative_prompt="").codes.equal(plain)
 
@@ -144,7 +144,7 @@ def test_a_negative_prompt_without_guidance_warns_that_it_has_no_effect(pipeline
 
 
 @pytest.mark.parametrize("prompt", [[], None, 5, ["a", None], [b"a"], {"a": "b"}])
-def test_a_prompt_that_is_no_text_is_refused(pipeline, prompt):
+def test_a_prompt_that_is_not_text_raises(pipeline, prompt):
     with pytest.raises(ValueError, match="Expected (each )?prompt to be"):
         pipeline(prompt)
 
@@ -174,13 +174,13 @@ def test_a_model_card_says_how_to_use_the_folder(pipeline, tmp_path):
     assert card.startswith("---\nlibrary_name: tok2img\n") and "TextToImagePipeline.from_pretrained" in card
 
 
-def test_a_saved_folder_holds_nothing_that_is_pickled(pipeline, tmp_path):
+def test_a_saved_folder_contains_no_pickle(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".safetensors", ".md"}
 
 
-def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
+def test_from_pretrained_of_an_empty_folder_raises(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is not a tok2img model folder"):
         TextToImagePipeline.from_pretrained(tmp_path)
 
@@ -218,13 +218,13 @@ def test_previews_are_the_images_of_the_codes_so_far(stage_processor):
     ("preview_after", "message"),
     [({0}, r"must lie in 1\.\.4, got \[0\]"), ({2, 5}, r"must lie in 1\.\.4"), ((), "together")],
 )
-def test_previews_that_cannot_be_are_refused(stage_processor, preview_after, message):
+def test_previews_out_of_range_raise(stage_processor, preview_after, message):
     pipeline = TextToImagePipeline(build_prior(stage_processor.layout, depth=1), stage_processor)
     with pytest.raises(ValueError, match=message):
         pipeline("a dog", preview_after=preview_after, on_preview=print)
 
 
-def test_codes_of_a_grid_give_no_previews(processor):
+def test_previews_with_a_grid_of_codes_raise(processor):
     pipeline = TextToImagePipeline(build_prior(processor.layout, depth=1), processor)
     with pytest.raises(ValueError, match="got a VQVAE, which cannot decode a prefix"):
         pipeline("a dog", preview_after={1}, on_preview=print)

@@ -39,14 +39,14 @@ def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([one, other]))[0, 1].item()
 
 
-def test_codes_are_as_far_apart_as_their_vectors(layout, codebooks):
+def test_init_from_codebook_keeps_distances(layout, codebooks):
     prior = build_prior(layout, depth=1)
     init_from_codebook(prior, layout, codebooks)
     for rows, vectors in zip(image_rows(prior, layout), codebooks, strict=True):
         assert correlation(torch.pdist(rows), torch.pdist(vectors)) > 0.9999
 
 
-def test_vectors_longer_than_the_prior_is_wide_stay_nearly_as_far_apart(layout):
+def test_init_from_codebook_of_long_vectors_nearly_keeps_distances(layout):
     prior = build_prior(layout, depth=1)
     clusters = [10 * torch.randn(4, 200).repeat(8, 1) + torch.randn(32, 200) for _ in range(2)]
     init_from_codebook(prior, layout, clusters)
@@ -54,7 +54,7 @@ def test_vectors_longer_than_the_prior_is_wide_stay_nearly_as_far_apart(layout):
         assert correlation(torch.pdist(rows), torch.pdist(vectors)) > 0.95
 
 
-def test_every_group_is_spread_as_wide_as_the_rows_that_were_there(layout, codebooks):
+def test_init_from_codebook_keeps_the_standard_deviation(layout, codebooks):
     prior = build_prior(layout, depth=1)
     before = torch.cat(image_rows(prior, layout)).std()
     init_from_codebook(prior, layout, codebooks)
@@ -63,7 +63,7 @@ def test_every_group_is_spread_as_wide_as_the_rows_that_were_there(layout, codeb
         torch.testing.assert_close(rows.mean(dim=0), torch.zeros(64), atol=1e-6, rtol=0)
 
 
-def test_nothing_else_of_the_prior_is_touched(layout, codebooks):
+def test_init_from_codebook_changes_image_embeddings_only(layout, codebooks):
     prior, untouched = build_prior(layout, depth=1), build_prior(layout, depth=1)
     init_from_codebook(prior, layout, codebooks)
     image = slice(layout.image.offset, layout.image.offset + layout.image.num_ids)
@@ -83,7 +83,7 @@ def test_the_seed_alone_decides_the_projection(layout, codebooks):
     assert started[0].equal(started[1]) and not started[0].equal(started[2])
 
 
-def test_a_codebook_of_one_code_leaves_no_nan():
+def test_init_from_codebook_of_one_code_is_finite():
     layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=1)
     prior = build_prior(layout, depth=1)
     init_from_codebook(prior, layout, [torch.ones(1, 8)])

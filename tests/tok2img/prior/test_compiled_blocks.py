@@ -32,7 +32,7 @@ def traced(monkeypatch) -> list[str]:
     return graphs
 
 
-def test_layers_are_compiled_in_training_alone(prior, layout, text_ids, codes, traced):
+def test_blocks_are_compiled_in_training_only(prior, layout, text_ids, codes, traced):
     model = PriorWithLoss(prior, layout, caption_dropout=0.0, compile=True)
     plain = PriorWithLoss(build_like(prior), layout, caption_dropout=0.0)
     assert model.eval()(text_ids, codes).loss.equal(plain.eval()(text_ids, codes).loss)
@@ -51,7 +51,7 @@ def build_like(prior):
     return copied
 
 
-def test_every_layer_is_found(architecture, layout):
+def test_get_blocks_returns_every_block(architecture, layout):
     assert len(get_blocks(build_prior(layout, architecture=architecture, depth=2))) == 2
 
 

@@ -25,7 +25,7 @@ def loss_and_gradients(prior, *, bf16: bool = False):
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
-def test_without_autocast_it_is_the_attention_it_replaces(architecture):
+def test_float32_attention_without_autocast_equals_sdpa(architecture):
     prior = build_prior(LAYOUT, architecture=architecture, depth=1).train()
     before = loss_and_gradients(prior)
     attend_in_float32(prior)
@@ -35,7 +35,7 @@ def test_without_autocast_it_is_the_attention_it_replaces(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
-def test_in_bfloat16_the_loss_is_nearly_that_in_float32(architecture):
+def test_float32_attention_under_autocast_keeps_loss_and_gradients(architecture):
     prior = build_prior(LAYOUT, architecture=architecture, depth=1).train()
     expected, gradients = loss_and_gradients(prior)
     attend_in_float32(prior)
@@ -60,18 +60,18 @@ def test_attention_is_in_float32_under_autocast(monkeypatch):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of CPUs alone")
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_recipe_in_bfloat16_has_it_on_a_cpu(processor, bf16):
+def test_init_prior_in_bfloat16_on_a_cpu_uses_float32_attention(processor, bf16):
     prior = init_prior(PriorRecipe(bf16=bf16, depth=1), processor)
     assert (prior.config._attn_implementation == FLOAT32) is bf16
 
 
-def test_another_attention_is_left_alone():
+def test_attend_in_float32_keeps_other_attention_implementations():
     prior = build_prior(LAYOUT, depth=1, attn_implementation="eager")
     attend_in_float32(prior)
     assert prior.config._attn_implementation == "eager"
 
 
-def test_nothing_of_it_is_saved(tmp_path):
+def test_save_pretrained_does_not_save_float32_attention(tmp_path):
     prior = build_prior(LAYOUT, depth=1)
     attend_in_float32(prior)
     prior.save_pretrained(tmp_path)

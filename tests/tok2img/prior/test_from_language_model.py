@@ -98,7 +98,7 @@ def steps(model: PriorWithLoss, batch: tuple[torch.Tensor, torch.Tensor], num: i
 
 
 @every_kind
-def test_a_base_learns_places_and_is_plain_in_the_end(base, layout, batch):
+def test_position_embeddings_of_an_extended_prior_fold_into_a_plain_model(base, layout, batch):
     prior = extend_prior(base, layout)
     model = PriorWithLoss(prior, layout, position_embeddings=build_position_embeddings(prior, layout)).train()
     steps(model, batch)
@@ -115,7 +115,7 @@ def tables(prior) -> list[torch.Tensor]:
 
 
 @every_kind
-def test_what_the_base_says_of_text_is_unchanged(base, layout):
+def test_extend_prior_keeps_the_logits_of_text(base, layout):
     before, after = AutoModelForCausalLM.from_pretrained(str(base)).eval(), extend_prior(base, layout)
     input_ids = texts_as_ids(SubwordTokenizer.from_pretrained(base))
     torch.testing.assert_close(after(input_ids).logits[..., :ROWS], before(input_ids).logits, atol=1e-6, rtol=0)
@@ -123,14 +123,14 @@ def test_what_the_base_says_of_text_is_unchanged(base, layout):
 
 
 @every_kind
-def test_rows_of_text_keep_their_values_and_their_places(base, layout):
+def test_extend_prior_keeps_the_rows_of_text(base, layout):
     before, after = AutoModelForCausalLM.from_pretrained(str(base)), extend_prior(base, layout)
     for old, new in zip(tables(before), tables(after), strict=True):
         assert new.shape[0] == layout.vocab_size and new[:ROWS].equal(old)
 
 
 @every_kind
-def test_new_rows_are_spread_like_those_of_text_and_all_different(base, layout):
+def test_extend_prior_samples_new_rows_like_those_of_text(base, layout):
     for table in tables(extend_prior(base, layout)):
         new = table[ROWS:].detach()
         assert len(new.unique(dim=0)) == len(new)
@@ -159,7 +159,7 @@ def test_the_seed_alone_decides_the_new_rows(base, layout):
 
 
 @one_kind
-def test_weights_in_half_precision_become_whole(base, layout, tmp_path):
+def test_extend_prior_loads_half_precision_as_float32(base, layout, tmp_path):
     AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.bfloat16).save_pretrained(str(tmp_path))
     assert extend_prior(tmp_path, layout).dtype == torch.float32
 
@@ -172,14 +172,14 @@ def test_a_few_steps_lower_the_image_loss(base, layout, batch):
 
 class TestLora:
     @tied_and_untied
-    def test_it_changes_nothing_before_the_first_step(self, base, layout, batch):
+    def test_add_lora_keeps_the_logits(self, base, layout, batch):
         prior = extend_prior(base, layout)
         before = prior(layout.sequence(*batch)).logits
         add_lora(prior, layout, rank=2)
         torch.testing.assert_close(prior(layout.sequence(*batch)).logits, before)
 
     @tied_and_untied
-    def test_it_learns_and_leaves_every_weight_of_the_base_alone(self, base, layout, batch):
+    def test_training_with_lora_keeps_the_weights_of_the_base(self, base, layout, batch):
         prior = extend_prior(base, layout)
         before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
         add_lora(prior, layout, rank=2)
@@ -190,7 +190,7 @@ class TestLora:
         assert not [name for name, tensor in before.items() if not after[name].equal(tensor)]
 
     @tied_and_untied
-    def test_merged_it_is_the_plain_model_that_it_was_unmerged(self, base, layout, batch):
+    def test_merge_lora_keeps_the_logits_and_gives_a_plain_model(self, base, layout, batch):
         prior = extend_prior(base, layout)
         kind, names, old = type(prior), list(prior.state_dict()), [table[:ROWS].clone() for table in tables(prior)]
         new = [table[ROWS:].clone() for table in tables(prior)]
@@ -210,7 +210,7 @@ class TestLora:
         with pytest.raises(ValueError, match=r"pip install 'tok2img\[lora\]'"):
             add_lora(extend_prior(base, layout), layout, rank=2)
 
-    def test_it_is_for_a_base(self):
+    def test_lora_without_a_base_model_raises(self):
         with pytest.raises(ValueError, match="'lora_rank' is for a pretrained 'base_model'"):
             PriorRecipe(lora_rank=4)
 
@@ -247,12 +247,12 @@ class TestWhatDoesNotFit:
                 build_processor(TEXTS, tiny_vqvae, base=str(tmp_path))
             assert base_vocab_size(tmp_path) == ROWS, kind
 
-    def test_an_image_tokenizer_is_no_base(self, layout, tiny_vqvae, tmp_path):
+    def test_extend_prior_of_an_image_tokenizer_raises(self, layout, tiny_vqvae, tmp_path):
         tiny_vqvae.save_pretrained(str(tmp_path))
         with pytest.raises(ValueError, match="no causal language model"):
             extend_prior(tmp_path, layout)
 
-    def test_a_folder_that_is_not_there_is_no_base(self, layout, tmp_path):
+    def test_extend_prior_of_a_missing_folder_raises(self, layout, tmp_path):
         with pytest.raises(ValueError, match="no such folder"):
             extend_prior(tmp_path / "no", layout)
 

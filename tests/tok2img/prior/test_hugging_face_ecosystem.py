@@ -69,14 +69,14 @@ def run(script: str, *words: object) -> str:
     return done.stdout
 
 
-def test_stock_transformers_draws_our_greedy_codes_with_no_code_of_ours(pipeline, folder):
+def test_stock_transformers_generates_our_greedy_codes_without_our_code(pipeline, folder):
     text_ids = pipeline.processor.encode_text(PROMPTS)
     prompts = pipeline.processor.layout.prompt(text_ids)
     codes = generate(pipeline.prior, pipeline.processor.layout, text_ids, sampling=Sampling(temperature=0))
     assert json.loads(run(STOCK, folder, prompts.tolist())) == codes.tolist()
 
 
-def test_the_task_of_transformers_draws_what_our_pipeline_draws(pipeline, folder):
+def test_transformers_pipeline_returns_the_images_of_our_pipeline(pipeline, folder):
     task = transformers.pipeline("text-to-image", model=str(folder), device=-1)
     expected = pipeline(PROMPTS, 2, seed=3).images
     assert [each.tobytes() for each in task(PROMPTS, num_images_per_prompt=2, seed=3)] == [

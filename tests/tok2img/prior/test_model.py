@@ -51,7 +51,7 @@ def plain_loss(prior, layout, text_ids, codes) -> torch.Tensor:
     return (parts[0] + 7 * parts[1]) / 8
 
 
-def test_the_loss_is_the_masked_cross_entropy_with_text_at_a_seventh(prior, layout, text_ids, codes):
+def test_loss_equals_the_masked_cross_entropy_with_weights_1_and_7(prior, layout, text_ids, codes):
     model = PriorWithLoss(prior, layout).eval()
     torch.testing.assert_close(model(text_ids, codes).loss, plain_loss(prior, layout, text_ids, codes))
 
@@ -69,7 +69,7 @@ def test_metrics_are_the_parts_of_the_loss(prior, layout, text_ids, codes):
     torch.testing.assert_close(output.loss, (output.metrics["text_loss"] + 3 * output.metrics["image_loss"]) / 4)
 
 
-def test_head_rows_on_the_trunk_are_the_logits_of_forward(prior, layout, text_ids, codes):
+def test_segment_logits_equal_the_logits_of_forward(prior, layout, text_ids, codes):
     input_ids = layout.sequence(text_ids, codes)
     ours = segment_logits(prior, last_hidden_state(prior, input_ids), 3, layout.vocab_size)
     torch.testing.assert_close(ours, prior(input_ids).logits[..., 3:])
@@ -89,7 +89,7 @@ def test_each_position_gets_the_logits_of_its_own_codes(prior, architecture, lay
     torch.testing.assert_close(ours, torch.stack(theirs, dim=1))
 
 
-def test_a_batch_without_a_word_of_text_has_a_finite_loss(prior, layout, codes):
+def test_loss_of_a_batch_without_text_is_finite(prior, layout, codes):
     output = PriorWithLoss(prior, layout).eval()(layout.null_text_ids(4), codes)
     assert output.metrics["text_loss"] == 0 and output.loss.isfinite()
 
@@ -121,13 +121,13 @@ class TestWhatTrainingHides:
         shown = [input_ids[:, 1 : 1 + layout.text_length] for input_ids in read[-2:]]
         assert shown[0].equal(layout.null_text_ids(4)) and shown[1].equal(text_ids)
 
-    def test_about_the_wanted_share_of_captions_is_dropped(self, prior, layout):
+    def test_drop_captions_drops_about_the_given_fraction(self, prior, layout):
         model = PriorWithLoss(prior, layout, caption_dropout=0.25).train()
         text_ids = model.drop_captions(torch.ones(4000, 3, dtype=torch.int64), torch.rand(4000))
         dropped = (text_ids == layout.pad_id).all(dim=1)
         assert 0.2 < dropped.float().mean() < 0.3 and (text_ids[~dropped] == 1).all()
 
-    def test_a_dropped_caption_is_not_learned(self, prior, layout, text_ids, codes):
+    def test_a_dropped_caption_carries_no_loss(self, prior, layout, text_ids, codes):
         model = PriorWithLoss(prior, layout, caption_dropout=1.0).train()
         assert model(text_ids, codes).metrics["text_loss"] == 0
 
@@ -176,7 +176,7 @@ def test_the_seed_alone_decides_the_weights(architecture, layout):
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
-def test_building_leaves_the_random_numbers_alone(layout):
+def test_build_prior_keeps_the_global_random_state(layout):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -196,7 +196,7 @@ def test_settings_of_the_models_own_config_can_be_given(layout):
     ).config.rope_parameters["rope_theta"] == pytest.approx(500)
 
 
-def test_a_saved_prior_loads_as_it_was(prior, layout, text_ids, codes, tmp_path):
+def test_load_prior_restores_a_saved_prior(prior, layout, text_ids, codes, tmp_path):
     PriorWithLoss(prior, layout).save_pretrained(tmp_path)
     again = load_prior(tmp_path, layout)
     input_ids = layout.sequence(text_ids, codes)
@@ -245,19 +245,19 @@ class TestDamagedFolders:
             load_prior(tmp_path, layout)
 
 
-def test_an_image_tokenizer_is_no_prior(tiny_vqvae, tmp_path):
+def test_load_prior_of_an_image_tokenizer_raises(tiny_vqvae, tmp_path):
     tiny_vqvae.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=f"{tmp_path}"):
         load_prior(tmp_path, SequenceLayout(11, 3, 4, 6))
 
 
-def test_stock_loading_gives_the_class_that_was_built(prior, architecture, tmp_path):
+def test_stock_loading_gives_the_same_class(prior, architecture, tmp_path):
     prior.save_pretrained(str(tmp_path))
     assert type(AutoModelForCausalLM.from_pretrained(str(tmp_path))) is type(prior)
     assert AutoConfig.from_pretrained(str(tmp_path)).model_type == architecture
 
 
-def test_padding_is_never_multiplied_with_the_head(monkeypatch):
+def test_padding_is_not_multiplied_with_the_head(monkeypatch):
     layout, rows = SequenceLayout(11, text_length=5, num_codes=2, codebook_size=3), []
     monkeypatch.setattr(
         prior_loss, "segment_logits", lambda *given: rows.append(given[1].shape[:2]) or segment_logits(*given)

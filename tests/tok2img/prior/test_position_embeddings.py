@@ -41,7 +41,7 @@ def model_with(prior, layout, position_embeddings, **settings) -> PriorWithLoss:
     return PriorWithLoss(prior, layout, position_embeddings=position_embeddings, **settings).eval()
 
 
-def test_rows_and_columns_of_the_next_code_are_added_to_each():
+def test_position_embeddings_are_those_of_the_next_code():
     position_embeddings = AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6), width=2)
     position_embeddings.rows[0].data, position_embeddings.columns[0].data = (
         torch.tensor([[1.0, 0], [2, 0]]),
@@ -58,14 +58,16 @@ def test_each_group_has_a_grid_of_its_own():
     assert position_embeddings().shape == (7, 2)
 
 
-def test_a_prior_begins_as_it_does_without_places(prior, layout, text_ids, codes):
+def test_new_position_embeddings_keep_the_loss(prior, layout, text_ids, codes):
     new = AxialPositionEmbeddings(layout, width=64)
     without = model_with(prior, layout, None)(text_ids, codes).loss
     assert model_with(prior, layout, new)(text_ids, codes).loss.equal(without)
 
 
 @pytest.mark.parametrize("num_captioning", [0, 4], ids=["drawing", "captioning"])
-def test_places_learn_in_either_direction(prior, layout, position_embeddings, text_ids, codes, num_captioning):
+def test_position_embeddings_get_gradients_in_both_directions(
+    prior, layout, position_embeddings, text_ids, codes, num_captioning
+):
     model = model_with(prior, layout, position_embeddings, image_to_text_fraction=0.5).train()
     (batch,) = model.prepare_step([{"text_ids": text_ids, "image_codes": codes}])
     model(**batch | {"num_captioning": num_captioning}).loss.backward()
@@ -73,9 +75,7 @@ def test_places_learn_in_either_direction(prior, layout, position_embeddings, te
         assert table.grad is not None and table.grad[-1].abs().sum() > 0
 
 
-def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(
-    prior, layout, position_embeddings, text_ids, codes
-):
+def test_with_position_specific_ids_keeps_the_loss(prior, layout, position_embeddings, text_ids, codes):
     plain = with_position_specific_ids(prior, layout, position_embeddings)
     expected = model_with(prior, layout, position_embeddings, image_to_text_fraction=0.5)(text_ids, codes)
     found = PriorWithLoss(plain, layout.with_position_specific_ids(), image_to_text_fraction=0.5).eval()(
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_plain_model_with_ids_for_every_position(
     torch.testing.assert_close(found.loss, expected.loss)
 
 
-def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, layout, position_embeddings):
+def test_with_position_specific_ids_keeps_the_prior_and_the_random_state(prior, layout, position_embeddings):
     before = {name: parameter.clone() for name, parameter in prior.named_parameters()}
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -97,12 +97,12 @@ def test_the_plain_model_leaves_the_prior_and_the_random_numbers_alone(prior, la
         assert parameter.equal(before[name]), name
 
 
-def test_the_plain_model_is_the_same_each_time(prior, layout, position_embeddings):
+def test_with_position_specific_ids_is_deterministic(prior, layout, position_embeddings):
     one, other = (with_position_specific_ids(prior, layout, position_embeddings).state_dict() for _ in range(2))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_a_head_with_biases_keeps_them(layout, position_embeddings, text_ids, codes):
+def test_with_position_specific_ids_keeps_the_biases_of_a_head(layout, position_embeddings, text_ids, codes):
     sizes = {"n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}
     prior = build_prior(layout, architecture="gptj", depth=1, **sizes).eval()
     prior.get_output_embeddings().bias.data.normal_()
@@ -113,12 +113,12 @@ def test_a_head_with_biases_keeps_them(layout, position_embeddings, text_ids, co
     )
 
 
-def test_codes_with_ids_of_their_own_have_no_need_of_places():
+def test_position_embeddings_for_position_specific_ids_raise():
     with pytest.raises(ValueError, match="leave axial_position_embeddings false"):
         AxialPositionEmbeddings(SequenceLayout(11, 3, num_codes=4, codebook_size=6, codes_shared=False), width=64)
 
 
-def test_embeddings_that_are_more_than_a_table_are_refused(layout):
+def test_build_position_embeddings_for_scaled_embeddings_raises(layout):
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
     prior = build_prior(layout, architecture="gemma3_text", depth=1, **sizes)
     with pytest.raises(ValueError, match="gemma3_text models change embeddings after their table"):
@@ -139,7 +139,7 @@ def recipe(data, image_tokenizer, out, **changed) -> PriorRecipe:
     return PriorRecipe(**settings | changed)
 
 
-def test_a_run_ends_in_a_plain_folder_that_draws_as_the_trained_prior(data, image_tokenizer, tmp_path):
+def test_train_prior_with_position_embeddings_saves_a_plain_prior(data, image_tokenizer, tmp_path):
     trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", learning_rate=0.03))
     settings = json.loads((tmp_path / "model" / "layout.json").read_text())
     assert settings["codes_shared"] is False
@@ -161,7 +161,7 @@ def test_a_run_ends_in_a_plain_folder_that_draws_as_the_trained_prior(data, imag
     assert (tmp_path / "model" / "samples" / "step-000003.png").is_file()
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(data, image_tokenizer, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_weights(data, image_tokenizer, tmp_path, monkeypatch):
     whole = train_prior(recipe(data, image_tokenizer, tmp_path / "whole"))
     stop_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -186,13 +186,13 @@ def stop_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "training_step", stopping)
 
 
-def test_places_caption_too(data, image_tokenizer, tmp_path):
+def test_a_prior_with_position_embeddings_captions(data, image_tokenizer, tmp_path):
     trained = train_prior(recipe(data, image_tokenizer, tmp_path / "model", image_to_text_fraction=0.5))
     codes = torch.randint(trained.processor.layout.codebook_size, (2, trained.processor.layout.num_codes))
     assert caption(trained.prior, trained.processor.layout, codes).shape == (2, trained.processor.layout.text_length)
 
 
 @pytest.mark.parametrize("other", [{"fsdp": True}, {"base_model": "lm", "lora_rank": 4}])
-def test_what_places_do_not_go_with_is_said(other):
+def test_position_embeddings_with_fsdp_or_lora_raise(other):
     with pytest.raises(ValueError, match="axial_position_embeddings"):
         PriorRecipe(axial_position_embeddings=True, **other)

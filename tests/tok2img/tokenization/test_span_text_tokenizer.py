@@ -212,9 +212,7 @@ def test_one_word_is_a_text_and_a_path_is_a_data_set(model, tmp_path):
     save_text_sheet(tmp_path / "text", ["hello"], tmp_path / "sheet.txt", split="train", num_texts=1)
     assert (tmp_path / "sheet.txt").read_text().startswith("text  'hello'\n")
     with pytest.raises(ValueError, match="nowhere/rows.parquet: no such file"):
-        save_text_sheet(
-            tmp_path / "text", ["nowhere/rows.parquet"], tmp_path / "sheet.txt", split="train", num_texts=1
-        )
+        save_text_sheet(tmp_path / "text", ["nowhere/rows.parquet"], tmp_path / "sheet.txt", split="train", num_texts=1)
 
 
 class TestReport:
