@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all.
+"""Atomic writes of files and folders.
 
-Everything is written under a temporary name in the same folder, brought to the disk, and renamed. Files get the mode that the umask
-gives: safetensors leaves them readable by their owner alone.
+Everything is written under a temporary name in the same folder, flushed with fsync, and renamed. Files get the umask's
+mode, because safetensors makes them readable by their owner alone.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from uuid import uuid4
 if sys.platform != "win32":
     import fcntl
 MANIFEST = "manifest.json"
-TEMPORARY = ".tmp"  # how the names of unfinished files and folders end
+TEMPORARY = ".tmp"  # suffix of unfinished files and folders
 
 
 def write_atomically(path: str | PathLike[str], content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it, so that readers see the old or the new one."""
+    """Write a file so that readers see the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -37,7 +37,7 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
 
 
 def commit_folder(building: Path, target: Path) -> None:
-    """Give a folder that is built the name it was built for, in place of the one before, when all of it is on the disk."""
+    """Flush a finished folder to disk and rename it to `target`, replacing an older one."""
     fsync_tree(building)
     remove_folder(target)
     building.rename(target)
@@ -46,7 +46,7 @@ def commit_folder(building: Path, target: Path) -> None:
 
 @contextmanager
 def staged_update(folder: str | Path) -> Iterator[Path]:
-    """A folder to build in, whose files take their places in `folder` one by one when the block ends well; other files there stay."""
+    """Yield a temporary folder, whose files are moved into `folder` one by one when the block succeeds."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     building = temporary_name(folder / "new")
@@ -64,15 +64,15 @@ def staged_update(folder: str | Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside a path, hidden."""
+    """Return a new hidden name in the same folder."""
     return path.with_name(f".{path.name.lstrip('.')}.{uuid4().hex[:12]}{TEMPORARY}")
 
 
 @contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
-    """Whether a folder is there and nobody else has claimed it; until the block ends, or this process, nobody else can.
+    """Try to take an exclusive lock on a folder; yields True if it was acquired.
 
-    On Windows, which has no such locks, the claim is taken for granted.
+    The lock is released when the block or the process ends. Windows has no such locks; there it always succeeds.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -80,14 +80,14 @@ def try_lock(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        # It may have gone to its place while this process came to the lock.
+        # Another process may have renamed the folder before the lock was acquired.
         yield is_locked(descriptor) and folder.is_dir()
     finally:
         os.close(descriptor)
 
 
 def is_locked(descriptor: int) -> bool:
-    """Lock an open file or folder, if nobody else has."""
+    """Lock an open file or folder without waiting; False if another process holds the lock."""
     if sys.platform == "win32":
         return True
     try:
@@ -98,7 +98,7 @@ def is_locked(descriptor: int) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there and no other process removes it, so that nobody ever sees half of it."""
+    """Remove a folder atomically, by a rename first; does nothing if it is missing."""
     leaving = temporary_name(folder)
     with suppress(FileNotFoundError):
         folder.rename(leaving)
@@ -106,14 +106,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: str | Path, name: str = "*") -> None:
-    """Clear away what was left unfinished in a folder, of one name or of all, when it was killed."""
+    """Remove temporary files and folders that a killed process left, of one name or of all."""
     for left in Path(folder).glob(f".{name}{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
         left.unlink(missing_ok=True)
 
 
 def fsync_tree(folder: Path) -> None:
-    """Give files the mode of the umask, and bring them and their folders to the disk."""
+    """Set all files to the umask's mode, and flush them and their folders to disk."""
     umask = os.umask(0)
     os.umask(umask)
     for file in files_in(folder):
@@ -124,7 +124,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, would survive a loss of power."""
+    """Flush a file, or a folder's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,7 +133,7 @@ def fsync_path(path: Path) -> None:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files of a folder and those below, in order."""
+    """Return all files of a folder and its subfolders, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -144,7 +144,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> None:
-    """ValueError for a folder that is not what its manifest says, with the first file that is missing or damaged."""
+    """Check a folder against its manifest; ValueError names the first missing or damaged file."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
         recorded = {name: (int(size), str(checksum)) for name, (size, checksum) in files.items()}
@@ -157,6 +157,6 @@ def check_manifest(folder: Path) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """Checksum of a file's content."""
+    """Return the sha256 of a file's content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Move models to the accelerator where there is one."""
+"""Moves models to the accelerator."""
 
 import os
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ Movable = TypeVar("Movable", bound=Any)
 
 
 def to_device(model: Movable) -> Movable:
-    """Onto the accelerator, where there is one; each of the processes that torchrun starts has its own."""
+    """Move a model to the accelerator, if there is one; under torchrun to the one of `LOCAL_RANK`."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         return model

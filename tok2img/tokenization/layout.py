@@ -1,10 +1,15 @@
-"""What every id of the prior's sequence means; nothing else in the project knows an offset.
+"""Ids and positions of the prior's sequence. Nothing else in the project knows an offset.
 
-    [BOS] text ... [PAD] [SEP] image codes      an image of a caption
-    [BOS] image codes [SEP] text ... [PAD]      a caption of an image, which its first [PAD] ends
+    generate an image   [BOS] text ... [PAD] [SEP] image codes
+    caption an image    [BOS] image codes [SEP] text ... [PAD]      the first [PAD] ends the caption
 
-Text ids come first and keep the values that the text tokenizer gave them; [BOS], [SEP] and [PAD] follow; image ids come last. The text
-has a fixed length and pads are attended like any token, so there is no attention mask and every image code keeps its position.
+The vocabulary, from id 0:
+
+    | text ids | [BOS] [SEP] [PAD] | image ids: one range of `codebook_size` per group of positions | unused |
+    0          text_vocab_size     text_vocab_size + 3                                              vocab_size
+
+Text ids keep the values of the text tokenizer. The text has a fixed length and its pads are attended like any token. So no
+attention mask is needed, and every image code has a fixed position.
 """
 
 import json
@@ -26,19 +31,19 @@ FILE_NAME = "layout.json"
 
 
 def range_starts(groups: tuple[int, ...], size: int, device: torch.device | None = None) -> Tensor:
-    """Where the range of each position starts, `n`, when groups of positions take ranges of this size in turn."""
+    """Return the start of each position's range of ids, `n`: group i starts at i * `size`."""
     return torch.tensor([size * group for group, length in enumerate(groups) for _ in range(length)], device=device)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of positions that carry codes of one kind.
+    """Consecutive positions with codes of one kind.
 
     Attributes:
         name: "text" or "image".
-        groups: how many positions in a row share a range of ids; the ranges of the groups follow one another.
-        codebook_size: codes at each position, and ids in each range.
-        offset: id of code 0 (of the first position).
+        groups: Number of consecutive positions that share a range of ids, group by group. Ranges follow one another.
+        codebook_size: Number of ids in each range.
+        offset: Id of code 0 at the first position.
     """
 
     name: str
@@ -48,46 +53,65 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Positions."""
+        """Number of positions."""
         return sum(self.groups)
 
     @property
     def num_ids(self) -> int:
-        """Ids that the segment takes of the vocabulary."""
+        """Number of ids in all ranges."""
         return self.codebook_size * len(self.groups)
 
     @property
     def ids(self) -> slice:
-        """All of them, as rows of a table."""
+        """All ids of the segment, as a slice of embedding rows."""
         return slice(self.offset, self.offset + self.num_ids)
 
     def position_offsets(self, device: torch.device | None = None) -> Tensor:
-        """Id of code 0 at each position, `n`."""
+        """Return the id of code 0 at each position, `n`."""
         return self.offset + range_starts(self.groups, self.codebook_size, device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Codes `b n` -> ids `b n`."""
+        """Convert codes `b n` to ids `b n`."""
         return codes.long() + self.position_offsets(codes.device)
 
     def ids_to_codes(self, ids: Tensor) -> Tensor:
-        """Ids `b n` -> codes `b n`; ValueError for an id that does not belong at its position."""
+        """Convert ids `b n` to codes `b n`; ValueError for an id outside the range of its position."""
         codes = ids - self.position_offsets(ids.device)
         if ids.numel() and not (codes.min() >= 0 and codes.max() < self.codebook_size):
-            raise ValueError(f"these are no {self.name} ids of this layout: {ids.flatten()[:8].tolist()}...")
+            raise ValueError(f"Expected {self.name} ids of this layout, got {ids.flatten()[:8].tolist()}...")
         return codes
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The sequences `[BOS] text [SEP] image` and `[BOS] image [SEP] text`, and their vocabulary.
+    """Layout of the sequences `[BOS] text [SEP] image` and `[BOS] image [SEP] text` and of their vocabulary.
+
+    With 5 text ids, 3 text positions, and an image of 4 codes from a codebook of 8:
+
+        position    0      1    2    3      4      5    6    7    8
+        token     [BOS]   'a'  'b' [PAD]  [SEP]    image codes 3 0 7 7
+        id          5      0    1    7      6     11    8   15   15
 
     Attributes:
-        text_vocab_size: ids of the text tokenizer, 0 and up.
-        text_length: positions for text; shorter captions are filled with [PAD].
-        num_codes, codebook_size: of an image.
-        codes_shared: whether all positions of an image share one range of ids (cells of a grid), or each has its own (stages).
-        positions_per_codebook: how many positions in a row share a range, such as `(16, 64)` for two grids; where given, it decides, and it is None
-            where `codes_shared` says the same.
+        text_vocab_size: Number of ids of the text tokenizer, which start at 0.
+        text_length: Number of text positions; shorter captions are padded with [PAD], longer ones truncated.
+        num_codes: Number of codes of an image.
+        codebook_size: Number of values of a code.
+        codes_shared: True if all positions of an image share one range of ids (cells of a grid), False if each has its
+            own (stages of VQ-DRAW).
+        positions_per_codebook: Number of consecutive positions that share a range, such as `(16, 64)` for two grids.
+            It takes precedence over `codes_shared` and is None where that says the same.
+
+    Example:
+        >>> import torch
+        >>> layout = SequenceLayout(text_vocab_size=5, text_length=3, num_codes=4, codebook_size=8)
+        >>> text_ids = torch.tensor([[0, 1, layout.pad_id]])
+        >>> layout.sequence(text_ids, torch.tensor([[3, 0, 7, 7]]))
+        tensor([[ 5,  0,  1,  7,  6, 11,  8, 15, 15]])
+        >>> layout.image.ids_to_codes(torch.tensor([[11, 8, 15, 15]]))
+        tensor([[3, 0, 7, 7]])
+        >>> layout.vocab_size
+        64
     """
 
     text_vocab_size: int
@@ -113,22 +137,22 @@ class SequenceLayout:
             raise ValueError(
                 f"layout: positions_per_codebook must be whole numbers of at least 1 that sum to num_codes {self.num_codes}, got {groups!r}"
             )
-        # One way to write each layout, and files of the two plain cases stay as they were before there were groups.
+        # One canonical form for each layout, so that equal layouts compare equal and save the same file.
         object.__setattr__(self, "codes_shared", len(groups) == 1)
-        said = one_group_or_many(self.num_codes, shared=self.codes_shared)
-        object.__setattr__(self, "positions_per_codebook", None if tuple(groups) == said else tuple(groups))
+        implied = one_group_or_many(self.num_codes, shared=self.codes_shared)
+        object.__setattr__(self, "positions_per_codebook", None if tuple(groups) == implied else tuple(groups))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{type(self).__name__}({settings})"
 
     def settings(self) -> dict[str, Any]:
-        """The fields, without groups where `codes_shared` says them."""
+        """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def for_tokenizers(cls, image_tokenizer: DiscreteTokenizer, *, text_vocab_size: int, text_length: int) -> Self:
-        """The layout that fits an image tokenizer and a text vocabulary."""
+        """Build the layout for an image tokenizer and a text vocabulary."""
         return cls(
             text_vocab_size=text_vocab_size,
             text_length=text_length,
@@ -138,53 +162,53 @@ class SequenceLayout:
         )
 
     def with_position_specific_ids(self) -> Self:
-        """The same sequences with ids of their own for every position of an image."""
+        """Return the same layout with a separate range of ids for every image position."""
         return replace(self, codes_shared=False, positions_per_codebook=None)
 
     @property
     def bos_id(self) -> int:
-        """Starts every sequence."""
+        """Id of [BOS], which starts every sequence."""
         return self.text_vocab_size
 
     @property
     def sep_id(self) -> int:
-        """Stands between text and image."""
+        """Id of [SEP], between text and image."""
         return self.text_vocab_size + 1
 
     @property
     def pad_id(self) -> int:
-        """Fills the text to its length; a text of nothing else is the prompt without a caption."""
+        """Id of [PAD], which fills up the text. A text of pads alone is the unconditional prompt."""
         return self.text_vocab_size + 2
 
     @property
     def text(self) -> Segment:
-        """The positions of the caption."""
+        """Segment of the caption."""
         return Segment("text", (self.text_length,), self.text_vocab_size, 0)
 
     @property
     def image(self) -> Segment:
-        """The positions of the image."""
+        """Segment of the image codes."""
         groups = self.positions_per_codebook or one_group_or_many(self.num_codes, shared=self.codes_shared)
         return Segment("image", groups, self.codebook_size, self.text_vocab_size + 3)
 
     @property
     def prompt_length(self) -> int:
-        """Positions up to and including [SEP]."""
+        """Number of positions up to and including [SEP]."""
         return self.text_length + 2
 
     @property
     def caption_prompt_length(self) -> int:
-        """Positions up to and including [SEP] where the image comes first."""
+        """Number of positions up to and including [SEP] if the image comes first."""
         return self.num_codes + 2
 
     @property
     def sequence_length(self) -> int:
-        """Positions of text, image and marks."""
+        """Number of positions of text, image and special tokens."""
         return self.prompt_length + self.num_codes
 
     @property
     def vocab_size(self) -> int:
-        """All ids, rounded up to a multiple of 64."""
+        """Number of ids, rounded up to a multiple of 64."""
         used = self.image.offset + self.image.num_ids
         return math.ceil(used / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
@@ -199,39 +223,39 @@ class SequenceLayout:
         return np.min_scalar_type(self.codebook_size - 1)
 
     def pad_text(self, texts: list[list[int]]) -> np.ndarray:
-        """Text ids of any lengths -> `b t`, cut or filled with [PAD]."""
+        """Pad or truncate lists of text ids to `b t`."""
         rows = np.full((len(texts), self.text_length), self.pad_id, dtype=self.text_dtype)
         for row, ids in zip(rows, texts, strict=True):
             row[: len(ids)] = ids[: self.text_length]
         return rows
 
     def prompt(self, text_ids: Tensor) -> Tensor:
-        """Text `b t` -> `[BOS] text [SEP]`, `b s`."""
+        """Build `[BOS] text [SEP]`, `b s`, from text ids `b t`."""
         if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
             raise ValueError(f"text ids must be `b {self.text_length}`, got {tuple(text_ids.shape)}")
-        return self._between_marks(text_ids.long())
+        return self._add_bos_and_sep(text_ids.long())
 
     def sequence(self, text_ids: Tensor, codes: Tensor) -> Tensor:
-        """Text `b t` and codes `b n` -> `[BOS] text [SEP] image`, `b s`."""
+        """Build `[BOS] text [SEP] image`, `b s`, from text ids `b t` and codes `b n`."""
         return torch.cat([self.prompt(text_ids), self.image.codes_to_ids(codes)], dim=1)
 
     def caption_prompt(self, codes: Tensor) -> Tensor:
-        """Codes `b n` -> `[BOS] image [SEP]`, `b s`."""
+        """Build `[BOS] image [SEP]`, `b s`, from codes `b n`."""
         if codes.ndim != 2 or codes.shape[1] != self.num_codes:
             raise ValueError(f"codes must be `b {self.num_codes}`, got {tuple(codes.shape)}")
-        return self._between_marks(self.image.codes_to_ids(codes))
+        return self._add_bos_and_sep(self.image.codes_to_ids(codes))
 
     def caption_sequence(self, text_ids: Tensor, codes: Tensor) -> Tensor:
-        """Text `b t` and codes `b n` -> `[BOS] image [SEP] text`, `b s`."""
+        """Build `[BOS] image [SEP] text`, `b s`, from text ids `b t` and codes `b n`."""
         return torch.cat([self.caption_prompt(codes), text_ids.long()], dim=1)
 
-    def _between_marks(self, ids: Tensor) -> Tensor:
-        """`[BOS] ids [SEP]`."""
-        marks = ids.new_tensor([self.bos_id, self.sep_id]).expand(len(ids), 2)
-        return torch.cat([marks[:, :1], ids, marks[:, 1:]], dim=1)
+    def _add_bos_and_sep(self, ids: Tensor) -> Tensor:
+        """Put [BOS] before and [SEP] after ids: `b n` to `b s`."""
+        special = ids.new_tensor([self.bos_id, self.sep_id]).expand(len(ids), 2)
+        return torch.cat([special[:, :1], ids, special[:, 1:]], dim=1)
 
     def null_text_ids(self, num: int, device: torch.device | None = None) -> Tensor:
-        """Text of the prompt that says nothing, `num t`."""
+        """Return the text ids of `num` unconditional prompts, `b t`: pads alone."""
         return torch.full((num, self.text_length), self.pad_id, dtype=torch.int64, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -240,7 +264,7 @@ class SequenceLayout:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `layout.json` from a folder; ValueError where there is none or it is not one."""
+        """Load `layout.json` from a folder; ValueError if it is missing or does not describe a layout."""
         path = Path(folder, FILE_NAME)
         try:
             return cls(**read_json(path))
@@ -251,10 +275,10 @@ class SequenceLayout:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1, and not beyond all use."""
+    """Return True for a whole number from 1 to `MAX_INT`."""
     return is_integer(value) and 1 <= value <= MAX_INT
 
 
 def one_group_or_many(num_codes: int, *, shared: bool) -> tuple[int, ...]:
-    """The groups that `codes_shared` stands for."""
+    """Return the groups that `codes_shared` implies: one for all codes, or one for each."""
     return (num_codes,) if shared else (1,) * num_codes

@@ -1,4 +1,4 @@
-"""Captions and images -> what the prior reads; what it writes -> images."""
+"""Converts captions and images to the ids that the prior reads, and its image codes back to images."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from .text_tokenizer import TextTokenizer
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 IGNORED_LABEL = -100
-# What a config says about where a model lies and who wrote it, not about what it computes.
-UNRELATED_TO_CODES = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
-# Settings that came later, with the values that change nothing: tokens made before keep their fingerprint.
-LATER_SETTINGS = {"encode_dtype": "float32", "search_steps": 0}
+# Config fields about where a model is stored and who wrote it. They do not change codes, so the fingerprint leaves them out.
+NON_CODE_FIELDS = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
+# Later settings and their neutral values, which the fingerprint leaves out: tokens made before keep theirs.
+NEUTRAL_SETTINGS = {"encode_dtype": "float32", "search_steps": 0}
 
 
 class Tok2ImgProcessor:
-    """Both tokenizers and the layout that joins them.
+    """Image tokenizer, text tokenizer, and the layout that joins them into one vocabulary.
 
     Args:
         image_tokenizer: images <-> codes.
@@ -58,7 +58,7 @@ class Tok2ImgProcessor:
         text_length: int,
         text_vocab_size: int = 0,
     ) -> Self:
-        """A processor with the layout that follows from the two tokenizers.
+        """Build a processor with the layout that fits both tokenizers.
 
         Args:
             text_vocab_size: ids kept for text; 0: as many as the text tokenizer has.
@@ -69,7 +69,7 @@ class Tok2ImgProcessor:
         return cls(image_tokenizer, text_tokenizer, layout)
 
     def with_layout(self, layout: SequenceLayout) -> Self:
-        """The same tokenizers under another layout that fits them."""
+        """Return a processor with the same tokenizers and another layout that fits them."""
         return type(self)(self.image_tokenizer, self.text_tokenizer, layout)
 
     def decode_text(self, text_ids: Tensor) -> str:
@@ -77,7 +77,7 @@ class Tok2ImgProcessor:
         return self.text_tokenizer.decode([int(each) for each in text_ids if each != self.layout.pad_id])
 
     def __call__(self, text: str | list[str] | None = None, images: Any = None) -> BatchFeature:
-        """Captions, with images or without.
+        """Convert captions, with or without images, to ids.
 
         Returns:
             `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are images; then also `labels` `b s`, which
@@ -102,7 +102,7 @@ class Tok2ImgProcessor:
         return torch.from_numpy(self.layout.pad_text(ids).astype(np.int64))
 
     def count_truncated(self, captions: list[str]) -> int:
-        """How many of the captions are longer than the layout has room for."""
+        """Count the captions that are longer than the layout's text length."""
         lengths = self.text_tokenizer.lengths(captions, max_length=self.layout.text_length)
         return sum(length > self.layout.text_length for length in lengths)
 
@@ -111,15 +111,15 @@ class Tok2ImgProcessor:
         return self.encode_pixels(load_pixels(images, self.image_tokenizer, rows=rows))
 
     def encode_pixels(self, pixel_values: Tensor) -> Tensor:
-        """Pixels `b c h w` of the tokenizer's size -> codes `b n`, on the CPU."""
+        """Encode pixels `b c h w` of the tokenizer's size to codes `b n` on the CPU."""
         return self.image_tokenizer.encode_with_search(pixel_values.to(self.image_tokenizer.device)).cpu()
 
     def decode_images(self, codes: Tensor) -> list[Image.Image]:
-        """Codes `b n` -> images."""
+        """Decode codes `b n` to images."""
         return images_from_pixels(self.image_tokenizer.decode(codes.to(self.image_tokenizer.device)).cpu())
 
     def fingerprint(self) -> str:
-        """sha256 of everything that the tokens depend on: weights, their type, configs, text tokenizer, layout."""
+        """Return a sha256 of everything that the tokens depend on: weights, config, text tokenizer and layout."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.image_tokenizer.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -127,7 +127,7 @@ class Tok2ImgProcessor:
         settings = {
             key: value
             for key, value in self.image_tokenizer.config.to_dict().items()
-            if key not in UNRELATED_TO_CODES and (key, value) not in LATER_SETTINGS.items()
+            if key not in NON_CODE_FIELDS and (key, value) not in NEUTRAL_SETTINGS.items()
         }
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         digest.update(self.text_tokenizer.state())
@@ -143,7 +143,7 @@ class Tok2ImgProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load what `save_pretrained` wrote; ValueError for a folder that does not hold it."""
+        """Load a processor that `save_pretrained` wrote; ValueError if something is missing or damaged."""
         layout = SequenceLayout.from_pretrained(folder)
         image_tokenizer = load_image_tokenizer(Path(folder, IMAGE_TOKENIZER_FOLDER))
         return cls(image_tokenizer, load_text_tokenizer(Path(folder, TEXT_TOKENIZER_FOLDER)), layout)

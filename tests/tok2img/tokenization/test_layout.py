@@ -97,15 +97,15 @@ def test_groups_that_do_not_fill_the_positions_are_refused(groups):
 def test_an_id_in_the_wrong_position_is_refused():
     layout = SequenceLayout(text_vocab_size=11, text_length=3, num_codes=4, codebook_size=6, codes_shared=False)
     ids = layout.image.codes_to_ids(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="no image ids"):
+    with pytest.raises(ValueError, match="Expected image ids"):
         layout.image.ids_to_codes(ids.flip(1))
 
 
 @pytest.mark.parametrize("wrong", [0, 10, 11, 12, 13])
-def test_an_id_of_text_or_a_mark_is_no_image_id(layout, wrong):
+def test_ids_to_codes_refuses_text_ids_and_special_tokens(layout, wrong):
     ids = layout.image.codes_to_ids(torch.zeros(1, 4, dtype=torch.int64))
     ids[0, 2] = wrong
-    with pytest.raises(ValueError, match="no image ids"):
+    with pytest.raises(ValueError, match="Expected image ids"):
         layout.image.ids_to_codes(ids)
 
 
