@@ -1,6 +1,6 @@
-"""Train your own DALL-E: captioned images to discrete tokens, a plain Hugging Face GPT on them, and images from captions.
+"""Train your own DALL-E: tokenize captioned images, train a plain GPT on the tokens, generate images.
 
-Names load when they are first used, so that `tok2img --help` needs neither torch nor transformers.
+Names are imported on first use, so that `tok2img --help` needs neither torch nor transformers.
 """
 
 import os
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from .tokenization.text_tokenizer import SubwordTokenizer, TextTokenizer
     from .trainer.trainer import Trainer
 
-# Large pages for large tensors, which torch reads when it first allocates one: a training step of a small prior on a CPU took 1.0 s
-# instead of 2.9 s. Nothing happens where the kernel does not offer them.
+# Huge pages for large tensors. torch reads this when it first allocates one; kernels without them ignore
+# it. Measured: a training step of a small prior on a CPU takes 1.0 s instead of 2.9 s.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Threads that wait for each other soon let go of the core. Two threads of a small convolutional step on two cores, one of them busy with
-# something else: 60 to 90 ms instead of 136 to 200; with both cores free as long as before (24 to 41 ms, 26 to 33).
+# OpenMP threads stop spinning early and give up the core. Measured: a small convolutional step with two
+# threads on two cores, one of them busy, takes 60 to 90 ms instead of 136 to 200. With both cores free it
+# is unchanged (24 to 41 ms, before 26 to 33).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _LAZY_IMPORTS = {
