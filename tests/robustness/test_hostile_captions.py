@@ -56,7 +56,7 @@ def test_a_caption_of_nothing_but_a_mark_is_text(processor):
 
 @pytest.mark.parametrize("text", NO_TEXTS, ids=repr)
 def test_what_is_no_text_is_refused_by_the_pipeline(pipeline, text):
-    with pytest.raises(ValueError, match="text|Unicode|caption"):
+    with pytest.raises(ValueError, match="prompt to be a string|text|Unicode|caption"):
         pipeline([text])
 
 

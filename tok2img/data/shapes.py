@@ -1,4 +1,4 @@
-"""Captioned images that we draw ourselves: one or two coloured shapes on white, 32 by 32 pixels.
+"""Built-in captioned images: one or two coloured shapes on white, 32 by 32 pixels.
 
 A `Scene` is what a caption says. `draw` turns it into one of its images: every object lands in a cell of a
 3 x 3 grid, jittered. Scenes, not images, are divided into splits, so that a prior can be asked for compositions
@@ -102,19 +102,19 @@ class Scene:
             raise ValueError(f"got place {self.place!r}, expected one of {', '.join(allowed)}")
 
     def canonical(self) -> "Scene":
-        """The one way to say this scene: "A above B" stands for "B below A" too."""
+        """Return the canonical form of the scene: "A above B" instead of "B below A"."""
         if self.place not in INVERSES:
             return self
         return Scene(objects=self.objects[::-1], place=INVERSES[self.place])
 
 
 def scene_caption(scene: Scene) -> str:
-    """Put a scene into words; `parse_caption` is the way back."""
+    """Write the caption of a scene; `parse_caption` is the inverse."""
     return f" {scene.place} ".join(map(str, scene.objects)) + (f" {scene.place}" if len(scene.objects) == 1 else "")
 
 
 def parse_caption(caption: str) -> Scene:
-    """Read the scene that a caption describes; a caption not of our grammar is a ValueError."""
+    """Parse a caption into its scene; ValueError for a caption outside the grammar."""
     match = _CAPTION.fullmatch(caption)
     if match is None:
         raise ValueError(
@@ -131,7 +131,7 @@ def parse_caption(caption: str) -> Scene:
 
 @lru_cache
 def shape_mask(*, shape: str, size: str, oversampling: int = 16) -> np.ndarray:
-    """How much of each pixel of its box a shape covers, from 0 to 1: `h w`."""
+    """Compute the coverage of each pixel of a shape's box, from 0 to 1: `h w`."""
     side = SIZES[size]
     axis = (np.arange(side * oversampling) + 0.5) / (side * oversampling) * 2 - 1
     x, y = axis[None, :], axis[:, None]
@@ -150,13 +150,13 @@ def shape_mask(*, shape: str, size: str, oversampling: int = 16) -> np.ndarray:
 
 @lru_cache
 def _stamp(item: ShapeObject) -> np.ndarray:
-    """The box of an object in its colour on white: `h w c`, uint8."""
+    """Render the box of an object in its colour on white: `h w c`, uint8."""
     mask = shape_mask(shape=item.shape, size=item.size)[..., None]
     return np.rint(BACKGROUND + mask * (np.array(COLOURS[item.colour]) - BACKGROUND)).astype(np.uint8)
 
 
 def _jitter(scene: Scene, rng: Random) -> list[tuple[int, int]]:
-    """The upper left corner (row, column) of each object's box, anew until boxes lie `MIN_GAP` apart."""
+    """Sample the upper left corner (row, column) of each object's box until boxes lie `MIN_GAP` apart."""
     while True:
         corners = [
             (rng.choice(STARTS[item.size][row]), rng.choice(STARTS[item.size][column]))
@@ -171,7 +171,7 @@ def _jitter(scene: Scene, rng: Random) -> list[tuple[int, int]]:
 
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
-    """One of the images of a scene; `rng` chooses which."""
+    """Render an image of a scene at positions that `rng` chooses."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
     for item, (top, left) in zip(scene.objects, _jitter(scene, rng), strict=True):
         side = SIZES[item.size]
@@ -189,7 +189,7 @@ def _is_held_out(scene: Scene) -> bool:
 
 
 def in_split(scene: Scene, split: Split) -> bool:
-    """Whether a split may show this scene; train and validation share theirs."""
+    """Return True if a scene belongs to a split; train and validation share theirs."""
     if any(map(_is_unseen, scene.objects)):
         return split == "unseen_pairs"
     if _is_held_out(scene):
@@ -198,9 +198,10 @@ def in_split(scene: Scene, split: Split) -> bool:
 
 
 def random_scene(split: Split, rng: Random) -> Scene:
-    """A scene of a split: one object or two with equal chance (`held_out` always two), then uniform.
+    """Sample a scene of a split: one or two objects with equal probability (`held_out` always two), then uniformly.
 
-    Two objects are named in reading order, the upper or left one first: a small prior binds words to places sooner that way.
+    Two objects are named in reading order, upper or left one first. A small prior then learns sooner which words belong
+    to which position.
     """
     num_objects = 2 if split == "held_out" else rng.choice((1, 2))
     places = tuple(POSITIONS if num_objects == 1 else RELATIONS)
@@ -221,7 +222,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def shapes_dataset(split: str, num_rows: int, seed: int = 0) -> Dataset:
-    """Draw a captioned data set of any length.
+    """Render a captioned data set of any length.
 
     Args:
         split: one of `SPLITS`

@@ -1,6 +1,7 @@
-"""A model of a text's spans as a text tokenizer like any other: captions -> ids, as many as the caption is long.
+"""Adapts discrete text models (`VQDrawForText`, `VQVAEForText`) to the interface of text tokenizers.
 
-id = stage (or level) x codebook_size + code, all stages of the first span, then all of the second, up to the span in which the text ends
+id = stage (or quantizer) * codebook_size + code. All stages of the first span come first, then those of the second, up to
+the span in which the text ends.
 """
 
 import json
@@ -25,14 +26,14 @@ MODELS_BY_TYPE = {classes[1].model_type: classes for classes in TEXT_MODELS.valu
 
 
 class DiscreteTextTokenizer:
-    """A `VQDrawForText` or `VQVAEForText` as a `TextTokenizer`."""
+    """Adapts a `VQDrawForText` or `VQVAEForText` to `TextTokenizer`."""
 
     def __init__(self, model: TextSpanTokenizer):
         self.model = model.eval()
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this number: a range for each stage."""
+        """Number of ids: a range for each stage."""
         return self.model.code_shape[0] * self.model.codebook_size
 
     def encode(
@@ -46,7 +47,7 @@ class DiscreteTextTokenizer:
         return [ids[caption][:max_length] for caption in captions]
 
     def _encode(self, captions: list[str]) -> Iterator[list[int]]:
-        """Ids of each caption of one batch."""
+        """Encode one batch of captions to ids."""
         symbols = self.model.texts_to_symbols(captions)
         codes = self.model.encode(symbols).cpu() + self._offsets()
         by_span = rearrange(codes, "b (n s) -> b (s n)", s=self.model.num_spans)
@@ -55,7 +56,7 @@ class DiscreteTextTokenizer:
 
     @property
     def max_ids(self) -> int:
-        """The most ids that `encode` gives for any caption."""
+        """Largest number of ids of a caption."""
         return self.model.num_codes
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
@@ -74,7 +75,7 @@ class DiscreteTextTokenizer:
         return self.model.decode(codes.where(is_given, 0).to(self.model.device))[0]
 
     def state(self) -> bytes:
-        """Everything that the ids depend on: settings and weights."""
+        """Serialize settings and weights, everything that the ids depend on."""
         config = self.model.config
         settings = {name: getattr(config, name) for name in sorted(own_fields(type(config)))}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.model.state_dict().items())}
@@ -88,13 +89,13 @@ class DiscreteTextTokenizer:
         return text_tokenizer_of, (self.model.config.model_type, self.state())
 
     def _offsets(self) -> torch.Tensor:
-        """Id of code 0 at each place of `b (n s)`."""
+        """Return the id of code 0 at each position, `(n s)`."""
         num_stages, num_spans = self.model.code_shape
         return (torch.arange(num_stages) * self.model.codebook_size).repeat_interleave(num_spans)
 
 
 def text_tokenizer_of(model_type: str, state: bytes) -> DiscreteTextTokenizer:
-    """Make a `DiscreteTextTokenizer` again from the type of its model and its `state`."""
+    """Rebuild a `DiscreteTextTokenizer` from its model's type and its `state`."""
     model_class, config_class = MODELS_BY_TYPE[model_type]
     settings, _, weights = state.partition(b"\0")
     model = model_class(config_class(**json.loads(settings)))
@@ -103,19 +104,19 @@ def text_tokenizer_of(model_type: str, state: bytes) -> DiscreteTextTokenizer:
 
 
 def load_text_tokenizer(name: str | Path) -> TextTokenizer:
-    """Load any saved text tokenizer from a folder or the hub; ValueError where there is none."""
+    """Load any saved text tokenizer from a folder or the hub; ValueError if there is none."""
     if is_text_model(name):
         return DiscreteTextTokenizer(load_text_model(name))
     return SubwordTokenizer.from_pretrained(name)
 
 
 def is_text_model(folder: str | Path) -> bool:
-    """Whether a folder holds a model of text."""
+    """Return True if a folder contains a discrete text model."""
     return model_type_of(folder) in MODELS_BY_TYPE
 
 
 def load_text_model(folder: str | Path) -> TextSpanTokenizer:
-    """Load a saved model of text, of whichever kind, in eval mode; ValueError for a folder that holds none."""
+    """Load a discrete text model of either kind in eval mode; ValueError if the folder has none."""
     model_type = model_type_of(folder)
     if model_type not in MODELS_BY_TYPE:
         raise ValueError(
@@ -126,7 +127,7 @@ def load_text_model(folder: str | Path) -> TextSpanTokenizer:
 
 
 def model_type_of(folder: str | Path) -> str:
-    """What kind of model a folder says it holds; nothing where it does not say."""
+    """Return the `model_type` of a folder's config; "" if it cannot be read."""
     try:
         return str(read_json(Path(folder, CONFIG_FILE)).get("model_type"))
     except (OSError, ValueError):

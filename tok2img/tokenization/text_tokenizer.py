@@ -1,7 +1,7 @@
-"""Captions -> text tokens: what a text tokenizer is, and byte-level BPE or any tokenizer that Hugging Face has saved as one.
+"""Text tokenizers: their interface, byte-level BPE, and any saved fast tokenizer of Hugging Face.
 
-A text tokenizer here owns text and nothing else: marks like [SEP] and image codes are integers that the layout places, so whatever a
-caption says, it is only text.
+A text tokenizer knows text only. Special tokens such as [SEP] and image codes are ids that the layout adds, so no caption
+can produce them.
 """
 
 import string
@@ -18,42 +18,47 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 from tokenizers_vq.loading import CONFIG_FILE, TEXT_FILES, first_line, read_json, resolve_folder
 
 NUM_BYTES = 256
-MAX_CHARACTERS_PER_TOKEN = 64  # a caption is cut to this many characters for each token kept, before any work on it
+MAX_CHARACTERS_PER_TOKEN = 64  # a caption is truncated to this many characters per wanted token before it is encoded
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back. It pickles to what the ids depend on and nothing else, so that caches are found again."""
+    """Converts text to ids and back. It pickles to what the ids depend on alone, so that caches are found again."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this number."""
+        """Number of ids, which start at 0."""
         ...
 
     def encode(
         self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """Ids of each caption, none of them reserved; where only `max_length` of them are wanted, few more are computed.
+        """Encode captions to ids, none of them reserved.
+
+        Args:
+            captions: Texts.
+            max_length: Number of ids that are wanted of each; more may be returned.
+            rows: Numbers of the captions, for errors; by default their positions.
 
         Raises:
-            ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
+            ValueError: If a caption is not text; names its row.
         """
         ...
 
     @property
     def max_ids(self) -> int:
-        """The most ids that `encode` gives for any caption."""
+        """Largest number of ids of a caption."""
         ...
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
-        """How many ids each caption takes; above `max_length` any number above it will do."""
+        """Count the ids of each caption; counts above `max_length` may be any number above it."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text that the ids stand for."""
+        """Decode ids to text."""
         ...
 
     def state(self) -> bytes:
-        """Everything that the ids depend on."""
+        """Serialize everything that the ids depend on."""
         ...
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -62,14 +67,14 @@ class TextTokenizer(Protocol):
 
 
 class SubwordTokenizer:
-    """A fast tokenizer of transformers as a `TextTokenizer`."""
+    """Adapts a fast tokenizer of transformers to `TextTokenizer`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
 
     @classmethod
     def train_bpe(cls, captions: Iterable[str], *, vocab_size: int = 4096) -> Self:
-        """Learn byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text has ids, and they give it back.
+        """Train byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2), which encodes any text without loss.
 
         Raises:
             ValueError: for a `vocab_size` below the number of bytes.
@@ -113,16 +118,21 @@ class SubwordTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this number."""
+        """Number of ids, which start at 0."""
         return len(self.tokenizer)
 
     def encode(
         self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """Ids of each caption, none of them reserved; where only `max_length` of them are wanted, few more are computed.
+        """Encode captions to ids, none of them reserved.
+
+        Args:
+            captions: Texts.
+            max_length: Number of ids that are wanted of each; more may be returned.
+            rows: Numbers of the captions, for errors; by default their positions.
 
         Raises:
-            ValueError: for a caption that is not text, with its number (that of `rows`, or its place in the list).
+            ValueError: If a caption is not text; names its row.
         """
         check_texts(captions, rows)
         if not captions:
@@ -133,19 +143,19 @@ class SubwordTokenizer:
 
     @property
     def max_ids(self) -> int:
-        """The most ids that `encode` gives for any caption: there is no limit."""
+        """Largest number of ids of a caption: unlimited."""
         return sys.maxsize
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
-        """How many ids each caption takes; above `max_length` any number above it will do."""
+        """Count the ids of each caption; counts above `max_length` may be any number above it."""
         return [len(ids) for ids in self.encode(captions, max_length=max_length)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text that the ids stand for."""
+        """Decode ids to text."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def state(self) -> bytes:
-        """Everything that the ids depend on: the tokenizer as JSON."""
+        """Serialize the tokenizer as JSON."""
         return self.tokenizer.backend_tokenizer.to_str().encode()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,13 +163,13 @@ class SubwordTokenizer:
 
 
 def subword_tokenizer(state: bytes) -> SubwordTokenizer:
-    """Make a `SubwordTokenizer` again from its `state`."""
+    """Rebuild a `SubwordTokenizer` from its `state`."""
     backend = Tokenizer.from_str(state.decode())
     return SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
 
 
 def check_no_remote_code(folder: Path) -> None:
-    """ValueError for a folder whose tokenizer is code that it brings along: transformers would ask whether to run it."""
+    """Check that a folder's tokenizer needs no code of its own, which transformers would offer to run."""
     for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
         settings = read_json(file) if file.exists() else {}
         if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
@@ -167,14 +177,14 @@ def check_no_remote_code(folder: Path) -> None:
 
 
 def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -> None:
-    """`check_text` for each, with its number in `rows`, or its place."""
+    """Check each caption by `check_text`; `rows` are their numbers, by default their positions."""
     for row, caption in zip(rows or range(len(captions)), captions, strict=True):
         check_text(caption, row)
 
 
 @dataclass(frozen=True)
 class ValidCaptions:
-    """Those of some captions that `check_text` takes, each time anew, so that of many none is kept."""
+    """Iterates over the valid captions without holding them in memory."""
 
     captions: Iterable[object]
 
@@ -186,7 +196,7 @@ class ValidCaptions:
 
 
 def check_text(caption: object, row: int) -> None:
-    """ValueError for a caption that is no text, or holds half a character (a lone surrogate), which has no bytes."""
+    """Check that a caption is text without unpaired surrogates, which have no UTF-8 bytes."""
     if not isinstance(caption, str):
         raise ValueError(f"row {row}: the caption is not text but {type(caption).__name__}: {caption!r}")
     try:
