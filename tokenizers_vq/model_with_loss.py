@@ -1,5 +1,6 @@
 """Wrap a model with its training loss. Only the inner model is saved as a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,18 @@ class ModelWithLoss(nn.Module):
     def inner(self) -> Any:
         """The model that is trained and saved."""
         return getattr(self, self.inner_name)
+
+    def prepare_step(self, batches: list[dict[str, Any]], uniform: Callable[..., Tensor]) -> list[dict[str, Any]]:
+        """Prepare the batches of one training step. The trainer calls this before their forward passes.
+
+        The default returns them unchanged. A loss overrides it for whatever all batches of a step decide together.
+
+        Args:
+            batches: The batches of this process.
+            uniform: Returns random numbers in [0, 1) of a shape, the same in all processes.
+        """
+        del uniform
+        return batches
 
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, **arguments: Any

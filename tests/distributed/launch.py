@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from tok2img.cli import app
@@ -31,7 +32,16 @@ def run(arguments: list[str], out: str, killed_at: int = 0) -> None:
     buffers, held = [], set()
 
     class Watched(Trainer):
-        """Notes what buffers hold after each step, and how many weights this process holds."""
+        """Records the buffers after each step, and how many weights this process holds."""
+
+        def create_accelerator_and_postprocess(self) -> None:
+            """Share the weights among processes on CPUs too, where accelerate 1.15 quietly gives each all of them."""
+            super().create_accelerator_and_postprocess()
+            state, plugin = self.accelerator.state, self.args.fsdp_plugin_args
+            if plugin and state.distributed_type == DistributedType.MULTI_CPU:
+                state.distributed_type = DistributedType.FSDP
+                state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+                self.is_fsdp_enabled = True
 
         def training_step(self, *args, **kwargs):
             if killed_at and self.state.global_step == killed_at:

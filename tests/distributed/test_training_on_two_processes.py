@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from tok2img.recipes.training_run import share_of_batch
+from tok2img.recipes.config import PriorRecipe
+from tok2img.recipes.training_run import training_arguments
 from tok2img.tokenization import token_dataset as tokenized
 from tok2img.trainer.checkpointing import latest_valid_checkpoint
 from tok2img.trainer.training_log import load_log
@@ -150,6 +151,8 @@ def test_a_checkpoint_of_two_processes_is_whole_and_has_one_manifest(folder):
     assert set(json.loads((checkpoint / "manifest.json").read_text())["files"]) == files - {"manifest.json"}
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused():
+def test_batch_that_cannot_be_shared_evenly_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: 2))
+    assert training_arguments(PriorRecipe(out=str(tmp_path), batch_size=6)).per_device_train_batch_size == 3
     with pytest.raises(ValueError, match="'batch_size' is shared by 2 devices and must be a multiple of that, got 5"):
-        share_of_batch(5, num_devices=2)
+        training_arguments(PriorRecipe(out=str(tmp_path), batch_size=5))

@@ -27,7 +27,7 @@ from tok2img.atomic_io import check_manifest
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe, RunSettings
-from tok2img.recipes.training_run import arguments
+from tok2img.recipes.training_run import training_arguments
 from tok2img.tokenization.layout import SequenceLayout
 from tok2img.trainer.checkpointing import list_checkpoints
 from tok2img.trainer.trainer import Trainer
@@ -69,7 +69,7 @@ def prior_trainer(out: Path) -> Trainer:
         name: torch.randint(high, (10, size), generator=generator).tolist() for name, (high, size) in columns.items()
     }
     model = PriorWithLoss(build_prior(LAYOUT, depth=1, dropout=0.1), LAYOUT, caption_dropout=0.5)
-    return Trainer(model, arguments(recipe), train_dataset=Dataset.from_dict(rows).with_format("torch"))
+    return Trainer(model, training_arguments(recipe), train_dataset=Dataset.from_dict(rows).with_format("torch"))
 
 
 def tokenizer_trainer(out: Path) -> Trainer:
@@ -78,7 +78,7 @@ def tokenizer_trainer(out: Path) -> Trainer:
     rows = [{"pixel_values": row} for row in pixels]
     torch.manual_seed(0)
     config = VQVAEConfig(image_size=8, num_channels=1, hidden_channels=8, code_dim=4, codebook_size=8)
-    return Trainer(VQVAE(config), arguments(recipe), train_dataset=rows)
+    return Trainer(VQVAE(config), training_arguments(recipe), train_dataset=rows)
 
 
 def train(make: Callable[[Path], Trainer], out: Path) -> None:

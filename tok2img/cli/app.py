@@ -68,24 +68,22 @@ def tokenize(
 ) -> None:
     """Tokenize captioned images once, for any number of training runs."""
     silence_transformers()
-    from tokenizers_vq.auto import load_image_tokenizer
-
     from ..data.streaming import stream_captioned_images
-    from ..recipes.build_processor import build_processor, set_encode_search
+    from ..recipes.build_processor import build_processor
     from ..tokenization.token_dataset import parse_shard, save_tokens, shard_from_env
 
-    image_tokenizer = load_image_tokenizer(tokenizer)
-    set_encode_search(image_tokenizer, beam_size=beam_size, search_steps=search_steps)
     rows = stream_captioned_images(
         data, split=split, image_column=image_column, caption_column=caption_column, max_samples=max_samples
     )
     processor = build_processor(
         rows.captions,
-        image_tokenizer,
+        tokenizer,
         text_tokenizer=text_tokenizer,
-        base=base_model,
+        base_model=base_model,
         vocab_size=vocab_size,
         text_length=text_length,
+        beam_size=beam_size,
+        search_steps=search_steps,
     )
     shard_index, num_shards = parse_shard(shard) if shard else shard_from_env()
     manifest = save_tokens(

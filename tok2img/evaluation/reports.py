@@ -25,7 +25,7 @@ from ..prior.loss import PriorWithLoss
 from ..tokenization.processor import Tok2ImgProcessor
 from ..tokenization.span_text_tokenizer import is_text_model, load_text_model
 from ..tokenization.token_dataset import load_tokens
-from ..trainer.training_log import finite, load_log
+from ..trainer.training_log import load_log, replace_non_finite
 from ..visualization.report_figures import save_model_figures, save_text_tokenizer_figures, save_tokenizer_figures
 from .metrics import (
     caption_accuracy,
@@ -208,7 +208,7 @@ def load_image_codes(folder: str | Path) -> Tensor:
 
 def save_report(report: Report, path: str | Path) -> str:
     """Save a report as JSON, with null for non-finite numbers, and return the JSON text."""
-    text = json.dumps(finite(report), indent=2)
+    text = json.dumps(replace_non_finite(report), indent=2)
     write_atomically(path, f"{text}\n".encode())
     return text
 

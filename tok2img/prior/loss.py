@@ -3,7 +3,7 @@
 The loss and its gradients do not depend on how micro-batches and processes divide the rows of a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -146,7 +146,7 @@ class PriorWithLoss(ModelWithLoss):
         )
 
     def prepare_step(
-        self, batches: Sequence[dict[str, Any]], uniform: Callable[[int], Tensor] = torch.rand
+        self, batches: list[dict[str, Any]], uniform: Callable[..., Tensor] = torch.rand
     ) -> list[dict[str, Any]]:
         """Make the random decisions of one training step and count its tokens.
 

@@ -1,4 +1,8 @@
-"""What a training run is made of: the keys of a recipe, their defaults, and how a file and the command line fill them."""
+"""Recipes: the keys of a training run and their defaults.
+
+`tok2img train-... --help` and the manual list these keys. Keys that transformers' `TrainingArguments` has
+carry its names.
+"""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -13,20 +17,37 @@ class RunSettings:
     """Keys that every training run has.
 
     Attributes:
-        out: folder for the result.
+        out: Folder for the result.
         data: Parquet file or folder, image folder with captions, webdataset tars, hub name, or "shapes".
-        max_train_samples: train on so many rows at most; 0: all.
-        batch_size: rows of a batch, on all devices together. gradient_accumulation_steps: batches of one step.
-        eval_steps, sample_steps, logging_steps: steps between held-out losses, sample images and lines of the log.
-        max_eval_samples: rows kept out of training for the held-out loss, one in twenty at most.
+        image_column: Column with the images. Empty = found by its name or type.
+        caption_column: Column with the captions. Empty = found by its name or type.
+        max_train_samples: Number of examples used, from the first on. 0 = all.
+        max_steps: Number of optimizer steps.
+        batch_size: Examples in a batch, on all devices together.
+        gradient_accumulation_steps: Batches in one step.
         optimizer: "adamw", or "muon", with which convolutions learn faster at the same rate, see `Muon`.
-        adamw_lr_scale: with Muon, the rate of what is no matrix, as a share of `learning_rate`.
-        learning_rate, warmup_steps, lr_scheduler_type, weight_decay, max_grad_norm: of either, as transformers names them.
-        bf16: compute in bfloat16 where it is safe. torch_compile: through torch.compile; worth its minute where steps are many.
-        save_steps: steps between checkpoints, a multiple of `eval_steps`; 0: with each held-out loss. The best is always kept: a new one
-            is saved at once.
-        resume_from_checkpoint: go on from the checkpoints that an interrupted run of the same recipe left in `out`; false: start anew.
-        report_to: "tensorboard", "wandb", ...: anything that transformers reports to.
+        adamw_lr_scale: With Muon, the learning rate of the parameters that AdamW trains, as a fraction of `learning_rate`.
+        learning_rate: Highest learning rate.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        lr_scheduler_type: Schedule after that, by transformers' names.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are scaled down to this norm.
+        eval_steps: Steps between held-out losses. 0 = none.
+        max_eval_samples: Examples held out of training for that loss, at most one in twenty.
+        sample_steps: Steps between samples in `out/samples`. 0 = none.
+        logging_steps: Steps between lines of the log.
+        save_steps: Steps between checkpoints, a multiple of `eval_steps`. 0 = with each held-out loss. A new best
+            is saved at once in any case.
+        resume_from_checkpoint: Resume from the checkpoints that an interrupted run of the same recipe left in
+            `out`. False = train from scratch.
+        bf16: Compute in bfloat16 where it is safe.
+        torch_compile: Train through `torch.compile`. It takes about a minute, once.
+        dataloader_num_workers: Processes that load data. 0 = the training process itself.
+        report_to: Where the log goes too: "tensorboard", "wandb", or anything else that transformers reports to.
+        seed: Seed of weights, data order and augmentation.
+
+    Raises:
+        ValueError: For values out of range, and keys that do not go together.
     """
 
     out: str = ""
@@ -74,23 +95,27 @@ class RunSettings:
 
 @dataclass
 class TokenizerRecipe(RunSettings):
-    """A run of `tok2img train-tokenizer`.
+    """Keys of `tok2img train-tokenizer`.
 
     Attributes:
-        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for images, "vqdraw_text", "vqvae_text" or "bpe" for captions.
-        init_from: folder of a trained tokenizer of this kind to go on from, or a checkpoint of VQ-DRAW's own code; `model` then changes
-            what its weights leave open, such as `num_aux_options`.
-        teacher: folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original's.
-        model: settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig`, `VQDrawTextConfig` and
-            `VQVAETextConfig`. Where they are left out, image_size and num_channels are those of the first images, pixel_mean and
-            pixel_std are measured, max_length is that of the longest caption (96 bytes at most), and the alphabet is the bytes that
-            captions hold.
-        flip, crop, shift, warp: what is done to images in training, see `Augmentation`.
-        perceptual: folder of a saved `CaptionClassifier`, whose features a VQ-VAE's reconstructions should have too.
-        disc_start: step from which a discriminator of real and reconstructed patches joins a VQ-VAE's training; 0: none. The weights
-            at the end are then the last: least error on held-out images would choose those of least influence.
-        disc_weight: times the weight by which it pulls as hard as the reconstruction loss.
-        vocab_size: of a BPE.
+        tokenizer: "vqvae", "vqdraw" or "vqdraw_student" for images; "vqdraw_text", "vqvae_text" or "bpe" for captions.
+        init_from: Folder of a trained tokenizer of this kind to fine-tune, or a checkpoint of VQ-DRAW's original
+            code. `model` may then change what its weights leave open, such as `num_aux_options`.
+        teacher: Folder of the VQ-DRAW model that a student learns from, or a checkpoint of the original code.
+        model: Settings of the tokenizer, see `VQVAEConfig`, `VQDrawImageConfig`, `VQDrawStudentConfig`,
+            `VQDrawTextConfig` and `VQVAETextConfig`. Left out, `image_size` and `num_channels` are those of the
+            first images, `pixel_mean` and `pixel_std` are measured, `max_length` is that of the longest caption
+            (at most 96 bytes), and the alphabet is the bytes that the captions use.
+        flip: Mirror half of the images, see `Augmentation`.
+        crop: Smallest fraction of the sides that a random crop keeps. 1 = no cropping.
+        shift: Largest shift in pixels.
+        warp: Strength of a random affine and elastic distortion of half of the images, below 0.25. 0 = none.
+        perceptual_model: Folder of a saved `CaptionClassifier` for a perceptual loss of a VQ-VAE.
+        disc_start: Step from which a patch discriminator joins the training of a VQ-VAE. 0 = no discriminator.
+            With a discriminator the last weights are kept, because the lowest held-out error would favor
+            weights that it hardly influenced.
+        disc_weight: Factor on the adaptive weight by which it pulls as hard as the reconstruction loss.
+        vocab_size: Vocabulary size of a BPE.
     """
 
     tokenizer: str = "vqvae"
@@ -109,10 +134,10 @@ class TokenizerRecipe(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_from and self.tokenizer in ("bpe", "vqdraw_student"):
-            raise ValueError(f"key 'init_from' is not for the tokenizer {self.tokenizer!r}, which begins anew")
+            raise ValueError(f"key 'init_from' is not for the tokenizer {self.tokenizer!r}, which trains from scratch")
         if self.model and self.tokenizer == "bpe":
             raise ValueError(
-                f"key 'model' is not for the tokenizer 'bpe', which has a vocab_size alone; got {self.model}"
+                f"key 'model' is not for the tokenizer 'bpe', which has only a vocab_size; got {self.model}"
             )
         for key in ("perceptual_model", "disc_start"):
             if getattr(self, key) and self.tokenizer != "vqvae":
@@ -123,11 +148,11 @@ class TokenizerRecipe(RunSettings):
 
 @dataclass
 class RankerRecipe(RunSettings):
-    """A run of `tok2img train-ranker`.
+    """Keys of `tok2img train-ranker`.
 
     Attributes:
-        depth: layers of the CLIP model's two halves; their width is 64 times that.
-        vocab_size: of the BPE that is learned from the captions.
+        depth: Layers of each of the CLIP model's two encoders. Their width is 64 times that.
+        vocab_size: Vocabulary size of the BPE that is trained on the captions.
     """
 
     depth: int = 2
@@ -139,24 +164,35 @@ class RankerRecipe(RunSettings):
 
 @dataclass
 class PriorRecipe(RunSettings):
-    """A run of `tok2img train-prior`.
+    """Keys of `tok2img train-prior`.
 
     Attributes:
-        tokens: folder that `tok2img tokenize` wrote; or give `data` and `image_tokenizer`, and the run tokenizes first.
-        image_tokenizer, text_tokenizer: folders (the latter may be a hub name); without a text tokenizer, BPE is learned from the captions.
-        beam_size, search_steps: how far to search for codes of VQ-DRAW, and of a VQ-VAE; 0: as the tokenizer's config says.
-        vocab_size: of that BPE. text_length: text tokens of a caption; 0: as many as the longest has, 64 at most.
-        init_from: folder of a trained model to go on from, on other data or for longer; tokenizers, layout and sizes are its own.
-        base_model: folder or hub name of a pretrained language model to go on from, see `extend_prior`; its tokenizer reads the captions. It
-            wants a learning rate of 1e-4 or so.
-        fsdp: share the weights among processes that torchrun starts (FSDP2), for a prior too large for one; draws no samples on the way.
-        lora_rank: train a base by updates of this rank, see `add_lora`; 0: all of it.
-        architecture, depth, dropout: see `build_prior`; a base has its own.
-        init_from_codebook: start the embeddings of codes from the image tokenizer's vectors, see `init_from_codebook`.
-        axial_position_embeddings: learn vectors of the rows and columns of codes too, see `AxialPositionEmbeddings`; the model then has ids of their own for
-            the codes of every position.
-        caption_dropout, image_loss_weight, image_to_text_fraction: see `PriorWithLoss`; with a share above 0 the model captions images too.
-        guidance_scale, temperature, top_k, top_p: sampling defaults that the model will carry.
+        tokens: Folder that `tok2img tokenize` wrote. Without it the run tokenizes `data` with `image_tokenizer` first.
+        image_tokenizer: Folder of the image tokenizer.
+        beam_size: Beam size for VQ-DRAW codes. 0 = the tokenizer's default.
+        search_steps: Steps of latent optimization for VQ-VAE codes. 0 = the tokenizer's default.
+        text_tokenizer: Folder or hub name of a text tokenizer. Empty = that of `base_model`, or BPE trained on the captions.
+        vocab_size: Vocabulary size of the BPE.
+        text_length: Text tokens kept of a caption. 0 = those of the longest caption, at most 64.
+        init_from: Folder of a trained model to fine-tune. Tokenizers, layout and sizes are its own.
+        base_model: Folder or hub name of a pretrained language model to extend, see `extend_prior`. Its tokenizer
+            reads the captions. Use a learning rate near 1e-4.
+        lora_rank: Rank of LoRA updates of a base model, see `add_lora`. 0 = train all weights.
+        fsdp: Share the weights among the processes of torchrun (FSDP2), for a prior too large for one. No samples
+            are rendered while training.
+        architecture: Architecture of a prior from scratch, see `build_prior`.
+        depth: Its layers, which set its width too.
+        dropout: Its dropout rate.
+        init_from_codebook: Initialize the embeddings of codes from the image tokenizer's codebook.
+        axial_position_embeddings: Learn row and column embeddings of codes, see `AxialPositionEmbeddings`. The saved
+            model then has ids of their own for the codes of every position.
+        caption_dropout: Fraction of captions replaced by the empty prompt, which guidance needs.
+        image_loss_weight: Weight of the loss of image codes against 1 for text.
+        image_to_text_fraction: Fraction of the examples that learn to caption. Above 0 the model writes captions too.
+        guidance_scale: Default guidance scale that the model carries. 1 = no guidance.
+        temperature: Default temperature that the model carries.
+        top_k: Default top-k that the model carries. 0 = all codes.
+        top_p: Default top-p that the model carries.
     """
 
     tokens: str = ""
@@ -188,33 +224,27 @@ class PriorRecipe(RunSettings):
         super().__post_init__()
         if self.init_from and (self.base_model or self.init_from_codebook):
             raise ValueError(
-                "key 'init_from' goes neither with 'base_model' nor with 'init_from_codebook', which begin anew"
+                "key 'init_from' goes neither with 'base_model' nor with 'init_from_codebook', which start from scratch"
             )
         if self.lora_rank and not self.base_model:
             raise ValueError(
                 f"key 'lora_rank' is for a pretrained 'base_model', which is not given; got {self.lora_rank}"
             )
-        if self.fsdp:
-            self._check_shared()
+        if self.fsdp and self.lora_rank:
+            raise ValueError("key 'fsdp' does not go with 'lora_rank': LoRA updates fit into every process")
+        if self.fsdp and self.optimizer == "muon":
+            raise ValueError("key 'optimizer' must be 'adamw' with 'fsdp': Muon needs whole matrices, got 'muon'")
         if self.axial_position_embeddings and (self.lora_rank or self.fsdp):
             raise ValueError("key 'axial_position_embeddings' goes neither with 'lora_rank' nor with 'fsdp'")
         if self.image_to_text_fraction >= 1:
             raise ValueError(
-                f"key 'image_to_text_fraction' must be below 1, or nothing learns to draw; got {self.image_to_text_fraction}"
+                "key 'image_to_text_fraction' must be below 1, or nothing learns to generate images; "
+                f"got {self.image_to_text_fraction}"
             )
-
-    def _check_shared(self) -> None:
-        """ValueError for what does not go with weights that processes share."""
-        if self.lora_rank:
-            raise ValueError(
-                "key 'fsdp' does not go with 'lora_rank': updates are small, every process has room for them"
-            )
-        if self.optimizer == "muon":
-            raise ValueError("key 'optimizer' must be 'adamw' with 'fsdp': Muon wants whole matrices, got 'muon'")
 
 
 def require(recipe: RunSettings, *keys: str) -> None:
-    """ValueError for a key that a run cannot do without and that is not given."""
+    """Check that keys are given that a run cannot do without; a missing one is a ValueError."""
     for key in keys:
         if not getattr(recipe, key):
             raise ValueError(

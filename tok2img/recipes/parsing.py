@@ -48,13 +48,15 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true
 
 
 def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe from a YAML file (or none), with some keys given in place.
+    """Read a recipe from a YAML file, with some keys overridden.
 
     Args:
-        overrides: by key; `model.codebook_size` reaches into `model`.
+        kind: Class of the recipe.
+        path: YAML file. None = all keys have their defaults.
+        overrides: Values by key. `model.codebook_size` sets a key inside `model`.
 
     Raises:
-        ValueError: naming the file and the key, for a key that does not exist or a value of the wrong kind.
+        ValueError: For a key that does not exist or a value of the wrong type, naming the file and the key.
     """
     types = get_type_hints(kind)
     plain = {key: value for key, value in (overrides or {}).items() if "." not in key}
@@ -76,7 +78,7 @@ def read_recipe(kind: type[Recipe], path: str | Path | None = None, overrides: d
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError where there is none."""
+    """Read the mapping in a YAML file; a file without one is a ValueError."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,7 +91,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> None:
-    """ValueError for a key that a recipe of this kind does not have, with the nearest that it has."""
+    """Check that a recipe of this kind has all keys; the error names the nearest one, or the new name of an old key."""
     known = [each.name for each in fields(kind)]
     for key in values:
         if key in RENAMED_KEYS and key not in known:
@@ -102,7 +104,10 @@ def check_keys(kind: type[RunSettings], values: dict[str, Any], origin: str) -> 
 
 
 def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
-    """The value if it is of the key's kind (whole numbers pass for floats, `1e-3` is one); ValueError else."""
+    """Return a value in the type of its key; another type is a ValueError.
+
+    Whole numbers pass for floats, and so does `1e-3`, which YAML reads as text.
+    """
     is_truth = isinstance(value, bool)
     if wanted is float and isinstance(value, int | str) and not is_truth:
         with suppress(ValueError):
@@ -110,18 +115,14 @@ def as_type(key: str, value: Any, wanted: Any, origin: str) -> Any:
     if wanted is str and isinstance(value, int | float) and not is_truth:
         return str(value)
     plain = get_origin(wanted) or wanted
-    if not isinstance(value, plain) or is_truth != (plain is bool) or not is_finite(value):
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, plain) or is_truth != (plain is bool) or not is_finite:
         raise ValueError(f"{origin}: key {key!r} must be {KIND_NAMES[plain]}, got {value!r}")
     return value
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value is anything but a NaN or an infinity."""
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def parse_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """`[RECIPE.yaml] --key value --other-key=value` -> the file, and the values as YAML reads them."""
+    """Parse `[RECIPE.yaml] --key value --other-key=value` into the file and the values, read as YAML."""
     path = None
     if arguments and not arguments[0].startswith("--"):
         path, arguments = arguments[0], arguments[1:]
@@ -140,7 +141,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def as_yaml(text: str) -> Any:
-    """A value of the command line as YAML reads it; what is no YAML is text."""
+    """Return a value of the command line as YAML reads it; anything that is not YAML stays text."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -149,7 +150,7 @@ def as_yaml(text: str) -> Any:
 
 
 def describe_keys(kind: type[RunSettings]) -> str:
-    """All keys with their defaults, a line each, for help."""
+    """Return all keys of a recipe with their defaults, for the help text."""
     lines = []
     for each in fields(kind):
         default = "" if each.default is MISSING else repr(each.default)

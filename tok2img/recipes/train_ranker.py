@@ -1,4 +1,4 @@
-"""A small CLIP model of one's own, trained on the captioned images that the prior learned from (Radford et al. 2021)."""
+"""Train a small CLIP model (Radford et al. 2021) on captioned images. It ranks generated images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +19,19 @@ from ..tokenization.text_tokenizer import SubwordTokenizer
 from ..trainer.trainer import Trainer
 from .build_tokenizer import infer_image_shape
 from .config import RankerRecipe, require
-from .run_folder import goes_on
-from .training_run import arguments, finish, open_data, split
+from .run_folder import check_same_recipe
+from .training_run import load_data, train_and_save, train_eval_split, training_arguments
 
-END = "<|endoftext|>"
+EOS = "<|endoftext|>"
 MAX_TEXT_LENGTH = 64
-CELLS = 8  # an image is cut into 8 by 8 patches, or about so many
+PATCHES_PER_SIDE = 8
 HEAD_SIZE = 32
 
 
 class RankerWithLoss(ModelWithLoss):
-    """A CLIP model as the trainer sees it: captions and images in, contrastive loss out.
+    """CLIP model with its contrastive loss.
 
-    Equal captions of a batch are no opposites: all their images are right for each of them (as in UniCL, Yang et al. 2022).
+    All images of equal captions in a batch count as matches of each of these captions (UniCL, Yang et al. 2022).
     """
 
     inner_name = "clip"
@@ -41,18 +41,24 @@ class RankerWithLoss(ModelWithLoss):
         self.clip = clip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> PriorOutput:
-        """`b t`, `b t` and `b c h w` -> the loss, and the share of images whose caption is found among the batch's."""
+        """Return the loss, and the fraction of images whose caption is found among those of the batch.
+
+        Args:
+            input_ids: Captions, `b t`.
+            attention_mask: 1 for text, 0 for padding, `b t`.
+            pixel_values: Normalized images, `b c h w`.
+        """
         output = self.clip(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
         same = (input_ids[:, None] == input_ids).all(dim=-1).float()
         targets = same / same.sum(dim=1, keepdim=True)
         logits = output.logits_per_image.float()
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        found = same.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
-        return PriorOutput(loss=loss, metrics={"accuracy": found.detach()})
+        accuracy = same.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
+        return PriorOutput(loss=loss, metrics={"accuracy": accuracy.detach()})
 
 
-class CaptionedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows of a captioned data set as a CLIP model trains on them."""
+class CaptionedImageDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Captioned images in the form that a CLIP model trains on."""
 
     def __init__(self, dataset: Any, ranker: ClipRanker):
         self.dataset, self.ranker = dataset, ranker
@@ -80,30 +86,39 @@ class CaptionedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
 def train_ranker(recipe: RankerRecipe) -> ClipRanker:
     """Train a CLIP model on captioned images and save it to `recipe.out`."""
     require(recipe, "data", "out")
-    goes_on(recipe)  # refuses another run's checkpoints, before long work
-    rows = open_data(recipe)
+    check_same_recipe(recipe)  # before anything that takes long
+    rows = load_data(recipe)
     ranker = build_ranker(rows, vocab_size=recipe.vocab_size, depth=recipe.depth, seed=recipe.seed)
-    training_rows, held_out = (CaptionedRows(some, ranker) for some in split(rows, recipe))
+    train_rows, eval_rows = (CaptionedImageDataset(some, ranker) for some in train_eval_split(rows, recipe))
     trainer = Trainer(
         RankerWithLoss(ranker.model),
-        arguments(recipe),
-        train_dataset=training_rows,
-        eval_dataset=held_out,
+        training_arguments(recipe),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         optimizer=recipe.optimizer,
         adamw_lr_scale=recipe.adamw_lr_scale,
     )
-    finish(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
+    train_and_save(trainer, recipe, lambda folder, _: ranker.save_pretrained(folder))
     ranker.model.eval()
     return ranker
 
 
 def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -> ClipRanker:
-    """A CLIP model with random weights, of a size that fits the rows' images and captions."""
+    """Build a CLIP model with random weights for the sizes of the images and captions.
+
+    Args:
+        rows: Captioned images.
+        vocab_size: Vocabulary size of the BPE that is trained on the captions.
+        depth: Layers of each encoder. The width is 64 times that.
+        seed: Seed of the weights.
+    """
     captions: Sequence[str] = rows["caption"][:]
     text_tokenizer = bpe_with_eos(captions, vocab_size=vocab_size)
     length = min(MAX_TEXT_LENGTH, max(len(ids) for ids in text_tokenizer(sorted(set(captions)))["input_ids"]))
     shape = infer_image_shape(rows)
     side = shape["image_size"]
+    # The smallest divisor of the side that leaves at most 8 patches along it.
+    patch_size = next(size for size in range(1, side + 1) if side % size == 0 and side // size <= PATCHES_PER_SIDE)
     width = 64 * depth
     layers = {
         "hidden_size": width,
@@ -115,7 +130,7 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
     ids = {"vocab_size": len(text_tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     config = CLIPConfig(
         text_config=layers | ids | {"max_position_embeddings": length},
-        vision_config=layers | shape | {"patch_size": patch_size(side)},
+        vision_config=layers | shape | {"patch_size": patch_size},
         projection_dim=width,
     )
     with torch.random.fork_rng():
@@ -126,15 +141,10 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
 
 
 def bpe_with_eos(captions: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """BPE of the captions that ends each text with a mark, where CLIP reads what the text says."""
+    """Train BPE that ends each text with an EOS token, at whose position CLIP reads the text's embedding."""
     backend = SubwordTokenizer.train_bpe(captions, vocab_size=vocab_size).tokenizer.backend_tokenizer
-    backend.add_special_tokens([END])
-    backend.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, backend.token_to_id(END))])
+    backend.add_special_tokens([EOS])
+    backend.post_processor = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, padding_side="right", split_special_tokens=True
+        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, padding_side="right", split_special_tokens=True
     )
-
-
-def patch_size(image_size: int) -> int:
-    """The smallest divisor of an image's side that cuts it into `CELLS` columns or fewer."""
-    return next(size for size in range(1, image_size + 1) if image_size % size == 0 and image_size // size <= CELLS)

@@ -1,4 +1,4 @@
-"""What all training runs share: data, training arguments, saving."""
+"""What all training runs share: data, training arguments, and saving the result."""
 
 import os
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from ..trainer.training_log import save_log
 from .config import RunSettings
 from .run_folder import checkpoints_of, close_run, open_run
 
-HELD_OUT_SHARE = 0.05
+MAX_HELD_OUT_FRACTION = 0.05
 
 
-def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: bool = True) -> Dataset:
-    """The training rows that a recipe names."""
+def load_data(recipe: RunSettings, *, with_captions: bool = True, with_images: bool = True) -> Dataset:
+    """Load the training examples that a recipe names."""
     return load_captioned_images(
         recipe.data,
         image_column=recipe.image_column or None,
@@ -31,27 +31,29 @@ def open_data(recipe: RunSettings, *, with_captions: bool = True, with_images: b
     )
 
 
-def split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and rows for the held-out loss."""
-    return held_out_split(rows, share=HELD_OUT_SHARE, max_samples=recipe.max_eval_samples, seed=recipe.seed)
+def train_eval_split(rows: Dataset, recipe: RunSettings) -> tuple[Dataset, Dataset]:
+    """Split examples into those to train on and those for the held-out loss."""
+    return held_out_split(rows, share=MAX_HELD_OUT_FRACTION, max_samples=recipe.max_eval_samples, seed=recipe.seed)
 
 
-def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False) -> TrainingArguments:
-    """The recipe's keys as arguments of transformers.
+def training_arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False) -> TrainingArguments:
+    """Translate a recipe's keys into the arguments of transformers.
 
-    With `eval_steps`, `out/checkpoints` holds the best and the last weights while training goes on, and at the end the weights are those
-    of the best held-out `best_by`, if that is named; else they are the last. All devices share a batch, so that a run means the
-    same on any number of them; `docs/scale.md` names what differs: above all a ranker compares the rows of each device by themselves.
+    With `eval_steps`, `out/checkpoints` holds the best and the last weights during training, and training ends
+    with those of the lowest held-out `best_by`. All devices share one batch, so a run means the same on any
+    number of them; `docs/scale.md` lists the exceptions.
 
     Args:
-        fsdp: processes share the weights too, each holding a part (FSDP2).
+        recipe: Recipe of the run.
+        best_by: Name of the held-out metric that decides which weights are the best. Empty = keep the last ones.
+        fsdp: Share the weights among the processes (FSDP2).
 
     Raises:
-        ValueError: for a batch that cannot be shared evenly.
+        ValueError: If the batch cannot be shared evenly.
     """
-    every, save_steps = recipe.eval_steps, recipe.save_steps or recipe.eval_steps
-    shared: Any = True if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
-    settings = TrainingArguments(
+    eval_steps, save_steps = recipe.eval_steps, recipe.save_steps or recipe.eval_steps
+    use_fsdp: Any = True if fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    args = TrainingArguments(
         output_dir=str(checkpoints_of(recipe)),
         max_steps=recipe.max_steps,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
@@ -60,17 +62,17 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
         lr_scheduler_type=recipe.lr_scheduler_type,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        adam_beta2=0.99,
-        eval_strategy="steps" if every else "no",
-        eval_steps=every or None,
+        adam_beta2=0.99,  # runs are short: the second moment must forget the first steps within a few hundred
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps or None,
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,
         save_total_limit=2,
-        load_best_model_at_end=bool(every and best_by),
+        load_best_model_at_end=bool(eval_steps and best_by),
         metric_for_best_model=best_by or None,
         greater_is_better=False,
         logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # the log must not show the last finite loss in place of a NaN
         disable_tqdm=False,
         use_cpu=not torch.accelerator.is_available(),
         bf16=recipe.bf16,
@@ -78,32 +80,30 @@ def arguments(recipe: RunSettings, *, best_by: str = "loss", fsdp: bool = False)
         dataloader_num_workers=recipe.dataloader_num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # processes agree on theirs by themselves, and what each counts alone it keeps
+        ddp_broadcast_buffers=False,  # codebooks agree by themselves, and each process counts its own code usage
         remove_unused_columns=False,
         report_to=recipe.report_to,
         seed=recipe.seed,
-        fsdp=shared,
+        fsdp=use_fsdp,
         fsdp_config={"version": 2, "reshard_after_forward": True},
     )
-    share = share_of_batch(recipe.batch_size, num_devices=settings.world_size * max(1, settings.n_gpu))
-    settings.per_device_train_batch_size = settings.per_device_eval_batch_size = share
-    return settings
-
-
-def share_of_batch(batch_size: int, *, num_devices: int) -> int:
-    """How many rows of a batch each device takes; ValueError where it cannot be shared evenly."""
-    if batch_size % num_devices:
+    num_devices = args.world_size * max(1, args.n_gpu)
+    if recipe.batch_size % num_devices:
         raise ValueError(
-            f"key 'batch_size' is shared by {num_devices} devices and must be a multiple of that, got {batch_size}"
+            f"key 'batch_size' is shared by {num_devices} devices and must be a multiple of that, "
+            f"got {recipe.batch_size}"
         )
-    return batch_size // num_devices
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = recipe.batch_size // num_devices
+    return args
 
 
-def finish(trainer: Trainer, recipe: RunSettings, save: Callable[[Path, Any], None]) -> None:
-    """Train to the end, put the result and the log into `recipe.out`, and clear the checkpoints, which nobody needs then.
+def train_and_save(trainer: Trainer, recipe: RunSettings, save: Callable[[Path, Any], None]) -> None:
+    """Train to the end, save the result and the log to `recipe.out`, and remove the checkpoints.
 
     Args:
-        save: writes the trained model into a folder.
+        trainer: Trainer of the run. It resumes from the newest valid checkpoint.
+        recipe: Recipe of the run.
+        save: Writes the trained model into a folder.
     """
     if trainer.is_world_process_zero():
         open_run(recipe)

@@ -1,6 +1,7 @@
-"""Checkpoints of a run: which there are, which can be trusted, and that there are always some.
+"""Write checkpoints atomically, and find the newest one that verifies.
 
-A checkpoint is a folder `checkpoint-STEP` that takes its name only when all of it is on the disk, with a manifest of sizes and sha256.
+A checkpoint is a folder `checkpoint-STEP`. It gets this name by one rename, after everything in it is on
+the disk together with a manifest of sizes and SHA-256 sums.
 """
 
 import logging
@@ -27,19 +28,19 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
     return checkpoints / f"checkpoint-{step}"
 
 
 def list_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints there are, oldest first."""
+    """Return all checkpoints in a folder by their step, oldest first."""
     named = ((NAME.fullmatch(path.name), path) for path in checkpoints.glob("checkpoint-*"))
     return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
 def latest_valid_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is what its manifest says. Those that are not are named, and removed, for nothing can use them."""
+    """Return the newest checkpoint whose manifest verifies, or None. Damaged ones are named and removed."""
     remove_stale_temporaries(checkpoints)
     for folder in reversed(list_checkpoints(checkpoints).values()):
         try:
@@ -52,42 +53,51 @@ def latest_valid_checkpoint(checkpoints: Path) -> Path | None:
     return None
 
 
-def save_checkpoint(target: Path, write_parts: Callable[[Path], None], *, device: torch.device) -> Exception | None:
-    """Build a checkpoint beside its place, each process its parts; the first one puts it there.
+def save_checkpoint(target: Path, write_files: Callable[[Path], None], *, device: torch.device) -> Exception | None:
+    """Write a checkpoint next to its place and rename it there. All processes have to call this.
+
+    Args:
+        target: Folder of the checkpoint.
+        write_files: Writes the files of this process into a folder.
+        device: Device of the tensors by which processes agree.
 
     Returns:
-        What went wrong, in this process or another, and then nothing is left of it; None if nothing did.
+        The error of this or another process, after which nothing is left of the checkpoint; None if it was written.
     """
+
+    def commit() -> None:
+        if get_rank() == 0:
+            write_manifest(building)
+            commit_folder(building, target)
+
     building = target.with_name(f".{target.name}{TEMPORARY}")
-    problem = on_all_ranks(lambda: building.mkdir(parents=True, exist_ok=True), device)
-    problem = problem or on_all_ranks(lambda: write_parts(building), device)
-    problem = problem or on_all_ranks(lambda: seal(building, target), device)
-    if problem is not None:
-        shutil.rmtree(building, ignore_errors=True)
+    problem = None
+    for step in (lambda: building.mkdir(parents=True, exist_ok=True), lambda: write_files(building), commit):
+        problem = run_on_all_ranks(step, device)
+        if problem is not None:
+            shutil.rmtree(building, ignore_errors=True)
+            break
     return problem
 
 
-def seal(building: Path, target: Path) -> None:
-    """In the first process: record what is there, and put it in its place."""
-    if get_rank() == 0:
-        write_manifest(building)
-        commit_folder(building, target)
-
-
-def rotate(checkpoints: Path, *, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of the best step."""
+def rotate_checkpoints(checkpoints: Path, *, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest `keep` (at least 2) and that of the best step."""
     folders = list_checkpoints(checkpoints)
     for step in list(folders)[: -max(2, keep)]:
         if step != best:
             remove_folder(folders[step])
 
 
-def on_all_ranks(work: Callable[[], None], device: torch.device) -> Exception | None:
-    """Do a piece of work in every process, and wait for all: what went wrong in this or in another; None if nothing did."""
+def run_on_all_ranks(work: Callable[[], None], device: torch.device) -> Exception | None:
+    """Call `work` in every process and wait for all of them.
+
+    Returns:
+        The error of this process, or an `OSError` if another one failed; None if no process failed.
+    """
     problem = None
     try:
         work()
-    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
         problem = error
     if all_reduce_sum(torch.tensor(float(problem is not None), device=device)) and problem is None:
         return OSError("another process could not write its part")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run finishes its step, saves, and leaves, so that the same command goes on from there."""
+"""Save and stop on Ctrl-C and SIGTERM, so that the same command resumes the run."""
 
 import signal
 import threading
@@ -14,46 +14,49 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """A run was asked to stop, and did; its code is the one that shells have for a process that the signal ended."""
+    """Exit of a run that was asked to stop and did. The code is 128 + signal, as shells have it."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
 
 
 class GracefulShutdown(TrainerCallback):
-    """On the first signal, save, in a run without checkpoints too, and stop after the step; on the second, as ever.
+    """Saves a checkpoint and stops after the current step when a signal arrives; a second signal acts as usual.
+
+    It saves in runs without checkpoints too.
 
     Attributes:
-        signum: of the signal that came, or 0.
+        signum: Number of the signal that arrived, or 0.
     """
 
     def __init__(self) -> None:
         self.signum = 0
-        self.before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen; only the main thread may."""
+        """Install the signal handlers, which only the main thread may do."""
         self.signum = 0
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
 
-    def note(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the signal, and let the next one do what it did before."""
+    def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Remember the signal. The next one does what it did before."""
         del frame
         self.signum = signum
-        self.release()
+        self.restore_handlers()
 
-    def release(self) -> None:
-        """Stop listening."""
-        for number, handler in self.before.items():
+    def restore_handlers(self) -> None:
+        """Restore the signal handlers from before the run."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self._previous_handlers = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After a signal, in any process, ask for a checkpoint and the end."""
+        """Ask for a checkpoint and the end if a signal arrived in any process."""
         if is_distributed():
+            # Signals reach processes between different steps: they agree, so that all stop after the same one.
             seen = torch.tensor(self.signum, device=args.device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             self.signum = int(seen)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out, counted, and after too many in a row the end of the run."""
+"""Skip optimizer steps with a non-finite loss or gradient, and end a run that does nothing else."""
 
 import logging
 from typing import Any
@@ -13,55 +13,56 @@ MAX_CONSECUTIVE = 20
 
 
 class DivergedError(ValueError):
-    """Nothing but steps that are not finite."""
+    """Error of a run whose steps are all non-finite."""
 
 
 class NonFiniteGuard:
-    """Stands before an optimizer's step, and lets none through that would spoil the weights.
+    """Skips optimizer steps with a non-finite loss or gradient.
+
+    Args:
+        device: Device of the losses.
+        max_consecutive: Number of consecutive skipped steps that end the run.
 
     Attributes:
-        skipped: updates left out so far.
-        consecutive: of them, those since the last that was not.
+        skipped: Number of updates skipped so far.
+        consecutive: Number of updates skipped since the last good one.
     """
 
-    def __init__(self, device: torch.device, *, most_in_a_row: int = MAX_CONSECUTIVE):
-        self.most_in_a_row, self.skipped, self.consecutive = most_in_a_row, 0, 0
-        self.bad_loss = torch.tensor(False, device=device)
+    def __init__(self, device: torch.device, *, max_consecutive: int = MAX_CONSECUTIVE):
+        self.max_consecutive, self.skipped, self.consecutive = max_consecutive, 0, 0
+        self.found_bad_loss = torch.tensor(False, device=device)
 
     def observe_loss(self, loss: Tensor) -> None:
-        """Remember whether a loss, of a part of a step too, is finite; without a look at the device."""
-        self.bad_loss = self.bad_loss | ~loss.detach().isfinite().all()
+        """Remember whether the loss of a batch is finite, without a device synchronization."""
+        self.found_bad_loss = self.found_bad_loss | ~loss.detach().isfinite().all()
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, look at every step of an optimizer before it is made."""
-        optimizer.register_step_pre_hook(self.before_step)
+        """Check every later step of an optimizer before it is made."""
+        optimizer.register_step_pre_hook(self._before_step)
 
-    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Without their gradients the optimizer leaves weights and averages as they are.
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Remove the gradients of a bad step, so that weights and moving averages stay as they are.
 
         Raises:
-            DivergedError: after too many in a row.
+            DivergedError: After too many consecutive bad steps.
         """
         parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
         if not parameters:
             return
-        bad = self.bad_loss.to(parameters[0].device) | any_non_finite([each.grad for each in parameters])
-        self.bad_loss = torch.zeros_like(self.bad_loss)
-        if not all_reduce_sum(bad.float()):
+        # The largest absolute value is finite exactly if all values are, and torch computes it for all tensors together.
+        norm: Any = torch.nn.utils.get_total_norm([each.grad for each in parameters], norm_type=float("inf"))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        is_bad = self.found_bad_loss.to(parameters[0].device) | ~norm.isfinite()
+        self.found_bad_loss = torch.zeros_like(self.found_bad_loss)
+        if not all_reduce_sum(is_bad.float()):
             self.consecutive = 0
             return
         for each in parameters:
             each.grad = None
         self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
-        logger.warning("loss or gradient is not finite: the update was skipped, the %d. so far", self.skipped)
-        if self.consecutive >= self.most_in_a_row:
+        logger.warning("skipped an update: non-finite loss or gradient (%d skipped so far)", self.skipped)
+        if self.consecutive >= self.max_consecutive:
             raise DivergedError(
-                f"{self.consecutive} steps in a row had a loss or gradient that is not finite; the weights are those before them. "
-                "A lower learning_rate or max_grad_norm, or bf16 false, may help"
+                f"The last {self.consecutive} steps had a non-finite loss or gradient; the weights are those before them. "
+                "Try a lower learning_rate or max_grad_norm, or bf16: false."
             )
-
-
-def any_non_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether any value of the tensors is a NaN or an infinity, as a tensor."""
-    norm: Any = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
-    return ~(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()

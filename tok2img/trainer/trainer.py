@@ -1,7 +1,7 @@
-"""One trainer for everything here whose forward returns a loss: image tokenizers and priors alike.
+"""One trainer for every model here whose forward returns a loss: tokenizers, priors, rankers, classifiers.
 
-A thin layer on `FaultTolerantTrainer`: the parts of the loss reach the log, held-out loss is a mean over rows, images are drawn on the
-way, and a tokenizer looks at its data before the first step.
+A thin layer on `FaultTolerantTrainer`. It knows no concrete model: what a model wants to do with the
+batches of a step it does in `ModelWithLoss.prepare_step`.
 """
 
 from collections import defaultdict
@@ -15,31 +15,52 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import ProgressCallback, TrainingArguments
 
-from tokenizers_vq import DiscreteTokenizer
+from tokenizers_vq import DiscreteTokenizer, ModelWithLoss
 from tokenizers_vq.distributed import get_world_size, local_slices
 from tokenizers_vq.model_with_loss import get_inner_model
 
 from ..data.augmentation import Augmentation
-from ..prior.loss import PriorWithLoss
 from .callbacks import EvaluateAtEndCallback, ReadableProgressCallback, ResetCodeUsageCallback, SampleCallback
 from .datasets import RepeatDataset, is_stream
 from .fault_tolerant_trainer import FaultTolerantTrainer
 from .muon import muon_optimizer_kwargs
 
-VALUES_TO_START_FROM = 2**25
+MAX_INIT_VALUES = 2**25  # numbers that a tokenizer is initialized from: 128 MB of float32
 
 
 class Trainer(FaultTolerantTrainer):
-    """Trains a `DiscreteTokenizer` on its `pixel_values` or `symbols`, a `Distillation` or a `TokenizerWithLoss` on images,
-    or a `PriorWithLoss` on `text_ids` and `image_codes`.
+    """`transformers.Trainer` for tokenizers and priors, which resumes exactly and survives bad steps.
+
+    Next to transformers' trainer, the terms of the loss reach the log, the held-out loss is a mean over
+    examples, samples are saved while training, and a tokenizer is initialized from data before the first step.
 
     Args:
-        model: its forward takes the columns of the data and returns an output with `loss` and `metrics`.
-        args: plain arguments of transformers.
-        augment: what is done to the images that a tokenizer trains on.
-        starts_from_data: whether a tokenizer looks at some data before its first step; not where it is trained already.
-        optimizer, adamw_lr_scale: "adamw" or "muon", and a rate within it, see `Muon`.
-        draw: makes an image (or a text) of what the model can do, every `draw_every` steps, for `samples/` of the output folder.
+        model: Model whose forward takes the columns of the data set and returns an output with `loss` and `metrics`.
+        args: Training arguments of transformers.
+        train_dataset: Data set with a length, or a stream of examples (any iterable).
+        eval_dataset: Held-out data set.
+        augment: Augmentation of the training images, applied to whole batches.
+        sample: Function that renders what the model can do, as an image or as text. It is called every
+            `sample_steps` steps, and the result is saved in `samples/` next to the checkpoints' folder.
+        sample_steps: Steps between two samples. 0 = none.
+        init_from_data: Initialize a tokenizer's codebooks from training data. False for a trained tokenizer.
+        optimizer: "adamw" or "muon".
+        adamw_lr_scale: With Muon, learning rate of the parameters that AdamW trains, as a fraction of Muon's.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from datasets import Dataset
+        >>> from transformers import TrainingArguments
+        >>> from tok2img import Trainer
+        >>> from tokenizers_vq import VQVAE, VQVAEConfig
+        >>> model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, num_decoder_blocks=1, codebook_size=4, code_dim=2))
+        >>> rows = Dataset.from_dict({"pixel_values": torch.rand(8, 3, 8, 8)}).with_format("torch")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        ...     args.remove_unused_columns, args.save_strategy = False, "no"
+        ...     trainer = Trainer(model, args, train_dataset=rows)
+        ...     print(trainer.train().global_step)
+        2
     """
 
     def __init__(
@@ -50,55 +71,50 @@ class Trainer(FaultTolerantTrainer):
         train_dataset: Any,
         eval_dataset: Any = None,
         augment: Augmentation | None = None,
-        draw: Callable[[], Image.Image | str] | None = None,
-        draw_every: int = 0,
-        starts_from_data: bool = True,
+        sample: Callable[[], Image.Image | str] | None = None,
+        sample_steps: int = 0,
+        init_from_data: bool = True,
         optimizer: str = "adamw",
         adamw_lr_scale: float = 1.0,
     ):
-        train_dataset = RepeatDataset(train_dataset) if is_stream(train_dataset) else train_dataset
+        muon = muon_optimizer_kwargs(model, args, adamw_lr_scale=adamw_lr_scale) if optimizer == "muon" else None
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=RepeatDataset(train_dataset) if is_stream(train_dataset) else train_dataset,
             eval_dataset=eval_dataset,
-            optimizer_cls_and_kwargs=muon_optimizer_kwargs(model, args, adamw_lr_scale=adamw_lr_scale)
-            if optimizer == "muon"
-            else None,
+            optimizer_cls_and_kwargs=muon,
         )
-        self.augment, self.starts_from_data = augment, starts_from_data
+        self.augment, self.init_from_data = augment, init_from_data
         self.metrics_since_log: dict[str, list[Tensor]] = defaultdict(list)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ReadableProgressCallback())
         self.add_callback(ResetCodeUsageCallback())
         if eval_dataset is not None and args.eval_strategy != "no":
             self.add_callback(EvaluateAtEndCallback())
-        if draw is not None and draw_every:
-            self.add_callback(SampleCallback(draw, draw_every))
+        if sample is not None and sample_steps:
+            self.add_callback(SampleCallback(sample, sample_steps))
 
-    def begin(self, *, afresh: bool) -> None:
-        """A tokenizer that starts afresh looks at some of its data."""
-        model: Any = self.model
-        tokenizer = get_inner_model(model)
-        may_start = afresh and self.starts_from_data
-        if may_start and isinstance(tokenizer, DiscreteTokenizer) and not is_stream(self.train_dataset):
-            self.init_from_data(tokenizer)
-
-    def init_from_data(self, tokenizer: DiscreteTokenizer) -> None:
-        """Show a tokenizer the first rows of a fixed shuffle of its training data, as many as it wants."""
-        if not tokenizer.num_init_examples:
+    def on_begin(self, *, resumed: bool) -> None:
+        """Initialize a tokenizer from the first examples of a fixed shuffle of its training data."""
+        tokenizer = get_inner_model(self.model)  # type: ignore[reportArgumentType] - transformers allows None
+        wants_data = isinstance(tokenizer, DiscreteTokenizer) and tokenizer.num_init_examples
+        if resumed or not self.init_from_data or not wants_data or is_stream(self.train_dataset):
             return
         rows: Any = self.train_dataset
         column = tokenizer.main_input_name
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        num_rows = min(tokenizer.num_init_examples, max(1, VALUES_TO_START_FROM // rows[0][column].numel()))
+        num_rows = min(tokenizer.num_init_examples, max(1, MAX_INIT_VALUES // rows[0][column].numel()))
         chosen = [rows[int(row)][column] for row in order[:num_rows]]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             tokenizer.init_from_data(torch.stack(chosen).to(self.args.device))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """A shuffle that ends in a whole step, filled with rows of another shuffle, so that all processes share every step evenly."""
+        """Return a shuffle whose last step is filled up from another shuffle.
+
+        Every step then has the same number of examples, which processes can share evenly.
+        """
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if is_stream(rows):
             return None
@@ -108,35 +124,35 @@ class Trainer(FaultTolerantTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step, with what chance decides about them; those for a prior know of each other."""
+        """Return the batches of one step, after `prepare_step` of the model and augmentation."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # By seed and step alone: the same in all processes, and after a run was taken up again.
+        # Seeded by (seed, step) alone, so that all processes agree and a resumed run repeats its steps exactly.
         generator = np.random.default_rng([self.args.seed, self.state.global_step])
 
-        def chance(*shape: int) -> Tensor:
+        def uniforms(*shape: int) -> Tensor:
             return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
         model = self.unwrapped()
-        if isinstance(model, PriorWithLoss):
-            batches = model.prepare_step(batches, chance)
+        if isinstance(model, ModelWithLoss):
+            batches = model.prepare_step(batches, uniforms)
         if self.augment:
             sizes = [len(batch["pixel_values"]) for batch in batches]
-            drawn = chance(get_world_size() * sum(sizes), self.augment.num_draws)
-            for batch, draws in zip(batches, local_slices(drawn, sizes), strict=True):
-                batch["pixel_values"] = self.augment(batch["pixel_values"], draws.to(batch["pixel_values"].device))
+            noise = uniforms(get_world_size() * sum(sizes), self.augment.num_draws)
+            for batch, own_noise in zip(batches, local_slices(noise, sizes), strict=True):
+                batch["pixel_values"] = self.augment(batch["pixel_values"], own_noise.to(batch["pixel_values"].device))
         return batches, num_items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss; its metrics wait for the next line of the log."""
+        """Return the model's own loss, and keep its metrics for the next line of the log."""
         outputs = model(**inputs)
         for name, value in (outputs.metrics or {}).items():
             self.metrics_since_log[name].append(value)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the metrics of the steps since the last line beside the training loss."""
+        """Log a line, with the mean metrics of all processes since the last line next to the training loss."""
         if "loss" in logs:
             means = {
                 name: torch.stack(values).float().mean() for name, values in sorted(self.metrics_since_log.items())
@@ -144,19 +160,19 @@ class Trainer(FaultTolerantTrainer):
             self.metrics_since_log.clear()
             over_ranks: Any = self.accelerator.reduce(means, "mean")
             logs = logs | {name: mean.item() for name, mean in over_ranks.items()}
-            if self.bad_steps.skipped:
-                logs["skipped_updates"] = float(self.bad_steps.skipped)
+            if self.non_finite_guard.skipped:
+                logs["skipped_updates"] = float(self.non_finite_guard.skipped)
         super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the rows of the held-out data, summed over all ranks."""
+        """Return loss and metrics as means over the held-out examples of all processes."""
         model: Any = self.model
         model.eval()
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        for batch, num_rows in self.held_out_batches(eval_dataset):
+        for batch, num_rows in self._held_out_batches(eval_dataset):
             with self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(batch))
             for name, value in {"loss": outputs.loss, **(outputs.metrics or {}), "rows": torch.tensor(1.0)}.items():
@@ -170,11 +186,11 @@ class Trainer(FaultTolerantTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out_batches(self, eval_dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """This process's batches, and how many rows of each count.
+    def _held_out_batches(self, eval_dataset: Any = None) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Yield this process's batches, each with the number of its examples that count.
 
-        All processes get as many batches, the last of them filled with rows from the start: those are left out, but for one where
-        nothing else is left, which counts for nothing.
+        accelerate fills the last batches with examples from the start, so that all processes get equally
+        many. These are cut off. A batch of nothing else keeps one example, which counts 0 times.
         """
         loader, size = self.get_eval_dataloader(eval_dataset), self.args.eval_batch_size
         rows: Any = loader.dataset

@@ -1,4 +1,4 @@
-"""The log of a training run, kept beside what was trained, so that its curves can be drawn later."""
+"""Save the log of a training run next to the trained model, so that its curves can be drawn later."""
 
 import json
 import math
@@ -12,29 +12,33 @@ LOG_FILE = "training_log.json"
 
 
 def save_log(log_history: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
-    """Write the `log_history` of a `transformers.Trainer`, an entry a line; a number that is not finite becomes null, for JSON has none."""
-    lines = [json.dumps(finite(entry)) for entry in log_history]
+    """Write the `log_history` of a `transformers.Trainer`, one entry a line. Non-finite numbers become null."""
+    lines = [json.dumps(replace_non_finite(entry)) for entry in log_history]
     write_atomically(Path(folder, LOG_FILE), ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def load_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The entries that `save_log` wrote, empty where a folder has no log; ValueError for a file that is none."""
+    """Read the entries that `save_log` wrote; an empty list if there is no log.
+
+    Raises:
+        ValueError: If the file is not a training log.
+    """
     path = Path(folder, LOG_FILE)
     if not path.is_file():
         return []
     try:
         log = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise ValueError(f"{path} is no training log: expected a list of entries")
+        raise ValueError(f"{path} is not a training log: expected a list of entries")
     return log
 
 
-def finite(value: Any) -> Any:
-    """None for a number that is not finite, in lists and mappings too."""
+def replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinity by None, in lists and mappings too: JSON has no such numbers."""
     if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
+        return {name: replace_non_finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [replace_non_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
-"""What a run needs beside its weights to go on exactly: optimizer, learning rate, counts and random numbers, as safetensors and JSON.
+"""Save and load what a run needs next to its weights to resume exactly.
 
-Nothing is ever unpickled.
+These are the optimizer's state, the buffers that a saved model leaves out, and the states of all random
+number generators. Everything is safetensors and JSON: nothing is ever unpickled.
 """
 
 import json
@@ -14,75 +15,86 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from tokenizers_vq.distributed import get_rank
-
-SETTINGS = "settings"  # key of the JSON in the head of a safetensors file
-
-
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state; what processes hold in parts is put together on the first one's CPU, and all have to take part in that."""
-    state = optimizer.state_dict()
-    entries = {
-        number: {name: whole(value) for name, value in entry.items()} for number, entry in state["state"].items()
-    }
-    return state | {"state": entries}
+METADATA_KEY = "settings"  # of the JSON in the header of a safetensors file
 
 
-def whole(value: Any) -> Any:
-    """A value as it is, or a tensor of which this process has a part as all of it: in the first process, others get none of it."""
-    if not isinstance(value, DTensor):
-        return value
-    gathered = value.full_tensor()
-    return gathered.cpu() if get_rank() == 0 else None
+def save_optimizer(file: Path, model: nn.Module, optimizer: Any, *, write: bool = True) -> None:
+    """Write the whole state of an optimizer. All processes that share the weights have to call this.
 
-
-def part_of(value: Any, parameter: Tensor) -> Any:
-    """A whole tensor as this process holds its parameter: the part of it where it has a part of that."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
-def save_optimizer(file: Path, state: Mapping[str, Any]) -> None:
-    """Write an optimizer's whole state and the settings of its groups."""
-    values = {(number, name): value for number, entry in state["state"].items() for name, value in entry.items()}
-    tensors = {f"{number}.{name}": value for (number, name), value in values.items() if isinstance(value, Tensor)}
-    plain = [[*key, value] for key, value in values.items() if not isinstance(value, Tensor)]
+    Args:
+        file: File to write.
+        model: Model whose parameters the optimizer trains. The state is stored under their names.
+        optimizer: Optimizer, or accelerate's wrapper of one.
+        write: Write the file. True in the first process only.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = dict(
+        get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
+    )
+    if not write:
+        return
+    tensors: dict[str, Tensor] = {}
+    plain: list[list[Any]] = []
+    for parameter, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}/{name}"] = value
+            else:
+                plain.append([parameter, name, value])
     save_tensors(file, tensors, {"param_groups": state["param_groups"], "plain": plain})
 
 
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `save_optimizer` wrote; ValueError where it belongs to other weights."""
+def load_optimizer(file: Path, model: nn.Module, optimizer: Any) -> None:
+    """Load what `save_optimizer` wrote, with any number of processes.
+
+    Args:
+        file: File to read.
+        model: Model whose parameters the optimizer trains.
+        optimizer: Optimizer, or accelerate's wrapper of one.
+
+    Raises:
+        ValueError: If the file belongs to the optimizer of another model.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     tensors, settings = load_tensors(file)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in sorted(tensors.items()):  # in the same order in all processes, which share it out together
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = part_of(tensor, parameters[int(number)])
-    for number, name, value in settings["plain"]:
-        state.setdefault(number, {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in groups] != [group["params"] for group in settings["param_groups"]]:
-        raise ValueError(f"{file} is the optimizer of another model")
-    # JSON has no tuples, which an optimizer may insist on.
-    restored = [
-        now | {name: tuple(value) if isinstance(now.get(name), tuple) else value for name, value in then.items()}
-        for now, then in zip(groups, settings["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": restored})
+    state: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        parameter, _, name = key.rpartition("/")
+        state.setdefault(parameter, {})[name] = tensor
+    for parameter, name, value in settings["plain"]:
+        state.setdefault(parameter, {})[name] = value
+    now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    saved = settings["param_groups"]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if [group["params"] for group in saved] != [
+        [names[each] for each in group["params"]] for group in optimizer.param_groups
+    ]:
+        raise ValueError(f"{file} belongs to the optimizer of another model.")
+    options = StateDictOptions(full_state_dict=True)
+    restored_state: Any = {"state": state, "param_groups": saved}
+    set_optimizer_state_dict(model, optimizer, restored_state, options=options)
+    for group, before, then in zip(optimizer.param_groups, now, saved, strict=True):
+        for name, value in before.items():
+            # torch skips groups without parameters, and JSON turns tuples into lists.
+            restored = then.get(name, value)
+            group[name] = tuple(restored) if isinstance(value, tuple) else restored
 
 
 def save_unsaved_buffers(file: Path, model: nn.Module) -> None:
-    """Write the buffers that are no part of a saved model, such as counts of what was of use lately, as this process has them."""
+    """Write this process's buffers that a saved model leaves out, such as counts of recently used codes."""
     saved = model.state_dict().keys()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
     save_tensors(file, buffers, {})
 
 
 def load_unsaved_buffers(file: Path, model: nn.Module) -> None:
-    """Put back what `save_unsaved_buffers` wrote, whatever length it has by now."""
+    """Load what `save_unsaved_buffers` wrote. A buffer may have another length by now."""
     for name, saved in load_tensors(file)[0].items():
         owner, _, own_name = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -90,7 +102,7 @@ def load_unsaved_buffers(file: Path, model: nn.Module) -> None:
 
 
 def save_random_state(file: Path) -> None:
-    """Write the state of every random number generator of this process: Python's, NumPy's, torch's on CPU and accelerators."""
+    """Write the state of every random number generator of this process: Python's, NumPy's and torch's."""
     version, internal, next_gauss = random.getstate()
     name, keys, position, has_gauss, gauss = np.random.get_state()
     tensors = {
@@ -105,7 +117,7 @@ def save_random_state(file: Path) -> None:
 
 
 def load_random_state(file: Path) -> None:
-    """Put back what `save_random_state` wrote."""
+    """Load what `save_random_state` wrote."""
     tensors, settings = load_tensors(file)
     version, next_gauss = settings["python"]
     name, position, has_gauss, gauss = settings["numpy"]
@@ -117,13 +129,13 @@ def load_random_state(file: Path) -> None:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], settings: Any) -> None:
-    """Tensors with JSON in the file's head; every number comes back as it was."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, file, metadata={SETTINGS: json.dumps(settings)})
+    """Write tensors, with `settings` as JSON in the file's header. Every number is restored exactly."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={METADATA_KEY: json.dumps(settings)})
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], Any]:
-    """What `save_tensors` wrote."""
+    """Read the tensors and settings that `save_tensors` wrote."""
     with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-        return tensors, json.loads(opened.metadata()[SETTINGS])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        return tensors, json.loads(opened.metadata()[METADATA_KEY])

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 import tok2img
 from tok2img.data.loading import held_out_split, load_captioned_images
 from tok2img.recipes.build_processor import build_processor
-from tok2img.recipes.build_tokenizer import build_tokenizer
+from tok2img.recipes.build_tokenizer import build_image_tokenizer
 from tok2img.recipes.config import TokenizerRecipe
 from tok2img.trainer.datasets import ImageDataset
 
@@ -21,7 +21,7 @@ from tok2img.trainer.datasets import ImageDataset
 def main(data: str, out: Path, num_steps: int) -> None:
     """Train a VQ-VAE and a prior, and generate four images of the first caption; the first is saved."""
     rows, held_out = held_out_split(load_captioned_images(data), share=0.05, max_samples=500, seed=0)
-    image_tokenizer = build_tokenizer(TokenizerRecipe(tokenizer="vqvae"), rows)
+    image_tokenizer = build_image_tokenizer(TokenizerRecipe(tokenizer="vqvae"), rows)
     settings = {
         "max_steps": num_steps,
         "per_device_train_batch_size": 32,

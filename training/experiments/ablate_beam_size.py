@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tok2img.data.images import load_pixels
 from tok2img.data.loading import load_captioned_images
-from tok2img.recipes.init_from import load_vqdraw
+from tok2img.recipes.build_tokenizer import load_vqdraw
 from tokenizers_vq import VQDrawForImages
 
 BEAM_SIZES = 1, 2, 4, 8

@@ -97,7 +97,7 @@ def main(data: str, seconds: float, bits: int = 120, *, max_samples: int = 1000)
             batch_size=BATCH_SIZE,
             num_init_examples=ROWS_TO_START_FROM,
             bf16=torch.cpu._is_avx512_bf16_supported(),
-            optimizer=Muon(model.parameters(), matrices=muon_parameters(model)),
+            optimizer=Muon(model.parameters(), muon_params=muon_parameters(model)),
         )
         report = evaluate_tokenizer(model.eval(), test.split(100))
         reports[name] = {"steps": steps, "mse_searched": searched_error(model, test), **report}

@@ -16,7 +16,7 @@ from tok2img.data.images import load_pixels
 from tok2img.data.loading import load_captioned_images
 from tok2img.evaluation.linear_probe import linear_probe
 from tok2img.recipes.build_processor import set_encode_search
-from tok2img.recipes.init_from import load_trained
+from tok2img.recipes.build_tokenizer import load_trained
 from tokenizers_vq import DiscreteTokenizer
 
 

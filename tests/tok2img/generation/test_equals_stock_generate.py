@@ -151,11 +151,11 @@ def test_caption_dropout_of_the_command_line_reaches_training_and_the_folder(
     path, overrides = parse_arguments([*words, "--depth", "1", "--guidance-scale", "1"])
     seen = []
 
-    def finish(trainer, recipe, save):
+    def save_untrained(trainer, recipe, save):
         seen.append(trainer.model.caption_dropout)
         save(Path(recipe.out), trainer.model.prior)
 
-    monkeypatch.setattr(prior_runs, "finish", finish)
+    monkeypatch.setattr(prior_runs, "train_and_save", save_untrained)
     prior_runs.train_prior(read_recipe(PriorRecipe, path, overrides))
     assert seen == [share] and TextToImagePipeline.from_pretrained(tmp_path / "model").caption_dropout == share
 

@@ -4,8 +4,8 @@ import torch
 from tok2img.prior.float32_attention import FLOAT32, attend_in_float32
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior, load_prior
+from tok2img.recipes.build_prior import init_prior
 from tok2img.recipes.config import PriorRecipe
-from tok2img.recipes.train_prior import init_prior
 from tok2img.tokenization.layout import SequenceLayout
 
 LAYOUT = SequenceLayout(11, text_length=3, num_codes=4, codebook_size=6, codes_shared=True)

@@ -237,14 +237,14 @@ class TestWhatDoesNotFit:
         other = SubwordTokenizer.train_bpe([chr(97 + i) * 2 + chr(97 + j) for i in range(26) for j in range(26)])
         other.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=f"has {other.vocab_size} ids, but the language model in .* has 300"):
-            build_processor(TEXTS, tiny_vqvae, base=str(base), text_tokenizer=str(tmp_path))
+            build_processor(TEXTS, tiny_vqvae, base_model=str(base), text_tokenizer=str(tmp_path))
 
     @one_kind
     def test_a_base_without_its_tokenizer_is_refused(self, bases, base, tiny_vqvae, tmp_path):
         for kind, folder in bases.items():
             (tmp_path / "config.json").write_text((folder / "config.json").read_text())
             with pytest.raises(ValueError, match="text tokenizer"):
-                build_processor(TEXTS, tiny_vqvae, base=str(tmp_path))
+                build_processor(TEXTS, tiny_vqvae, base_model=str(tmp_path))
             assert base_vocab_size(tmp_path) == ROWS, kind
 
     def test_extend_prior_of_an_image_tokenizer_raises(self, layout, tiny_vqvae, tmp_path):

@@ -55,9 +55,9 @@ def test_a_dry_run_that_is_interrupted_ends_at_once_and_promises_nothing(prior_r
 
 def test_a_step_of_several_batches_takes_all_of_them(prior_recipe, monkeypatch):
     rows_of_a_step = []
-    original = estimate_prior.__globals__["take_steps"]
+    original = estimate_prior.__globals__["measure_steps"]
     monkeypatch.setattr(
-        "tok2img.recipes.dry_run.take_steps",
+        "tok2img.recipes.dry_run.measure_steps",
         lambda model, rows, recipe: rows_of_a_step.append(len(rows)) or original(model, rows, recipe),
     )
     prior_recipe.gradient_accumulation_steps = 3
@@ -74,7 +74,7 @@ def test_a_tokenizer_is_estimated_with_all_that_it_learns_from(data):
 
 
 def test_a_bpe_takes_no_steps_to_estimate(data):
-    with pytest.raises(ValueError, match="nothing to estimate"):
+    with pytest.raises(ValueError, match="counted in one pass"):
         estimate_tokenizer(TokenizerRecipe(tokenizer="bpe", data=data))
 
 

@@ -8,7 +8,7 @@ from tok2img.evaluation.caption_classifier import CaptionClassifier, CaptionClas
 from tok2img.recipes.build_tokenizer import build_model
 from tok2img.recipes.config import RunSettings, TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
-from tok2img.recipes.training_run import arguments
+from tok2img.recipes.training_run import training_arguments
 from tok2img.trainer.datasets import ImageDataset
 from tok2img.trainer.trainer import Trainer
 from tokenizers_vq import AdversarialLoss, PatchDiscriminator, PerceptualLoss, TokenizerWithLoss
@@ -49,7 +49,7 @@ def adversarial_trainer(tokenizer, rows, out, *, max_steps: int) -> Trainer:
         out=str(out), max_steps=max_steps, batch_size=8, warmup_steps=0, lr_scheduler_type="constant", eval_steps=2
     )
     data = ImageDataset(rows, tokenizer)
-    return Trainer(model, arguments(settings, best_by=""), train_dataset=data, eval_dataset=data)
+    return Trainer(model, training_arguments(settings, best_by=""), train_dataset=data, eval_dataset=data)
 
 
 def test_a_recipe_without_losses_of_its_own_trains_the_bare_tokenizer(recipe, rows):

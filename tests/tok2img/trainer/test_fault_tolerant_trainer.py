@@ -19,14 +19,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from tok2img import atomic_io as whole_files
+from tok2img import atomic_io
 from tok2img.data.augmentation import Augmentation
 from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe, TokenizerRecipe
-from tok2img.recipes.training_run import arguments
+from tok2img.recipes.training_run import training_arguments
 from tok2img.tokenization.layout import SequenceLayout
-from tok2img.trainer import fault_tolerant_trainer as safe_trainer
+from tok2img.trainer import fault_tolerant_trainer
 from tok2img.trainer.checkpointing import latest_valid_checkpoint, list_checkpoints
 from tok2img.trainer.graceful_shutdown import Interrupted
 from tok2img.trainer.non_finite_guard import DivergedError
@@ -53,7 +53,7 @@ def trainer_in(out, *, best: str = "", **settings) -> Trainer:
     prior = build_prior(LAYOUT, depth=1, dropout=recipe.dropout)
     return Trainer(
         PriorWithLoss(prior, LAYOUT, caption_dropout=0.5),
-        arguments(recipe, best_by=best),
+        training_arguments(recipe, best_by=best),
         train_dataset=token_rows(10),
         eval_dataset=token_rows(5),
     )
@@ -76,7 +76,10 @@ def tokenizer_trainer_in(out, build: Callable[[], DiscreteTokenizer] = tiny_vqva
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     rows = Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
     return Trainer(
-        model, arguments(recipe, best_by=""), train_dataset=rows, augment=Augmentation(flip=True, crop=0.5, shift=2)
+        model,
+        training_arguments(recipe, best_by=""),
+        train_dataset=rows,
+        augment=Augmentation(flip=True, crop=0.5, shift=2),
     )
 
 
@@ -163,7 +166,7 @@ class TestOtherRows:
             rows = token_rows(12 if request.param.endswith("epoch") else 40)
             stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=6)
             prior = PriorWithLoss(build_prior(LAYOUT, depth=1, dropout=0.1), LAYOUT, caption_dropout=0.5)
-            return Trainer(prior, arguments(PriorRecipe(**run), best_by=""), train_dataset=stream)
+            return Trainer(prior, training_arguments(PriorRecipe(**run), best_by=""), train_dataset=stream)
 
         return in_folder
 
@@ -271,14 +274,14 @@ def events_of_a_save(trainer_in, tmp_path, monkeypatch) -> list[str]:
 def watch(monkeypatch, act) -> None:
     """Call `act` before every step by which a checkpoint comes into being."""
     for module, name in [
-        (safe_trainer, "save_random_state"),
-        (safe_trainer, "save_optimizer"),
-        (safe_trainer.FaultTolerantTrainer, "_write_parts"),
-        (whole_files.Path, "rename"),
-        (whole_files.Path, "chmod"),
-        (whole_files.Path, "write_text"),
-        (whole_files.Path, "mkdir"),
-        (whole_files, "fsync_path"),
+        (fault_tolerant_trainer, "save_random_state"),
+        (fault_tolerant_trainer, "save_optimizer"),
+        (fault_tolerant_trainer.FaultTolerantTrainer, "_write_own_files"),
+        (atomic_io.Path, "rename"),
+        (atomic_io.Path, "chmod"),
+        (atomic_io.Path, "write_text"),
+        (atomic_io.Path, "mkdir"),
+        (atomic_io, "fsync_path"),
     ]:
         plain = getattr(module, name)
 
@@ -315,18 +318,18 @@ def test_a_crash_at_any_step_of_a_save_loses_no_run(trainer_in, tmp_path, monkey
 def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, caplog):
     whole = trainer_in(tmp_path / "whole", save_steps=3)
     whole.train()
-    plain, saves = safe_trainer.save_optimizer, []
+    plain, saves = fault_tolerant_trainer.save_optimizer, []
 
-    def full(*args):
+    def full(*args, **kwargs):
         saves.append(args)
         if len(saves) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(*args)
+        plain(*args, **kwargs)
 
-    monkeypatch.setattr(safe_trainer, "save_optimizer", full)
+    monkeypatch.setattr(fault_tolerant_trainer, "save_optimizer", full)
     trainer = trainer_in(tmp_path / "full")
     trainer.train()
-    assert "no checkpoint of step 4" in caplog.text and "No space left" in caplog.text
+    assert "could not save a checkpoint at step 4" in caplog.text and "No space left" in caplog.text
     assert set(list_checkpoints(tmp_path / "full" / "checkpoints")) == {6, 8}
     assert not [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.startswith(".")]
     assert weights(trainer) == weights(whole)
@@ -340,19 +343,19 @@ def test_weights_that_do_not_fit_on_the_disk_cost_a_warning_and_not_the_run(tmp_
         trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert "no checkpoint of step 4" in caplog.text and "File too large" in caplog.text
+    assert "could not save a checkpoint at step 4" in caplog.text and "File too large" in caplog.text
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-8"}
     assert len(losses(trainer)) == 8
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
     trainer = trainer_in(tmp_path, best="image_loss", eval_steps=2, learning_rate=1e-2)
-    plain = safe_trainer.save_checkpoint
+    plain = fault_tolerant_trainer.save_checkpoint
 
     def full_at_the_end(target, *args, **kwargs):
         return OSError("full") if target.name == "checkpoint-8" else plain(target, *args, **kwargs)
 
-    monkeypatch.setattr(safe_trainer, "save_checkpoint", full_at_the_end)
+    monkeypatch.setattr(fault_tolerant_trainer, "save_checkpoint", full_at_the_end)
     trainer.train()
     assert trainer.state.best_global_step in list_checkpoints(tmp_path / "checkpoints")
 
@@ -361,7 +364,7 @@ def test_a_run_that_goes_on_remembers_its_best_where_the_next_save_fails(tmp_pat
     settings = {"best": "image_loss", "eval_steps": 2, "learning_rate": 1e-3}
     run_until_killed(trainer_in(tmp_path, **settings), 5)
     trainer = trainer_in(tmp_path, **settings)
-    monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
+    monkeypatch.setattr(fault_tolerant_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.best_global_step in list_checkpoints(tmp_path / "checkpoints")
 
@@ -407,7 +410,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_is_named_and_the_last_weights
     harm(tmp_path / "checkpoints" / "checkpoint-2")
     trainer = with_held_out_losses(trainer_in(tmp_path, **settings), held_out)
     trainer.train(resume_from_checkpoint=True)
-    assert "the best checkpoint is gone or damaged" in caplog.text and "checkpoint-2: " in caplog.text
+    assert "best checkpoint missing or damaged" in caplog.text and "checkpoint-2: " in caplog.text
     trainer.save_model(str(tmp_path / "saved"))
     last = tmp_path / "checkpoints" / "checkpoint-8"
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
@@ -435,7 +438,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_finite_and_is_logged_as_it
     trainer = trainer_in(tmp_path)
     spoil_loss(trainer, steps, value)
     trainer.train()
-    assert trainer.bad_steps.skipped == len(steps)
+    assert trainer.non_finite_guard.skipped == len(steps)
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     logged = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
     assert {step for step, loss in logged.items() if not math.isfinite(loss)} == steps
@@ -452,7 +455,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path):
 
     parameter.register_hook(spoil)
     trainer.train()
-    assert trainer.bad_steps.skipped == 1 and len(losses(trainer)) == 8
+    assert trainer.non_finite_guard.skipped == 1 and len(losses(trainer)) == 8
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
@@ -467,9 +470,9 @@ def test_a_skipped_step_leaves_weights_and_averages_as_they_were(tmp_path):
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     trainer = trainer_in(tmp_path, max_steps=50)
-    trainer.bad_steps.most_in_a_row = 10
+    trainer.non_finite_guard.max_consecutive = 10
     spoil_loss(trainer, set(range(4, 50)), math.nan)
-    with pytest.raises(DivergedError, match="10 steps in a row"):
+    with pytest.raises(DivergedError, match="The last 10 steps had a non-finite loss"):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     assert latest_valid_checkpoint(tmp_path / "checkpoints") is not None
@@ -507,13 +510,13 @@ def test_a_run_that_was_stopped_and_could_not_be_saved_says_so(tmp_path, monkeyp
     trainer = trainer_in(tmp_path, save_steps=4)
 
     def stop_on_a_full_disk():
-        monkeypatch.setattr(safe_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
+        monkeypatch.setattr(fault_tolerant_trainer, "save_checkpoint", lambda *args, **kwargs: OSError("full"))
         os.kill(os.getpid(), signal.SIGINT)
 
     trainer.add_callback(At(step, stop_on_a_full_disk))
     with pytest.raises(Interrupted):
         trainer.train()
-    assert f"not saved; the same command goes on from step {newest}" in caplog.text and "and saved" not in caplog.text
+    assert f"not saved; the same command resumes from step {newest}" in caplog.text and "and saved" not in caplog.text
 
 
 def test_runs_killed_at_random_lose_nothing():

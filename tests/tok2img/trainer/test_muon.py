@@ -11,7 +11,7 @@ from tok2img.recipes.build_tokenizer import build_model
 from tok2img.recipes.config import PriorRecipe, TokenizerRecipe
 from tok2img.recipes.dry_run import estimate_tokenizer
 from tok2img.recipes.run_folder import checkpoints_of
-from tok2img.recipes.training_run import open_data
+from tok2img.recipes.training_run import load_data
 from tok2img.trainer.checkpointing import latest_valid_checkpoint
 from tok2img.trainer.muon import Muon, muon_parameters, newton_schulz
 from tok2img.trainer.trainer import Trainer
@@ -48,7 +48,7 @@ def after_a_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
 def test_what_is_no_matrix_is_trained_as_by_adamw():
     muons, adams = small_model(), small_model()
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
-    ours = after_a_step(Muon(muons.parameters(), matrices=muon_parameters(muons), **settings), muons)
+    ours = after_a_step(Muon(muons.parameters(), muon_params=muon_parameters(muons), **settings), muons)
     theirs = after_a_step(torch.optim.AdamW(adams.parameters(), **settings), adams)
     for name in ("0.weight", "0.bias", "2.bias", "4.bias"):
         assert ours[name].equal(theirs[name]), name
@@ -57,10 +57,10 @@ def test_what_is_no_matrix_is_trained_as_by_adamw():
 
 def test_adamw_may_have_a_share_of_the_rate():
     muons, adams, wholes = small_model(), small_model(), small_model()
-    optimizer = Muon(muons.parameters(), matrices=muon_parameters(muons), lr=1e-2, adamw_lr_scale=0.1)
+    optimizer = Muon(muons.parameters(), muon_params=muon_parameters(muons), lr=1e-2, adamw_lr_scale=0.1)
     ours = after_a_step(optimizer, muons)
     theirs = after_a_step(torch.optim.AdamW(adams.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0), adams)
-    whole = after_a_step(Muon(wholes.parameters(), matrices=muon_parameters(wholes), lr=1e-2), wholes)
+    whole = after_a_step(Muon(wholes.parameters(), muon_params=muon_parameters(wholes), lr=1e-2), wholes)
     for name in ours:
         same = whole if name in ("2.weight", "4.weight") else theirs
         torch.testing.assert_close(ours[name], same[name], msg=name)
@@ -70,7 +70,7 @@ def test_matrices_are_trained_as_by_the_muon_of_torch_under_the_rate_of_adamw():
     start = torch.randn(3, 20, 30)
     ours, theirs = ([nn.Parameter(each.clone()) for each in start] for _ in range(2))
     optimizers = (
-        Muon(ours, matrices=ours, lr=1e-2, weight_decay=0.1),
+        Muon(ours, muon_params=ours, lr=1e-2, weight_decay=0.1),
         torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     )
     for gradients in torch.randn(3, *start.shape):
@@ -126,8 +126,8 @@ def test_a_recipe_trains_with_muon_and_goes_on_to_the_same_bits_after_a_kill(rec
             runs.train_tokenizer(recipe)
     checkpoint = latest_valid_checkpoint(checkpoints_of(recipe))
     assert checkpoint is not None and checkpoint.name == "checkpoint-2"
-    kinds = {name.split(".")[1] for name in load_file(checkpoint / "optimizer.safetensors")}
-    assert kinds == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+    kinds = {name.rpartition("/")[2] for name in load_file(checkpoint / "optimizer.safetensors")}
+    assert kinds == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
     again = runs.train_tokenizer(recipe)
     assert all(
         now.equal(then) for now, then in zip(again.state_dict().values(), whole.state_dict().values(), strict=True)
@@ -137,7 +137,7 @@ def test_a_recipe_trains_with_muon_and_goes_on_to_the_same_bits_after_a_kill(rec
 def test_a_dry_run_counts_one_moment_of_a_matrix(recipe):
     adamw = estimate_tokenizer(replace(recipe, optimizer="adamw", adamw_lr_scale=1))
     muons = estimate_tokenizer(recipe)
-    model = build_model(recipe, open_data(recipe, with_captions=False, with_images=True))
+    model = build_model(recipe, load_data(recipe, with_captions=False, with_images=True))
     assert adamw.optimizer_bytes - muons.optimizer_bytes == sum(each.nbytes for each in muon_parameters(model)) > 0
 
 

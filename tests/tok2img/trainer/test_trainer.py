@@ -11,7 +11,7 @@ from tok2img.prior.loss import PriorWithLoss
 from tok2img.prior.model import build_prior
 from tok2img.recipes.config import PriorRecipe, RunSettings, TokenizerRecipe
 from tok2img.recipes.train_tokenizer import train_tokenizer
-from tok2img.recipes.training_run import arguments
+from tok2img.recipes.training_run import training_arguments
 from tok2img.tokenization.layout import SequenceLayout
 from tok2img.trainer.datasets import ImageDataset
 from tok2img.trainer.trainer import Trainer
@@ -29,17 +29,17 @@ def token_rows(num: int, *, seed: int) -> Dataset:
     return Dataset.from_dict({name: column.tolist() for name, column in rows.items()}).with_format("torch")
 
 
-def prior_trainer(out, *, max_eval_samples: int = 8, draw=None, draw_every: int = 0, **settings) -> Trainer:
+def prior_trainer(out, *, max_eval_samples: int = 8, sample=None, sample_steps: int = 0, **settings) -> Trainer:
     """A tiny prior on random tokens, which it can learn by heart and not generalise from."""
     recipe = PriorRecipe(**({"out": str(out), "max_steps": 4} | QUIET | settings))
     model = PriorWithLoss(build_prior(LAYOUT, depth=1), LAYOUT, caption_dropout=0.0)
     return Trainer(
         model,
-        arguments(recipe, best_by="image_loss"),
+        training_arguments(recipe, best_by="image_loss"),
         train_dataset=token_rows(16, seed=1),
         eval_dataset=token_rows(max_eval_samples, seed=2),
-        draw=draw,
-        draw_every=draw_every,
+        sample=sample,
+        sample_steps=sample_steps,
     )
 
 
@@ -54,7 +54,7 @@ def image_rows(rows, tiny_vqvae) -> ImageDataset:
 
 def image_trainer(model, image_rows, out, **settings) -> Trainer:
     recipe = RunSettings(**({"out": str(out), "max_steps": 2} | QUIET | settings))
-    return Trainer(model, arguments(recipe), train_dataset=image_rows, eval_dataset=image_rows)
+    return Trainer(model, training_arguments(recipe), train_dataset=image_rows, eval_dataset=image_rows)
 
 
 def test_the_parts_of_the_loss_are_in_the_log(tmp_path):
@@ -115,7 +115,7 @@ def test_held_out_loss_is_a_mean_over_rows_and_not_over_batches(tmp_path):
 
 
 def test_images_are_drawn_every_so_many_steps(tmp_path):
-    trainer = prior_trainer(tmp_path, draw=lambda: Image.new("RGB", (2, 2)), draw_every=2, max_steps=5)
+    trainer = prior_trainer(tmp_path, sample=lambda: Image.new("RGB", (2, 2)), sample_steps=2, max_steps=5)
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
 
@@ -126,8 +126,8 @@ def test_drawing_images_changes_no_training_step(tmp_path):
         return Image.new("RGB", (2, 2))
 
     losses = []
-    for draw_every in (0, 1):
-        trainer = prior_trainer(tmp_path / str(draw_every), draw=draw, draw_every=draw_every)
+    for sample_steps in (0, 1):
+        trainer = prior_trainer(tmp_path / str(sample_steps), sample=draw, sample_steps=sample_steps)
         trainer.model.caption_dropout = 0.5
         trainer.train()
         losses.append(logged(trainer, "loss"))
