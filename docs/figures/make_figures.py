@@ -100,7 +100,7 @@ def images_by_stage(tokenizer: Any, pixels: Tensor, shown: list[int]) -> list[li
 
 
 def draw_vqvae(tokenizer: Any, pixels: Tensor) -> None:
-    """Save `vqvae.png`, images beside their codes and reconstructions, and `codebook.png`, all codes as patches."""
+    """Save `vqvae.png`, images, their codes and reconstructions, and `codebook.png`, all codes as patches."""
     codes, patches = tokenizer.encode(pixels), render_code_patches(tokenizer)
     originals, decoded = images_from_pixels(pixels), images_from_pixels(tokenizer.decode(codes))
     rows = [
