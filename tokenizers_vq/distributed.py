@@ -53,21 +53,6 @@ def broadcast_from_rank0(values: Tensor) -> Tensor:
     return values
 
 
-def local_exponential_noise(like: Tensor) -> Tensor:
-    """Return this rank's slice of one draw of exponential noise for all ranks.
-
-    Every rank draws the noise for all of them, so random states stay equal as long as they started
-    equal.
-
-    Args:
-        like: A tensor `n ...` with the dtype and device of the noise; all ranks have the same `n`.
-
-    Returns:
-        Noise `n`.
-    """
-    return like.new_empty(get_world_size(), len(like)).exponential_()[get_rank()]
-
-
 def local_slices(draw: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Slice one draw for all rows of a training step into the parts for this rank's batches.
 

@@ -250,24 +250,17 @@ def _upright_rgb(image: Image.Image, name: str, min_side: int | None = None) -> 
 def _composite_on_white(image: Image.Image) -> Image.Image:
     """Convert to RGB, with white instead of the hidden color of transparent areas."""
     if image.mode.startswith("I;16"):
-        return _gray_from_16_bits(image).convert("RGB")
+        # Pillow's own conversion clips at 255, which turns almost every 16-bit image white.
+        gray = np.array(image).astype(np.uint16)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            gray[gray == transparent] = 65535
+        return Image.fromarray(((gray.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(rgba, mask=rgba)
     return canvas
-
-
-def _gray_from_16_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits.
-
-    Pillow's conversion clips at 255, which turns almost every image white.
-    """
-    gray = np.array(image).astype(np.uint16)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        gray[gray == transparent] = 65535
-    return Image.fromarray(((gray.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:

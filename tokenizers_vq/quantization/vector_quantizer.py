@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_coalesced, all_reduce_top_k, broadcast_from_rank0, local_exponential_noise
+from ..distributed import all_reduce_coalesced, all_reduce_top_k, broadcast_from_rank0, get_rank, get_world_size
 from ..validation import can_read_without_sync, check_choice, check_code_range, check_number
 from .code_usage import CodeUsage
 from .gradient_estimators import GRADIENTS, apply_commitment_loss
@@ -303,7 +303,10 @@ class VectorQuantizer(nn.Module):
         Returns:
             Candidates, `k d`, the same on all processes.
         """
-        sampled, keys = gumbel_top_k(torch.where(mask, errors, 0), local_exponential_noise(errors), self.codebook_size)
+        # Each rank draws the noise of all ranks and takes its own, so that their random states
+        # stay equal.
+        noise = errors.new_empty(get_world_size(), len(errors)).exponential_()[get_rank()]
+        sampled, keys = gumbel_top_k(torch.where(mask, errors, 0), noise, self.codebook_size)
         # A vector outside the mask has the error 0 and is sampled only if others run out. Its
         # nearest entry stands in for it, as it may be padding.
         candidates = torch.where(mask[sampled, None], vectors[sampled], self.codebook[codes[sampled]])

@@ -147,7 +147,11 @@ class VQDrawForImages(DiscreteTokenizer):
     def __init__(self, config: VQDrawImageConfig):
         super().__init__(config)
         self.normalize = PixelNormalization(config)
-        self.stage_loss = build_stage_loss(config)
+        self.stage_loss: MSELoss | GaussianNLLLoss | BCELoss = MSELoss()
+        if config.stage_loss == "bce":
+            self.stage_loss = BCELoss(config)
+        elif config.stage_loss == "gaussian_nll":
+            self.stage_loss = GaussianNLLLoss()
         num_channels = config.num_channels * self.stage_loss.channel_multiplier
         shape = num_channels, config.image_size, config.image_size
         refiner = build_image_refiner(config, num_channels)
@@ -272,13 +276,6 @@ class VQDrawForImages(DiscreteTokenizer):
     def _to_pixels(self, state: Tensor) -> Tensor:
         """Convert states `b ...` to images `b c h w` in [0, 1]."""
         return self.normalize.inverse(self.stage_loss.reconstruct(state))
-
-
-def build_stage_loss(config: VQDrawImageConfig) -> MSELoss | GaussianNLLLoss | BCELoss:
-    """Build the loss that `config.stage_loss` names."""
-    if config.stage_loss == "bce":
-        return BCELoss(config)
-    return GaussianNLLLoss() if config.stage_loss == "gaussian_nll" else MSELoss()
 
 
 def build_image_refiner(config: VQDrawImageConfig, num_channels: int) -> nn.Module:

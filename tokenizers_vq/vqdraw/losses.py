@@ -122,7 +122,10 @@ class CrossEntropyLoss:
         """
         is_shared = isinstance(options, SharedOptions)
         if is_shared and not torch.is_grad_enabled() and not state.any():
-            return _shared_cross_entropies(options.shared_steps(), target)
+            log_probs = options.shared_steps().log_softmax(dim=2)  # `k t v`, of all examples
+            positions = torch.arange(target.shape[1], device=target.device)
+            log_likelihoods = rearrange(log_probs[:, positions, target.clamp(min=0)], "k b t -> b k t")
+            return _mean_over_valid(-log_likelihoods, target)
         if is_shared or torch.is_grad_enabled():
             return _cross_entropies(state[:, None] + options.all_steps(), target)
         max_logits = MAX_LOGITS_ON_CPU if state.device.type == "cpu" else MAX_LOGITS
@@ -146,13 +149,6 @@ def _cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
     symbols = target[:, None].expand(logits.shape[:3])
     errors = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return errors.view(symbols.shape).sum(dim=2) / target.shape[1]
-
-
-def _shared_cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropies of logits `k t v` that all examples share, `b k`."""
-    positions = torch.arange(target.shape[1], device=target.device)
-    log_likelihoods = logits.log_softmax(dim=2)[:, positions, target.clamp(min=0)]
-    return _mean_over_valid(-log_likelihoods.transpose(0, 1), target)
 
 
 def _cross_entropies_by_products(

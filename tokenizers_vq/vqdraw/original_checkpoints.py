@@ -60,13 +60,6 @@ def convert_biases(tensors: dict[str, Tensor]) -> Tensor:
     return rearrange(bias, "k c h w s -> k (s c) h w") if has_gaussian_loss(tensors) else bias
 
 
-def count_segments(tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Return the number of refiners and of stages of each; 0 stages without stage embeddings."""
-    segments = {name.split(".")[2] for name in tensors if name.startswith("refiner.segments.")}
-    gains = [tensor for name, tensor in tensors.items() if name.endswith(".embeddings")]
-    return max(1, len(segments)), len(gains[0]) if gains else 0
-
-
 def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Infer the settings of `VQDrawImageConfig` from the tensors of an original state dict.
 
@@ -80,12 +73,20 @@ def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
         ValueError: If no architecture of the paper has these tensors.
     """
     bias, gaussian = convert_biases(tensors), has_gaussian_loss(tensors)
-    num_refiners, length = count_segments(tensors)
+    # A checkpoint without segments has one refiner. Without stage embeddings the length is 0, which
+    # fits no architecture.
+    segments = {name.split(".")[2] for name in tensors if name.startswith("refiner.segments.")}
+    num_refiners = max(1, len(segments))
+    length = next((len(tensor) for name, tensor in tensors.items() if name.endswith(".embeddings")), 0)
+    prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]
     shapes = {name: tensor.shape for name, tensor in convert_state_dict(tensors).items() if name != "biases"}
     is_plausible = bias.ndim == 4 and bias.shape[2] == bias.shape[3] and length
     if is_plausible and all(tensors[name].numel() == 1 for name in SCALAR_BUFFERS & tensors.keys()):
         for name, preset in PRESETS.items():
-            expected = expected_shapes(name, len(bias), length, num_refiners, gaussian=gaussian)
+            with torch.device("meta"):  # only the shapes are needed
+                refiner = OriginalRefiner(name, num_stages=length, codebook_size=len(bias), gaussian=gaussian)
+            state_dict = refiner.state_dict()
+            expected = {prefix + key: tensor.shape for prefix in prefixes for key, tensor in state_dict.items()}
             if bias.shape[1] == state_channels(name, gaussian=gaussian) and shapes == expected:
                 return preset | {
                     "refiner": name,
@@ -102,24 +103,3 @@ def infer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
         f"Expected the tensors of an original architecture ({', '.join(PRESETS)}), got {len(tensors)} tensors "
         f"that fit none: bias is {tuple(bias.shape)}, {num_refiners} refiners of {length} stages."
     )
-
-
-def expected_shapes(
-    name: str, codebook_size: int, num_stages: int, num_refiners: int, *, gaussian: bool
-) -> dict[str, torch.Size]:
-    """Return the shapes of an architecture's refiners.
-
-    Args:
-        name: Name of the architecture, a key of `PRESETS`.
-        codebook_size: Options at each stage.
-        num_stages: Stages of each refiner.
-        num_refiners: Number of refiners, one for each segment.
-        gaussian: True if states hold means and deviations.
-
-    Returns:
-        Shapes by the names that the tensors have in `VQDraw`.
-    """
-    with torch.device("meta"):
-        refiner = OriginalRefiner(name, num_stages=num_stages, codebook_size=codebook_size, gaussian=gaussian)
-    prefixes = ["refiner."] if num_refiners == 1 else [f"refiner.refiners.{index}." for index in range(num_refiners)]
-    return {prefix + key: tensor.shape for prefix in prefixes for key, tensor in refiner.state_dict().items()}
