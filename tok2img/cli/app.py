@@ -1,5 +1,6 @@
 """Train tokenizers and priors, and generate images from captions."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def tokenize(
     silence_transformers()
     from ..data.streaming import stream_captioned_images
     from ..recipes.build_processor import build_processor
-    from ..tokenization.token_dataset import parse_shard, save_tokens, shard_from_env
+    from ..tokenization.token_dataset import parse_shard, save_tokens
 
     rows = stream_captioned_images(
         data, split=split, image_column=image_column, caption_column=caption_column, max_samples=max_samples
@@ -85,7 +86,10 @@ def tokenize(
         beam_size=beam_size,
         search_steps=search_steps,
     )
-    shard_index, num_shards = parse_shard(shard) if shard else shard_from_env()
+    if shard:
+        shard_index, num_shards = parse_shard(shard)
+    else:  # the processes that torchrun started share the job; without torchrun this one does it alone
+        shard_index, num_shards = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     manifest = save_tokens(
         rows,
         processor,

@@ -74,7 +74,13 @@ def load_parquet(files: Sequence[Path]) -> Dataset:
     Raises:
         ValueError: If there are no rows, or a file is damaged; names the file.
     """
-    filled = [file for file in files if _num_rows(file) > 0]
+    filled = []
+    for file in files:
+        try:
+            if pq.read_metadata(file).num_rows > 0:
+                filled.append(file)
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: cannot be read as parquet: {root_cause(error)}") from error
     if not filled:
         raise ValueError(f"{files[0]}: no rows")
     patterns = [glob.escape(str(file)) for file in filled]
@@ -84,13 +90,6 @@ def load_parquet(files: Sequence[Path]) -> Dataset:
     except Exception as error:  # `datasets` wraps errors in types of its own and does not name the file
         culprit = next((file for file in filled if not _is_whole_parquet(file)), filled[0])
         raise ValueError(f"{culprit}: cannot be read: {root_cause(error)}") from error
-
-
-def _num_rows(file: Path) -> int:
-    try:
-        return pq.read_metadata(file).num_rows
-    except UNREADABLE as error:
-        raise ValueError(f"{file}: cannot be read as parquet: {root_cause(error)}") from error
 
 
 def _is_whole_parquet(file: Path) -> bool:

@@ -87,7 +87,10 @@ def load_captioned_images(
     columns = {column_of_images(rows.features, image_column, source): "image"} if with_images else {}
     if with_captions:
         columns[column_of_captions(rows.features, caption_column, source)] = "caption"
-    rows = _renamed(rows, columns)
+    kept = ["label"] if "label" in rows.column_names and "label" not in columns else []
+    changed = {old: new for old, new in columns.items() if old != new}
+    rows = rows.select_columns([*columns, *kept]).rename_columns(changed)
+    rows = rows.cast_column("image", _UNDECODED) if "image" in rows.column_names else rows
     rows = _with_text_checked(rows, source) if with_captions else rows
     return rows.with_transform(read_images) if files and files[0].suffix == ".tar" and with_images else rows
 
@@ -234,13 +237,6 @@ def _text_cell(row: Mapping[str, Any], key: str, where: str) -> str:
 def _dataset_of_paths(image_column: str, columns: Mapping[str, Sequence[Any]]) -> Dataset:
     rows = [{"bytes": None, "path": path} for path in columns[image_column]]
     return Dataset.from_dict({**columns, image_column: rows}).cast_column(image_column, _UNDECODED)
-
-
-def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
-    kept = ["label"] if "label" in rows.column_names and "label" not in columns else []
-    changed = {old: new for old, new in columns.items() if old != new}
-    rows = rows.select_columns([*columns, *kept]).rename_columns(changed)
-    return rows.cast_column("image", _UNDECODED) if "image" in rows.column_names else rows
 
 
 def _with_text_checked(rows: Dataset, source: str) -> Dataset:

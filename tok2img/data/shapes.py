@@ -179,20 +179,13 @@ def draw(scene: Scene, rng: Random) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def _is_unseen(item: ShapeObject) -> bool:
-    return (item.colour, item.shape) in UNSEEN_PAIRS
-
-
-def _is_held_out(scene: Scene) -> bool:
-    digest = hashlib.sha256(scene_caption(scene.canonical()).encode()).digest()
-    return len(scene.objects) == 2 and int.from_bytes(digest[:8]) < HELD_OUT_SHARE * 2**64
-
-
 def in_split(scene: Scene, split: Split) -> bool:
     """Return True if a scene belongs to a split; train and validation share theirs."""
-    if any(map(_is_unseen, scene.objects)):
+    if any((item.colour, item.shape) in UNSEEN_PAIRS for item in scene.objects):
         return split == "unseen_pairs"
-    if _is_held_out(scene):
+    # A hash of the caption holds out the same scenes for every seed.
+    digest = hashlib.sha256(scene_caption(scene.canonical()).encode()).digest()
+    if len(scene.objects) == 2 and int.from_bytes(digest[:8]) < HELD_OUT_SHARE * 2**64:
         return split == "held_out"
     return split in ("train", "validation")
 
@@ -215,12 +208,6 @@ def random_scene(split: Split, rng: Random) -> Scene:
             return scene
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def shapes_dataset(split: str, num_rows: int, seed: int = 0) -> Dataset:
     """Render a captioned data set of any length.
 
@@ -240,7 +227,9 @@ def shapes_dataset(split: str, num_rows: int, seed: int = 0) -> Dataset:
     for row in range(num_rows):
         rng = Random(f"{split}/{seed}/{row}")
         scene = random_scene(split, rng)
-        images.append({"bytes": _png(draw(scene, rng)), "path": None})
+        png = io.BytesIO()
+        draw(scene, rng).save(png, format="PNG", compress_level=1)
+        images.append({"bytes": png.getvalue(), "path": None})
         captions.append(scene_caption(scene))
     features = Features({"image": ImageFeature(), "caption": Value("string")})
     return Dataset.from_dict({"image": images, "caption": captions}, features=features)

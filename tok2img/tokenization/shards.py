@@ -133,7 +133,13 @@ def tokenize_shard(job: TokenizationJob, number: int, bar: Any = None) -> int:
     """
     rows = job.rows_of(number)
     text_ids, codes, skipped, num_truncated = [], [], [], 0
-    for batch in decode_batches(job, rows):
+    # Another process decodes the next batch while this one encodes. A thread would not do, because
+    # decoding images holds Python's lock. Workers decode in line: there are as many of them as the
+    # caller wants processes.
+    num_batches = len(rows[::BATCH_SIZE])
+    decode_from = partial(decode_batches_from, job, rows)
+    in_line = is_worker() or num_batches == 1
+    for batch in decode_from(0) if in_line else iterate_in_process(decode_from, num_batches):
         text_ids.append(batch.text_ids)
         codes.append(job.work.image_codes(batch))
         skipped += batch.skipped
@@ -151,17 +157,6 @@ def tokenize_shard(job: TokenizationJob, number: int, bar: Any = None) -> int:
     shard = Shard(len(tokens), sha256_of(job.file(number)), num_truncated, skipped)
     write_atomically(job.record(number), json.dumps(asdict(shard)).encode())
     return len(rows)
-
-
-def decode_batches(job: TokenizationJob, rows: range) -> Iterator[DecodedBatch]:
-    """Yield the rows in batches; another process decodes the next batch while the caller encodes this one.
-
-    A thread would not do, because decoding images holds Python's lock. Workers decode in line: there are as many of
-    them as the caller wants processes.
-    """
-    num_batches = len(rows[::BATCH_SIZE])
-    decode_from = partial(decode_batches_from, job, rows)
-    return decode_from(0) if is_worker() or num_batches == 1 else iterate_in_process(decode_from, num_batches)
 
 
 def decode_batches_from(job: TokenizationJob, rows: range, first_batch: int) -> Iterator[DecodedBatch]:

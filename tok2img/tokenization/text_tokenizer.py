@@ -100,7 +100,11 @@ class SubwordTokenizer:
         """Load a saved tokenizer from a folder or the hub; ValueError where there is none."""
         try:
             folder = resolve_folder(name, kinds=TEXT_FILES)
-            check_no_remote_code(folder)
+            # With `auto_map` transformers would offer to run code from the folder.
+            for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
+                settings = read_json(file) if file.exists() else {}
+                if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+                    raise ValueError(f"{file} asks for code of its own, which is not run")
             tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -166,14 +170,6 @@ def subword_tokenizer(state: bytes) -> SubwordTokenizer:
     """Rebuild a `SubwordTokenizer` from its `state`."""
     backend = Tokenizer.from_str(state.decode())
     return SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True))
-
-
-def check_no_remote_code(folder: Path) -> None:
-    """Check that a folder's tokenizer needs no code of its own, which transformers would offer to run."""
-    for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
-        settings = read_json(file) if file.exists() else {}
-        if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError(f"{file} asks for code of its own, which is not run")
 
 
 def check_texts(captions: Sequence[object], rows: Sequence[int] | None = None) -> None:

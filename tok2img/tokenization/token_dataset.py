@@ -6,7 +6,6 @@ While a job runs, its shards lie in the hidden folder `.tokens.partial` beside i
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +65,11 @@ def save_tokens(
     Raises:
         ValueError: If the folder is used for something else, the data is empty, or a row cannot be read.
     """
-    check_output_folder(folder)
+    target, alone = Path(folder), num_shards == 1
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
+        raise ValueError(f"{folder} exists and does not contain tokens. Choose another folder or empty it.")
     if not len(data):
         raise ValueError("the data set is empty")
-    target, alone = Path(folder), num_shards == 1
     rows = DatasetRows(data) if isinstance(data, Dataset) else data
     work_folder = target.parent / f".{target.name}.partial"
     job = TokenizationJob(rows, TokenizeBatch(processor), work_folder, ROWS_PER_SHARD, on_error)
@@ -131,11 +131,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise ValueError(f"Expected a shard i/n with i from 0 to n - 1, got {text!r}.")
     return int(first), int(count)
-
-
-def shard_from_env() -> tuple[int, int]:
-    """Return this process's rank and the number of processes that torchrun started; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def open_work_folder(job: TokenizationJob, settings: dict[str, Any], *, alone: bool) -> None:
@@ -211,10 +206,3 @@ def open_tokens(folder: str | Path) -> tuple[dict[str, Any], Tok2ImgProcessor]:
     if processor.fingerprint() != fingerprint:
         raise ValueError(f"{folder}: the tokenizers there are not those that made the tokens: tokenize again")
     return manifest, processor
-
-
-def check_output_folder(folder: str | Path) -> None:
-    """Check that a path is free, an empty folder, or a folder of tokens."""
-    target = Path(folder)
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise ValueError(f"{folder} exists and does not contain tokens. Choose another folder or empty it.")
