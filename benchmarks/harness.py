@@ -1,6 +1,7 @@
 """Measure several implementations of the same work under equal conditions.
 
-Rounds are interleaved (A B C A B C ...), so that other load on the machine affects all cases alike. CPU time is that of the
+Rounds are interleaved (A B C A B C ...), so that other load on the machine affects all cases
+alike. CPU time is that of the
 process, with all its threads. Peak memory is the growth of the peak resident size in one further run. Linux resets that
 peak (VmHWM) when 5 is written to /proc/self/clear_refs, so no sampling is needed. Two settings of glibc make it
 repeatable. `malloc_trim` first returns free memory to the system; a run that reuses it would seem to need less. Large
@@ -177,7 +178,10 @@ class Unused(ModuleType):
 
 
 def import_peer(module: str, *, unused: Sequence[str] = ()) -> ModuleType | None:
-    """Import another project's module, or print a line and return None; `unused` modules are replaced by placeholders."""
+    """Import another project's module, or print a line and return None.
+
+    `unused` modules are replaced by placeholders.
+    """
     sys.modules.update({name: Unused(name) for name in unused})
     try:
         return importlib.import_module(module)

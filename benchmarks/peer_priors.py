@@ -1,7 +1,9 @@
 """Priors of other projects with the width and depth of ours, for the benchmarks of training and generation.
 
-Ours and DALLE-pytorch's have 9.0 million parameters; minDALL-E has 7.4 because it has no gates, LlamaGen 7.0 because it has
-no text ids. `--peer` names their checkouts. Packages that they import but no benchmark uses are replaced by placeholders;
+Ours and DALLE-pytorch's have 9.0 million parameters; minDALL-E has 7.4 because it has no gates,
+LlamaGen 7.0 because it has
+no text ids. `--peer` names their checkouts. Packages that they import but no benchmark uses are
+replaced by placeholders;
 DALLE-pytorch really needs `axial_positional_embedding` and `rotary_embedding_torch`. Weights and inputs are random.
 """
 

@@ -32,7 +32,10 @@ GUIDANCE_SCALES = (1.0, 3.0)
 
 
 def comparisons(*, tiny: bool) -> Iterator[Comparison]:
-    """Compare sampling at temperature 1 among all codes; guidance is ours alone, because that of the others does not work."""
+    """Compare sampling at temperature 1 among all codes.
+
+    Guidance is ours alone, because that of the others does not work.
+    """
     for num_codes in (4,) if tiny else (64, 256):
         layout = prior_layout(num_codes=num_codes, codes_shared=True, tiny=tiny)
         prior = llama(layout, tiny=tiny).eval()

@@ -72,7 +72,10 @@ def our_batch(files: list[bytes], image_size: int) -> Tensor:
 
 
 def their_processor(image_size: int) -> Any:
-    """Create the Pillow processor of transformers with the same steps: resize the short side, center crop, normalize."""
+    """Create the Pillow processor of transformers with the same steps.
+
+    Resize the short side, center crop, normalize.
+    """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = {"height": image_size, "width": image_size}

@@ -1,7 +1,8 @@
 """Train a prior for a step: our loss over the head rows a position can use, stock `labels=`, and DALLE-pytorch.
 
 CPU time relative to ours when codes share ids (Xeon at 2.0 GHz with AMX, one thread; medians of 5 rounds): stock 1.17,
-DALLE-pytorch 1.53, ours compiled 0.88; ours in bfloat16 0.57, compiled 0.44, and 2.8 on a Xeon that has no instructions for it.
+DALLE-pytorch 1.53, ours compiled 0.88; ours in bfloat16 0.57, compiled 0.44, and 2.8 on a Xeon
+that has no instructions for it.
 """
 
 from collections.abc import Callable, Iterator

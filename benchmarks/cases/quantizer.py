@@ -1,7 +1,8 @@
 """Quantize vectors: our quantizer, the textbook form, diffusers and vector-quantize-pytorch.
 
 The search is also compared with the matrix product that it needs at least, and a residual quantizer with the peer's.
-All return the codes, the quantized vectors and (the peer in training only) the commitment loss; training adds the gradient
+All return the codes, the quantized vectors and (the peer in training only) the commitment loss;
+training adds the gradient
 and the moving average. Ours also replaces dead codes; the others do not.
 """
 
@@ -118,7 +119,10 @@ class PeerQuantizer(nn.Module):
 
 
 class DiffusersQuantizer(nn.Module):
-    """Quantizer of diffusers' VQModel, which learns by its loss; its gradient is measured, the optimizer's step is not."""
+    """Quantizer of diffusers' VQModel, which learns by its loss.
+
+    Its gradient is measured, the optimizer's step is not.
+    """
 
     def __init__(self, diffusers: Any, codebook: Tensor):
         super().__init__()

@@ -84,7 +84,10 @@ class OriginalTextRefiner(nn.Module):
 
 
 class OriginalBlock(nn.Module):
-    """Three convolutions, each normalized before and scaled by the stage after; the gains are folded into the weights."""
+    """Three convolutions, each normalized before and scaled by the stage after.
+
+    The gains are folded into the weights.
+    """
 
     def __init__(self, num_stages: int, length: int, dilation: int):
         super().__init__()

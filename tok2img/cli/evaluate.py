@@ -42,7 +42,8 @@ def evaluate(
 ) -> None:
     """Evaluate a tokenizer or a model on held-out data, as JSON and figures.
 
-    A tokenizer: reconstruction error and code usage. A model: losses, caption accuracy, Fréchet distance and memorization.
+    A tokenizer: reconstruction error and code usage. A model: losses, caption accuracy, Fréchet
+        distance and memorization.
     """
     if bool(model) == bool(tokenizer):
         raise ValueError("give either --model or --tokenizer")

@@ -2,7 +2,8 @@
 
 A `Scene` is what a caption says. `draw` turns it into one of its images: every object lands in a cell of a
 3 x 3 grid, jittered. Scenes, not images, are divided into splits, so that a prior can be asked for compositions
-(`held_out`) and for colours of shapes (`unseen_pairs`) that it never saw. `tok2img/evaluation/shapes_verifier.py` reads a
+(`held_out`) and for colours of shapes (`unseen_pairs`) that it never saw.
+`tok2img/evaluation/shapes_verifier.py` reads a
 scene back from its image.
 """
 
@@ -37,7 +38,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = {"small": 9, "large": 14}  # 14 and not 15: two large ones, 2 pixels apart, must fit on the lattice
-# A lattice of 4 pixels makes few distinct patches of 4x4, which a small tokenizer and a small prior learn sooner. Two jittered
+# A lattice of 4 pixels makes few distinct patches of 4x4, which a small tokenizer and a small
+# prior learn sooner. Two jittered
 # objects on it keep their order and their cell: centres of neighbouring cells are at least 6.5 pixels apart.
 LATTICE = 4
 MIN_GAP = 2
@@ -218,6 +220,12 @@ def shapes_dataset(split: str, num_rows: int, seed: int = 0) -> Dataset:
 
     Returns:
         Rows of `image` (PNG) and `caption`.
+
+    Example:
+        >>> from tok2img import shapes_dataset
+        >>> rows = shapes_dataset("train", 3)
+        >>> rows.column_names, len(rows), rows["image"][0].size
+        (['image', 'caption'], 3, (32, 32))
     """
     if split not in SPLITS:
         raise MissingSplitError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")

@@ -1,6 +1,7 @@
 """Streams captioned images from any number of files, in order and in batches, without keeping or copying them.
 
-`datasets` copies Parquet files into its cache before the first row can be read. Tokenizing reads every row once, so here
+`datasets` copies Parquet files into its cache before the first row can be read. Tokenizing reads
+every row once, so here
 they are read in place.
 """
 

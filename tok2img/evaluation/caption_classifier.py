@@ -174,7 +174,8 @@ class CaptionClassifier(PreTrainedModel):
             folder: Folder that `save_pretrained` wrote.
 
         Raises:
-            ValueError: If the folder does not contain a caption classifier, its settings are out of range, or a tensor is
+            ValueError: If the folder does not contain a caption classifier, its settings are out
+                of range, or a tensor is
                 missing, unknown, of another shape or not finite. All but the last are found before memory is allocated.
         """
         path = Path(folder, CONFIG_FILE)

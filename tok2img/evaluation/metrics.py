@@ -41,7 +41,8 @@ def evaluate_tokenizer(
         - `bits_per_image`: `num_codes * log2(codebook_size)`.
         - `code_usage`: Fraction of the codes used at least once, averaged over codebooks.
         - `perplexity`: Exponential of the entropy of the codes, averaged over codebooks.
-        - `entropy_per_position` (nats), `used_per_position` (codes used at least once): Only if each position has its own
+        - `entropy_per_position` (nats), `used_per_position` (codes used at least once): Only if
+        each position has its own
           codebook.
         - `entropy_per_group`, `used_per_group`: The same, if groups of several positions share a codebook.
         - `mse_per_stage`, `psnr_per_stage`: After each code. Only if prefixes of the codes decode.

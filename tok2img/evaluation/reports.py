@@ -141,8 +141,10 @@ def report_on_losses(pipeline: TextToImagePipeline, rows: Dataset) -> Report:
         - `image_loss_without_caption`: Loss of an image code when the caption is empty.
         - `uniform_loss`: ln K, the loss of uniform predictions over K codes.
         - `unigram_entropy`: Loss of a prior that knows only how frequent each code is.
-        - `information_gain_nats`: Reduction of an image's loss, summed over its codes, below that of uniform predictions.
-        - `caption_information_nats`: Reduction of an image's loss by its caption; with C equally frequent captions at most
+        - `information_gain_nats`: Reduction of an image's loss, summed over its codes, below that
+        of uniform predictions.
+        - `caption_information_nats`: Reduction of an image's loss by its caption; with C equally
+        frequent captions at most
           ln C.
     """
     processor, layout = pipeline.processor, pipeline.processor.layout

@@ -1,7 +1,9 @@
 """An exact verifier for images of shapes: reads the scene from the pixels and compares it with a caption.
 
-Connected regions of ink are matched with the masks that `tok2img/data/shapes.py` draws with. An image that is not clearly
-one scene reads as None: a region that matches no mask or two of them, two colors in a region, or ink outside the objects.
+Connected regions of ink are matched with the masks that `tok2img/data/shapes.py` draws with. An
+image that is not clearly
+one scene reads as None: a region that matches no mask or two of them, two colors in a region, or
+    ink outside the objects.
 The thresholds below tolerate the blur and noise of an autoencoder, and reject everything that is wrong with a scene.
 """
 

@@ -24,7 +24,8 @@ def evaluate_text_tokenizer(model: TextSpanTokenizer, texts: Sequence[str]) -> d
     Returns:
         A dictionary with these entries.
 
-        - `bits_per_byte`: Bits of the first 1, 2, ... stages per byte of the texts. Spans after a text's end cost nothing,
+        - `bits_per_byte`: Bits of the first 1, 2, ... stages per byte of the texts. Spans after a
+        text's end cost nothing,
           because they carry no information.
         - `byte_accuracy`: Fraction of bytes that are correct at their position, after each stage.
         - `exact_match`: Fraction of texts that are reconstructed exactly, after each stage.

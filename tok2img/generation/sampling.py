@@ -28,7 +28,7 @@ class Sampling:
 
     Attributes:
         guidance_scale: Scale of classifier-free guidance (Ho & Salimans 2022; for tokens Gafni et al. 2022).
-            1 is no guidance. Several numbers are a schedule: `(1, 4)` rises linearly from the first code to
+            1 = without guidance. Several numbers are a schedule: `(1, 4)` rises linearly from the first code to
             the last, and as many numbers as codes give each code its own. A function maps the position in
             the image, 0 to 1, to a scale; it cannot be saved.
         temperature: Softmax temperature; 0 is greedy.

@@ -26,7 +26,8 @@ class RunSettings:
         batch_size: Examples in a batch, on all devices together.
         gradient_accumulation_steps: Batches in one step.
         optimizer: "adamw", or "muon", with which convolutions learn faster at the same rate, see `Muon`.
-        adamw_lr_scale: With Muon, the learning rate of the parameters that AdamW trains, as a fraction of `learning_rate`.
+        adamw_lr_scale: With Muon, the learning rate of the parameters that AdamW trains, as a
+            fraction of `learning_rate`.
         learning_rate: Highest learning rate.
         warmup_steps: Steps over which the learning rate rises from 0.
         lr_scheduler_type: Schedule after that, by transformers' names.
@@ -37,7 +38,7 @@ class RunSettings:
         sample_steps: Steps between samples in `out/samples`. 0 = none.
         logging_steps: Steps between lines of the log.
         save_steps: Steps between checkpoints, a multiple of `eval_steps`. 0 = with each held-out loss. A new best
-            is saved at once in any case.
+            is saved immediately in any case.
         resume_from_checkpoint: Resume from the checkpoints that an interrupted run of the same recipe left in
             `out`. False = train from scratch.
         bf16: Compute in bfloat16 where it is safe.
@@ -171,7 +172,8 @@ class PriorRecipe(RunSettings):
         image_tokenizer: Folder of the image tokenizer.
         beam_size: Beam size for VQ-DRAW codes. 0 = the tokenizer's default.
         search_steps: Steps of latent optimization for VQ-VAE codes. 0 = the tokenizer's default.
-        text_tokenizer: Folder or hub name of a text tokenizer. Empty = that of `base_model`, or BPE trained on the captions.
+        text_tokenizer: Folder or hub name of a text tokenizer. Empty = that of `base_model`, or
+            BPE trained on the captions.
         vocab_size: Vocabulary size of the BPE.
         text_length: Text tokens kept of a caption. 0 = those of the longest caption, at most 64.
         init_from: Folder of a trained model to fine-tune. Tokenizers, layout and sizes are its own.

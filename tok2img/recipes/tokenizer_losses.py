@@ -1,4 +1,4 @@
-"""The losses that a recipe asks for, built around the tokenizer that learns from them."""
+"""Wrap a VQ-VAE with the perceptual and adversarial losses of a recipe."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .config import TokenizerRecipe
 
 
 def with_losses(recipe: TokenizerRecipe, tokenizer: VQVAE) -> VQVAE | TokenizerWithLoss:
-    """A tokenizer with the recipe's losses beside it; as it is where the recipe asks for no more than its own."""
+    """Wrap a tokenizer with the recipe's losses. Without any, return it unchanged."""
     loss = PIXEL_LOSSES[tokenizer.config.reconstruction_loss]
     if recipe.perceptual_model:
         loss = perceptual_loss(recipe.perceptual_model, tokenizer, pixel_loss=loss)
@@ -23,7 +23,11 @@ def with_losses(recipe: TokenizerRecipe, tokenizer: VQVAE) -> VQVAE | TokenizerW
 
 
 def perceptual_loss(folder: str, tokenizer: VQVAE, *, pixel_loss: ReconstructionLoss) -> PerceptualLoss:
-    """Of the features of a saved classifier of captions; ValueError for none, and for one of other images."""
+    """Build a perceptual loss on the features of a saved caption classifier.
+
+    Raises:
+        ValueError: If the folder holds no classifier, or one for images with another number of channels.
+    """
     if not Path(folder, CONFIG_FILE).is_file():
         raise ValueError(
             f"key 'perceptual_model': {folder} holds no classifier of captions; `tok2img evaluate --verifier FOLDER` leaves one"
@@ -38,13 +42,13 @@ def perceptual_loss(folder: str, tokenizer: VQVAE, *, pixel_loss: Reconstruction
 
 
 def adversarial_loss(recipe: TokenizerRecipe, tokenizer: VQVAE, loss: ReconstructionLoss) -> AdversarialLoss:
-    """A discriminator of the tokenizer's images on top of a loss."""
+    """Add a patch discriminator of the tokenizer's images to a loss."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         discriminator = PatchDiscriminator(tokenizer.config.image_size, tokenizer.config.num_channels)
     return AdversarialLoss(
         discriminator,
-        start_step=recipe.disc_start * recipe.gradient_accumulation_steps,  # which it counts in batches
+        start_step=recipe.disc_start * recipe.gradient_accumulation_steps,  # it counts batches, not steps
         weight=recipe.disc_weight,
         reconstruction_loss=loss,
     )

@@ -8,7 +8,8 @@ The vocabulary, from id 0:
     | text ids | [BOS] [SEP] [PAD] | image ids: one range of `codebook_size` per group of positions | unused |
     0          text_vocab_size     text_vocab_size + 3                                              vocab_size
 
-Text ids keep the values of the text tokenizer. The text has a fixed length and its pads are attended like any token. So no
+Text ids keep the values of the text tokenizer. The text has a fixed length and its pads are
+attended like any token. So no
 attention mask is needed, and every image code has a fixed position.
 """
 

@@ -53,6 +53,18 @@ class TokenizeBatch:
         processor: Both tokenizers and the layout.
         image_column: Column of images.
         caption_column: Column of captions.
+
+    Example:
+        >>> from tok2img import SubwordTokenizer, Tok2ImgProcessor, TokenizeBatch, shapes_dataset
+        >>> from tokenizers_vq import VQVAE, VQVAEConfig
+        >>> config = VQVAEConfig(image_size=8, hidden_channels=8, num_decoder_blocks=1, codebook_size=4, code_dim=2)
+        >>> model = VQVAE(config)
+        >>> rows = shapes_dataset("train", 2)
+        >>> text_tokenizer = SubwordTokenizer.train_bpe(rows["caption"], vocab_size=260)
+        >>> processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
+        >>> tokens = TokenizeBatch(processor)({"image": rows["image"], "caption": rows["caption"]})
+        >>> tokens["text_ids"].shape, tokens["image_codes"].shape
+        ((2, 8), (2, 4))
     """
 
     def __init__(self, processor: Tok2ImgProcessor, *, image_column: str = "image", caption_column: str = "caption"):

@@ -24,7 +24,8 @@ from .text_tokenizer import TextTokenizer
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 IGNORED_LABEL = -100
-# Config fields about where a model is stored and who wrote it. They do not change codes, so the fingerprint leaves them out.
+# Config fields about where a model is stored and who wrote it. They do not change codes, so the
+# fingerprint leaves them out.
 NON_CODE_FIELDS = {"_name_or_path", "transformers_version", "architectures", "dtype", "checkpoint_stages"}
 # Later settings and their neutral values, which the fingerprint leaves out: tokens made before keep theirs.
 NEUTRAL_SETTINGS = {"encode_dtype": "float32", "search_steps": 0}
@@ -36,8 +37,22 @@ class Tok2ImgProcessor:
     Args:
         image_tokenizer: images <-> codes.
         text_tokenizer: captions <-> text ids.
-        layout: how both make one sequence; it must fit the two, but may keep more ids for text than the text tokenizer has, as language
+        layout: how both make one sequence; it must fit the two, but may keep more ids for text
+            than the text tokenizer has, as language
             models do, and may have ids of their own for codes of every position, see `AxialPositionEmbeddings`.
+
+    Example:
+        >>> import torch
+        >>> from tok2img import SubwordTokenizer, Tok2ImgProcessor
+        >>> from tokenizers_vq import VQVAE, VQVAEConfig
+        >>> config = VQVAEConfig(image_size=8, hidden_channels=8, num_decoder_blocks=1, codebook_size=4, code_dim=2)
+        >>> model = VQVAE(config)
+        >>> text_tokenizer = SubwordTokenizer.train_bpe(["a red circle"], vocab_size=260)
+        >>> processor = Tok2ImgProcessor.build(model, text_tokenizer, text_length=8)
+        >>> processor(text=["a red circle"])["input_ids"].shape  # [BOS], 8 text ids, [SEP]
+        torch.Size([1, 10])
+        >>> processor.layout.num_codes
+        4
     """
 
     def __init__(self, image_tokenizer: DiscreteTokenizer, text_tokenizer: TextTokenizer, layout: SequenceLayout):
@@ -80,7 +95,8 @@ class Tok2ImgProcessor:
         """Convert captions, with or without images, to ids.
 
         Returns:
-            `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are images; then also `labels` `b s`, which
+            `input_ids` `b s`: the prompt up to [SEP], or the whole sequence when there are images;
+            then also `labels` `b s`, which
             leave out [BOS], [SEP] and [PAD].
         """
         captions = [text] if isinstance(text, str) else list(text or [])
@@ -97,7 +113,10 @@ class Tok2ImgProcessor:
         )
 
     def encode_text(self, captions: list[str], *, rows: Sequence[int] | None = None) -> Tensor:
-        """Captions -> text ids `b t`, cut or filled with [PAD] to the layout's text length. `rows` are their numbers in errors."""
+        """Captions -> text ids `b t`, cut or filled with [PAD] to the layout's text length.
+
+        `rows` are their numbers in errors.
+        """
         ids = self.text_tokenizer.encode(captions, max_length=self.layout.text_length, rows=rows)
         return torch.from_numpy(self.layout.pad_text(ids).astype(np.int64))
 
@@ -107,7 +126,10 @@ class Tok2ImgProcessor:
         return sum(length > self.layout.text_length for length in lengths)
 
     def encode_images(self, images: Sequence[Any], *, rows: Sequence[int] | None = None) -> Tensor:
-        """Images (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU. `rows` are their numbers in errors."""
+        """Images (paths, bytes, PIL images, data set rows) -> codes `b n`, on the CPU.
+
+        `rows` are their numbers in errors.
+        """
         return self.encode_pixels(load_pixels(images, self.image_tokenizer, rows=rows))
 
     def encode_pixels(self, pixel_values: Tensor) -> Tensor:

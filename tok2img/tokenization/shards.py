@@ -1,7 +1,7 @@
 """Tokenizes a data set shard by shard, so that a killed job resumes where it stopped.
 
 A shard is a Parquet file with the tokens of a fixed run of rows. It is written under a temporary name and renamed; a
-record beside it holds its checksum and the rows that were skipped. A kill costs at most one shard per worker.
+record next to it holds its checksum and the rows that were skipped. A kill costs at most one shard per worker.
 """
 
 import json

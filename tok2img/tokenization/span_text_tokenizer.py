@@ -1,6 +1,7 @@
 """Adapts discrete text models (`VQDrawForText`, `VQVAEForText`) to the interface of text tokenizers.
 
-id = stage (or quantizer) * codebook_size + code. All stages of the first span come first, then those of the second, up to
+id = stage (or quantizer) * codebook_size + code. All stages of the first span come first, then
+those of the second, up to
 the span in which the text ends.
 """
 
@@ -26,7 +27,16 @@ MODELS_BY_TYPE = {classes[1].model_type: classes for classes in TEXT_MODELS.valu
 
 
 class DiscreteTextTokenizer:
-    """Adapts a `VQDrawForText` or `VQVAEForText` to `TextTokenizer`."""
+    """Adapts a `VQDrawForText` or `VQVAEForText` to `TextTokenizer`.
+
+    Example:
+        >>> from tok2img import DiscreteTextTokenizer
+        >>> from tokenizers_vq import VQVAEForText, VQVAETextConfig
+        >>> model = VQVAEForText(VQVAETextConfig(max_length=12, codebook_size=4))
+        >>> tokenizer = DiscreteTextTokenizer(model)
+        >>> [len(ids) for ids in tokenizer.encode(["abc", "a"])] == tokenizer.lengths(["abc", "a"], max_length=12)
+        True
+    """
 
     def __init__(self, model: TextSpanTokenizer):
         self.model = model.eval()
@@ -39,7 +49,16 @@ class DiscreteTextTokenizer:
     def encode(
         self, captions: list[str], *, max_length: int | None = None, rows: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """Ids of each caption, at most `max_length` where it is given; ValueError for a caption that is not text, with its number."""
+        """Encode captions to ids.
+
+        Args:
+            captions: Captions. Equal ones are encoded once.
+            max_length: Largest number of ids kept of a caption. None = all.
+            rows: Row numbers of the captions, for errors.
+
+        Raises:
+            ValueError: For a caption that is not text, with its row.
+        """
         check_texts(captions, rows)
         different = list(dict.fromkeys(captions))
         batches = (different[first : first + BATCH_SIZE] for first in range(0, len(different), BATCH_SIZE))
@@ -60,12 +79,15 @@ class DiscreteTextTokenizer:
         return self.model.num_codes
 
     def lengths(self, captions: list[str], *, max_length: int) -> list[int]:
-        """How many ids each caption takes, counted without encoding it; those that the model cuts take more than it gives."""
+        """Return the number of ids of each caption, counted without encoding it.
+
+        A caption that the model truncates counts in full.
+        """
         del max_length
         return [self.model.code_shape[0] * self.model.count_spans(caption) for caption in captions]
 
     def decode(self, ids: list[int]) -> str:
-        """The text that the ids stand for; ValueError for ids that are none, or not where they belong."""
+        """Decode ids to text. Unknown ids, and ids at a wrong position, are a ValueError."""
         num_stages, num_spans = self.model.code_shape
         if len(ids) > self.model.num_codes:
             raise ValueError(f"got {len(ids)} ids, expected {self.model.num_codes} at most")
@@ -104,7 +126,16 @@ def text_tokenizer_of(model_type: str, state: bytes) -> DiscreteTextTokenizer:
 
 
 def load_text_tokenizer(name: str | Path) -> TextTokenizer:
-    """Load any saved text tokenizer from a folder or the hub; ValueError if there is none."""
+    """Load any saved text tokenizer from a folder or the hub; ValueError if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> from tok2img import SubwordTokenizer, load_text_tokenizer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     SubwordTokenizer.train_bpe(["a red circle"], vocab_size=260).save_pretrained(folder)
+        ...     load_text_tokenizer(folder).decode(load_text_tokenizer(folder).encode(["a red circle"])[0])
+        'a red circle'
+    """
     if is_text_model(name):
         return DiscreteTextTokenizer(load_text_model(name))
     return SubwordTokenizer.from_pretrained(name)

@@ -1,6 +1,7 @@
 """Text tokenizers: their interface, byte-level BPE, and any saved fast tokenizer of Hugging Face.
 
-A text tokenizer knows text only. Special tokens such as [SEP] and image codes are ids that the layout adds, so no caption
+A text tokenizer knows text only. Special tokens such as [SEP] and image codes are ids that the
+layout adds, so no caption
 can produce them.
 """
 
@@ -22,7 +23,14 @@ MAX_CHARACTERS_PER_TOKEN = 64  # a caption is truncated to this many characters 
 
 
 class TextTokenizer(Protocol):
-    """Converts text to ids and back. It pickles to what the ids depend on alone, so that caches are found again."""
+    """Converts text to ids and back. It pickles to what the ids depend on alone, so that caches are found again.
+
+    Example:
+        >>> from tok2img import SubwordTokenizer, TextTokenizer
+        >>> tokenizer: TextTokenizer = SubwordTokenizer.train_bpe(["a red circle"], vocab_size=260)
+        >>> tokenizer.vocab_size
+        260
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +75,14 @@ class TextTokenizer(Protocol):
 
 
 class SubwordTokenizer:
-    """Adapts a fast tokenizer of transformers to `TextTokenizer`."""
+    """Adapts a fast tokenizer of transformers to `TextTokenizer`.
+
+    Example:
+        >>> from tok2img import SubwordTokenizer
+        >>> tokenizer = SubwordTokenizer.train_bpe(["a red circle", "a red square"], vocab_size=265)
+        >>> tokenizer.decode(tokenizer.encode(["a red square"])[0])
+        'a red square'
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
@@ -82,7 +97,8 @@ class SubwordTokenizer:
         if vocab_size < NUM_BYTES:
             raise ValueError(f"vocab_size must be at least {NUM_BYTES}, an id for each byte, got {vocab_size}")
         tokenizer = Tokenizer(models.BPE())
-        # A first word is the same token as elsewhere; the space comes before every text, so that the decoder can take it off again.
+        # A first word is the same token as elsewhere; the space comes before every text, so that
+        # the decoder can take it off again.
         tokenizer.normalizer = normalizers.Prepend(" ")
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
@@ -108,11 +124,11 @@ class SubwordTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), split_special_tokens=True, use_fast=True)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a damaged tokenizer.json can make Rust panic, which is no Exception
+        except BaseException as error:  # a damaged tokenizer.json can make Rust panic, which is not an Exception
             raise ValueError(f"cannot load a text tokenizer from {name}: {first_line(error)}") from error
         loaded = cls(tokenizer)
         if not any(loaded.encode([string.printable])):
-            # What transformers makes of a folder with a model's config and no tokenizer beside it.
+            # What transformers makes of a folder with a model's config and no tokenizer next to it.
             raise ValueError(f"{name} holds no text tokenizer: what is there knows no letter")
         return loaded
 
@@ -198,4 +214,4 @@ def check_text(caption: object, row: int) -> None:
     try:
         caption.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"row {row}: the caption is no whole Unicode at character {error.start}") from error
+        raise ValueError(f"row {row}: the caption contains an unpaired surrogate at character {error.start}") from error

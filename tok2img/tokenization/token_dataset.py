@@ -2,7 +2,7 @@
 
     tokens/  manifest.json  train-00000.parquet ...  layout.json  image_tokenizer/  text_tokenizer/
 
-While a job runs, its shards lie in the hidden folder `.tokens.partial` beside it, which is renamed at the end.
+While a job runs, its shards lie in the hidden folder `.tokens.partial` next to it, which is renamed at the end.
 """
 
 import json

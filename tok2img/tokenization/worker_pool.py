@@ -180,7 +180,7 @@ def _prepare_process(lifeline: Connection, parent_end: Connection) -> None:
         os._exit(1)
 
     # Needed because an idle worker waits on a queue whose writing end it also holds, so it would outlive a killed
-    # parent. It must end at once: a restarted job must not meet workers that still write.
+    # parent. It must end immediately: a restarted job must not meet workers that still write.
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 

@@ -140,7 +140,7 @@ class FaultTolerantTrainer(transformers.Trainer):
         return loss
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save a new best at once, and remember the previous best in case that save fails."""
+        """Save a new best immediately, and remember the previous best in case that save fails."""
         self._previous_best = self.state.best_metric, self.state.best_global_step
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.save_strategy != "no"

@@ -49,7 +49,8 @@ class NonFiniteGuard:
         parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
         if not parameters:
             return
-        # The largest absolute value is finite exactly if all values are, and torch computes it for all tensors together.
+        # The largest absolute value is finite exactly if all values are, and torch computes it
+        # for all tensors together.
         norm: Any = torch.nn.utils.get_total_norm([each.grad for each in parameters], norm_type=float("inf"))
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         is_bad = self.found_bad_loss.to(parameters[0].device) | ~norm.isfinite()

@@ -31,8 +31,8 @@ MAX_INIT_VALUES = 2**25  # numbers that a tokenizer is initialized from: 128 MB 
 class Trainer(FaultTolerantTrainer):
     """`transformers.Trainer` for tokenizers and priors, which resumes exactly and survives bad steps.
 
-    Next to transformers' trainer, the terms of the loss reach the log, the held-out loss is a mean over
-    examples, samples are saved while training, and a tokenizer is initialized from data before the first step.
+    In addition to transformers' trainer, it logs the terms of the loss, averages the held-out loss over
+    examples and saves samples while training. A tokenizer is initialized from data before the first step.
 
     Args:
         model: Model whose forward takes the columns of the data set and returns an output with `loss` and `metrics`.
@@ -48,18 +48,19 @@ class Trainer(FaultTolerantTrainer):
         adamw_lr_scale: With Muon, learning rate of the parameters that AdamW trains, as a fraction of Muon's.
 
     Example:
-        >>> import tempfile, torch
+        >>> import contextlib, tempfile, torch
         >>> from datasets import Dataset
         >>> from transformers import TrainingArguments
         >>> from tok2img import Trainer
         >>> from tokenizers_vq import VQVAE, VQVAEConfig
-        >>> model = VQVAE(VQVAEConfig(image_size=8, hidden_channels=8, num_decoder_blocks=1, codebook_size=4, code_dim=2))
+        >>> config = VQVAEConfig(image_size=8, hidden_channels=8, num_decoder_blocks=1, codebook_size=4, code_dim=2)
+        >>> model = VQVAE(config)
         >>> rows = Dataset.from_dict({"pixel_values": torch.rand(8, 3, 8, 8)}).with_format("torch")
-        >>> with tempfile.TemporaryDirectory() as folder:
+        >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         ...     args = TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
         ...     args.remove_unused_columns, args.save_strategy = False, "no"
-        ...     trainer = Trainer(model, args, train_dataset=rows)
-        ...     print(trainer.train().global_step)
+        ...     output = Trainer(model, args, train_dataset=rows).train()
+        >>> output.global_step
         2
     """
 

@@ -34,7 +34,8 @@ def plot_code_usage(histogram: Tensor, path: str | PathLike[str]) -> None:
     """Plot how often each code is used, the most frequent first, and how many are never used.
 
     Args:
-        histogram: Counts, `k`, or `g k` with a row for each codebook. More than four codebooks are plotted as a heat map.
+        histogram: Counts, `k`, or `g k` with a row for each codebook. More than four codebooks are
+            plotted as a heat map.
         path: Image file to write.
 
     Raises:
@@ -70,7 +71,8 @@ def plot_codebook(
         vectors: Vectors of each codebook, `k d`.
         usage: How often each code is used, `g k`.
         path: Image file to write.
-        patches: For a single codebook, an image of each code. They are laid out in a second panel, each in a grid cell near
+        patches: For a single codebook, an image of each code. They are laid out in a second panel,
+            each in a grid cell near
             its projected position.
 
     Raises:

@@ -75,7 +75,8 @@ def save_text_tokenizer_figures(
     Returns:
         The paths of the files.
     """
-    sheet = f"{render_text_stages(model, choose_evenly_spaced(texts, NUM_IMAGES))}\nrandom codes\n{sample_random_texts(model, NUM_IMAGES, seed=0)}"
+    stages = render_text_stages(model, choose_evenly_spaced(texts, NUM_IMAGES))
+    sheet = f"{stages}\nrandom codes\n{sample_random_texts(model, NUM_IMAGES, seed=0)}"
     path = folder / "reconstructions.txt"
     write_atomically(path, sheet.encode())
     charts: Charts = {"code_usage.png": lambda path: plot_code_usage(histogram, path)}

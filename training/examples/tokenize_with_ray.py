@@ -3,7 +3,8 @@
     pip install "tok2img[ray]"
     python training/examples/tokenize_with_ray.py DATA.parquet MODEL OUT [WORKERS]
 
-MODEL is the folder of a trained model or of tokens, whose tokenizers are used. The codes equal those of `tok2img tokenize`.
+MODEL is the folder of a trained model or of tokens, whose tokenizers are used. The codes equal
+those of `tok2img tokenize`.
 Ray streams the rows, so neither images nor tokens have to fit into memory.
 """
 

@@ -36,7 +36,10 @@ def errors_and_time(model: VQDrawForImages, pixel_values: Tensor, beam_size: int
 
 
 def measure(models: dict[str, VQDrawForImages], pixel_values: Tensor, beam_size: int) -> dict[str, Tensor]:
-    """Return the two mean errors and the CPU milliseconds per image of each model, `3`; the models take turns on each batch."""
+    """Return the two mean errors and the CPU milliseconds per image of each model, `3`.
+
+    The models take turns on each batch.
+    """
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     for batch in pixel_values.split(BATCH_SIZE):
         for name, model in models.items():

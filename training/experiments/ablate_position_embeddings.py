@@ -2,9 +2,11 @@
 
     python training/experiments/ablate_position_embeddings.py TOKENS STEPS [SEED ...]
 
-TOKENS is a folder of `tok2img tokenize`. Trains four priors on the same batches for each seed: the default one without and
+TOKENS is a folder of `tok2img tokenize`. Trains four priors on the same batches for each seed: the
+default one without and
 with `AxialPositionEmbeddings`, one with ids of its own for every position, and a GPT-2 of the same size, which learns
-an embedding for each position. Prints the held-out loss of a code in nats, halfway and at the end, and CPU seconds per step.
+an embedding for each position. Prints the held-out loss of a code in nats, halfway and at the end,
+and CPU seconds per step.
 """
 
 import sys

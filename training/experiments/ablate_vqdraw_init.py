@@ -2,8 +2,10 @@
 
     python training/experiments/ablate_vqdraw_init.py DATA STEPS
 
-The architecture is the published MNIST model, with learned biases at stage 0 only. Training is in bfloat16 if the processor
-has instructions for it. Prints for each initialization, halfway and at the end, on 1,000 test digits: the squared error in
+The architecture is the published MNIST model, with learned biases at stage 0 only. Training is in
+bfloat16 if the processor
+has instructions for it. Prints for each initialization, halfway and at the end, on 1,000 test
+digits: the squared error in
 normalized pixels, and the options in use at stage 0 and at all stages.
 """
 

@@ -1,11 +1,12 @@
 """Compare quantizers in the same VQ-VAE on CIFAR-10: error, codebook usage and training time.
 
-    python training/experiments/compare_quantizers_cifar10.py DATA --steps 1000 --seeds 3 [--search-steps 10] [--peer CHECKOUT ...]
+    python training/experiments/compare_quantizers_cifar10.py DATA --steps 1000 --seeds 3
+    [--search-steps 10] [--peer CHECKOUT ...]
 
 The network and all settings are those of the authors' CIFAR-10 example (van den Oord et al. 2017; `vqvae_example` of
-DeepMind Sonnet). All quantizers get the same initial weights and the same batches. Compared with ours are the plain
-quantizer of the first PyTorch ports, and the one of vector-quantize-pytorch if `--peer` names a folder to import it from,
-with its own decay and with the example's. The second error is that of the codes that our latent optimization finds for the
+DeepMind Sonnet). All quantizers get the same initial weights and the same batches. Ours is compared with the plain
+quantizer of the first PyTorch ports. `--peer` adds that of vector-quantize-pytorch, with its own decay and with the
+example's. The second error is that of the codes that our latent optimization finds for the
 trained network, with any of the quantizers.
 """
 

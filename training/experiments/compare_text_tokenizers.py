@@ -2,7 +2,8 @@
 
     python training/experiments/compare_text_tokenizers.py DATA SECONDS
 
-Both encode spans of up to 8 bytes as 4 codes of 64 options, about one bit per byte each, and train for SECONDS of CPU time.
+Both encode spans of up to 8 bytes as 4 codes of 64 options, about one bit per byte each, and train
+for SECONDS of CPU time.
 Prints the fraction of correct held-out bytes after each code.
 """
 

@@ -2,8 +2,10 @@
 
     python training/experiments/compare_tokenizers_at_equal_bits.py DATA SECONDS [BITS]
 
-The tokenizers are one grid of codes, a residual quantizer, two grids (VQ-VAE-2), FSQ without a codebook, and VQ-DRAW, at
-BITS of 120 (the default) or 240. Each trains for SECONDS of CPU time with Muon on images of 32 pixels, in bfloat16 if the
+The tokenizers are one grid of codes, a residual quantizer, two grids (VQ-VAE-2), FSQ without a
+codebook, and VQ-DRAW, at
+BITS of 120 (the default) or 240. Each trains for SECONDS of CPU time with Muon on images of 32
+pixels, in bfloat16 if the
 processor has instructions for it. Prints for each, on held-out images:
 
 - bits per image, and the squared error in pixels of [0, 1];

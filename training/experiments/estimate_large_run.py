@@ -60,7 +60,10 @@ class Rate:
 
 
 def rate_of(work: Callable[[], object], num_items: int) -> Rate:
-    """Measure `work`, which processes `num_items` items, and return the rate of one; the fastest of `ROUNDS` runs counts."""
+    """Measure `work`, which processes `num_items` items, and return the rate of one.
+
+    The fastest of `ROUNDS` runs counts.
+    """
     with FlopCounterMode(display=False) as counter:
         work()
     seconds = []

@@ -2,7 +2,8 @@
 
     python training/experiments/linear_probe.py TOKENIZER DATA [ROWS] [BEAM]
 
-TOKENIZER is a folder, or a checkpoint of the original VQ-DRAW. DATA has columns `image` and `label`, and splits train and
+TOKENIZER is a folder, or a checkpoint of the original VQ-DRAW. DATA has columns `image` and
+`label`, and splits train and
 test. ROWS limits the rows of each split (default 20,000); BEAM is the beam size of VQ-DRAW (default 1).
 """
 

@@ -51,7 +51,7 @@ def test_any_string_has_ids_or_is_refused_as_no_unicode(text_tokenizer, text):
     try:
         (ids,) = text_tokenizer.encode([text])
     except ValueError as error:
-        assert str(error).startswith("row 0: the caption is no whole Unicode")  # noqa: PT017
+        assert str(error).startswith("row 0: the caption contains an unpaired surrogate")  # noqa: PT017
     else:
         assert text_tokenizer.decode(ids) == text
 
@@ -113,7 +113,7 @@ def test_given_row_numbers_are_named(text_tokenizer):
 
 
 def test_half_a_character_is_refused_with_its_row(text_tokenizer):
-    with pytest.raises(ValueError, match="row 1: the caption is no whole Unicode at character 1"):
+    with pytest.raises(ValueError, match="row 1: the caption contains an unpaired surrogate at character 1"):
         text_tokenizer.encode(["a", "a\ud800b"])
 
 
