@@ -117,8 +117,6 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
     length = min(MAX_TEXT_LENGTH, max(len(ids) for ids in text_tokenizer(sorted(set(captions)))["input_ids"]))
     shape = infer_image_shape(rows)
     side = shape["image_size"]
-    # The smallest divisor of the side that leaves at most 8 patches along it.
-    patch_size = next(size for size in range(1, side + 1) if side % size == 0 and side // size <= PATCHES_PER_SIDE)
     width = 64 * depth
     layers = {
         "hidden_size": width,
@@ -130,7 +128,7 @@ def build_ranker(rows: Dataset, *, vocab_size: int, depth: int, seed: int = 0) -
     ids = {"vocab_size": len(text_tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     config = CLIPConfig(
         text_config=layers | ids | {"max_position_embeddings": length},
-        vision_config=layers | shape | {"patch_size": patch_size},
+        vision_config=layers | shape | {"patch_size": choose_patch_size(side)},
         projection_dim=width,
     )
     with torch.random.fork_rng():
@@ -147,4 +145,11 @@ def bpe_with_eos(captions: Sequence[str], *, vocab_size: int) -> PreTrainedToken
     backend.post_processor = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=EOS, pad_token=EOS, padding_side="right", split_special_tokens=True
+    )
+
+
+def choose_patch_size(image_size: int) -> int:
+    """Return the smallest divisor of an image's side that leaves at most `PATCHES_PER_SIDE` patches along it."""
+    return next(
+        size for size in range(1, image_size + 1) if image_size % size == 0 and image_size // size <= PATCHES_PER_SIDE
     )

@@ -13,7 +13,13 @@ from tok2img.generation.likelihood import argmax_per_group, log_likelihood, poin
 from tok2img.generation.sampling import uniform_noise
 from tok2img.pipelines.clip_ranker import ClipRanker, build_image_processor
 from tok2img.recipes.config import RankerRecipe
-from tok2img.recipes.train_ranker import CaptionedRows, RankerWithLoss, build_ranker, patch_size, train_ranker
+from tok2img.recipes.train_ranker import (
+    CaptionedImageDataset,
+    RankerWithLoss,
+    build_ranker,
+    choose_patch_size,
+    train_ranker,
+)
 from tokenizers_vq.images.processing import pixels_from_images
 
 PROMPTS = ["a dog", "a red disc", ""]
@@ -160,7 +166,7 @@ def test_pixels_in_training_are_resized_as_for_a_tokenizer_and_normalized(clip, 
     colours = np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
     example = {"caption": "a dog", "image": Image.fromarray(colours)}
     pixels = pixels_from_images([example["image"]], image_size=16, num_channels=num_channels)
-    assert CaptionedRows([example], clip)[0]["pixel_values"].equal(((pixels - 0.5) / 0.5)[0])
+    assert CaptionedImageDataset([example], clip)[0]["pixel_values"].equal(((pixels - 0.5) / 0.5)[0])
     if size in [(16, 16), (8, 8)]:  # nothing to resize, or to enlarge
         assert clip.pixel_values([example["image"]]).equal((pixels - 0.5) / 0.5)
 
@@ -211,4 +217,4 @@ def test_a_folder_without_a_clip_model_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(("side", "size"), [(28, 4), (64, 8), (8, 1), (32, 4), (36, 6)])
 def test_patch_size_gives_at_most_eight_columns(side, size):
-    assert patch_size(side) == size
+    assert choose_patch_size(side) == size
